@@ -1,0 +1,1 @@
+"""How weights come and go: Hugging Face folders, GGUF files, the hub, checkpoints."""

@@ -1,0 +1,128 @@
+"""Hugging Face folders: read (`config.json`, one or many safetensors files) and written."""
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxsafe.io.atomic import new_folder, write_text
+from jaxsafe.io.tensors import Index
+from jaxsafe.model.config import ModelConfig, config_from_hf, config_to_hf
+from jaxsafe.model.weights import hf_shapes, hf_tensors
+
+SHARD_BYTES = 4 * 2**30
+# What belongs to a model besides its weights and travels with it on export.
+COMPANIONS = """
+    config.json generation_config.json tokenizer.json tokenizer.model tokenizer_config.json vocab.json merges.txt
+    special_tokens_map.json added_tokens.json chat_template.jinja
+""".split()
+
+
+class SafetensorsFolder:
+    """The tensors of all `*.safetensors` files of a folder (a `TensorSource`); bytes are read when asked for."""
+
+    def __init__(self, folder: str | os.PathLike) -> None:
+        self.where = str(folder)
+        files = sorted(pathlib.Path(folder).glob("*.safetensors"))
+        if not files:
+            raise FileNotFoundError(f"no *.safetensors file in {folder} (pickled .bin weights are not read)")
+        self._file: dict[str, Any] = {}
+        for file in files:
+            try:
+                handle = safe_open(file, framework="numpy")
+            except SafetensorError as error:
+                raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
+            for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
+                if name in self._file:
+                    raise ValueError(f"{folder}: tensor {name!r} stands in two files")
+                self._file[name] = handle
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor by name."""
+        return {name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._file.items()}
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """The part `index` of tensor `name`, as stored."""
+        return self._file[name].get_slice(name)[index]
+
+
+def read_config(folder: str | os.PathLike, dtype: str | None = None) -> ModelConfig:
+    """The `ModelConfig` of `folder/config.json`; `dtype` None keeps the checkpoint's (float16 becomes float32).
+
+    Raises FileNotFoundError and ValueError, naming the file and the attribute.
+    """
+    path = pathlib.Path(folder) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no config.json in {folder}; a Hugging Face model folder has one")
+    try:
+        attributes = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    stored = attributes.get("dtype") or attributes.get("torch_dtype") or "float32"
+    try:
+        return config_from_hf(attributes, dtype or ("bfloat16" if stored == "bfloat16" else "float32"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def save_hf(
+    folder: str | os.PathLike,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    like: str | os.PathLike | None = None,
+    card: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> pathlib.Path:
+    """Writes `params` as a Hugging Face folder that `transformers` loads with the same logits.
+
+    `like` is the folder that the model came from: its configuration and tokenizer are copied unchanged.
+    Without it a `config.json` is written from `config`. `card` becomes README.md. Weights are split into
+    files of at most `shard_bytes`. The folder appears whole or not at all; one that exists and holds
+    anything but an earlier export is refused with FileExistsError.
+    """
+    with new_folder(folder, marker="config.json") as out:
+        for name in COMPANIONS if like is not None else ():
+            source = pathlib.Path(str(like)) / name
+            if source.is_file():
+                shutil.copyfile(source, out / name)
+        if not (out / "config.json").is_file():
+            write_text(out / "config.json", json.dumps(config_to_hf(config), indent=2) + "\n")
+        if card is not None:
+            write_text(out / "README.md", card)
+        _save_tensors(out, config, params, shard_bytes)
+    return pathlib.Path(folder)
+
+
+def _save_tensors(out: pathlib.Path, config: ModelConfig, params: Mapping[str, Any], shard_bytes: int) -> None:
+    total = sum(int(np.prod(s)) for s in hf_shapes(config).values()) * np.dtype(config.dtype).itemsize
+    count = max(1, -(-total // shard_bytes))
+    index, size = {}, 0
+    for number, shard in enumerate(_shards(config, params, shard_bytes), start=1):
+        name = "model.safetensors" if count == 1 else f"model-{number:05d}.safetensors"
+        save_file(shard, out / name, metadata={"format": "pt"})
+        index.update(dict.fromkeys(shard, name))
+        size += sum(a.nbytes for a in shard.values())
+    if count > 1:
+        text = json.dumps({"metadata": {"total_size": size}, "weight_map": index}, indent=2)
+        write_text(out / "model.safetensors.index.json", text + "\n")
+
+
+def _shards(config: ModelConfig, params: Mapping[str, Any], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:
+    shard: dict[str, np.ndarray] = {}
+    size = 0
+    for name, array in hf_tensors(config, params):
+        # safetensors stores the buffer of a transposed array as if it were contiguous.
+        stored = np.ascontiguousarray(jax.device_get(array))
+        if shard and size + stored.nbytes > shard_bytes:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = stored
+        size += stored.nbytes
+    yield shard

@@ -1,0 +1,1 @@
+"""Jitted pure functions on arrays and trees."""

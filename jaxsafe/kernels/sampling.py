@@ -1,0 +1,102 @@
+"""The next token from logits: greedy, or sampled with a key of each row's own.
+
+B batch, V vocab
+"""
+
+import zlib
+from collections.abc import Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsafe.text.batches import Row
+
+
+@flax.struct.dataclass
+class Sampling:
+    """How tokens are drawn; numbers, so that no value recompiles. Each is a scalar or has shape [B].
+
+    temperature:        0 is greedy
+    top_k:              keep the k most likely tokens; 0 keeps all
+    top_p:              then keep the fewest tokens whose probabilities reach p; 1 keeps all
+    repetition_penalty: logits of tokens already in the row are divided by it where positive, else multiplied
+    """
+
+    temperature: jax.Array | float = 0.0
+    top_k: jax.Array | int = 0
+    top_p: jax.Array | float = 1.0
+    repetition_penalty: jax.Array | float = 1.0
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raises ValueError for a number outside its range."""
+    if np.any(np.asarray(sampling.temperature) < 0):
+        raise ValueError(f"temperature {sampling.temperature} is negative; use 0 for greedy or a positive number")
+    if np.any(np.asarray(sampling.top_k) < 0):
+        raise ValueError(f"top_k {sampling.top_k} is negative; use 0 to keep every token")
+    if np.any(np.asarray(sampling.top_p) <= 0) or np.any(np.asarray(sampling.top_p) > 1):
+        raise ValueError(f"top_p {sampling.top_p} is not in (0, 1]")
+    if np.any(np.asarray(sampling.repetition_penalty) <= 0):
+        raise ValueError(f"repetition_penalty {sampling.repetition_penalty} is not positive; 1 means none")
+
+
+def row_seeds(rows: Sequence[Row]) -> np.ndarray:
+    """A number for each row, uint32 [n], from its tokens and how often they occurred before.
+
+    Sampling keys made of it depend neither on a row's neighbours nor on its place.
+    """
+    seen: dict[int, int] = {}
+    out = []
+    for row in rows:
+        digest = zlib.crc32(np.asarray(row.ids, np.int32).tobytes())
+        seen[digest] = seen.get(digest, -1) + 1
+        out.append(zlib.crc32(np.asarray([seen[digest]], np.int32).tobytes(), digest) if seen[digest] else digest)
+    return np.array(out, np.uint32)
+
+
+def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
+    """The repetition penalty of CTRL (arXiv 1909.05858, section 4.1) on `logits` [B, V] where `seen` bool [B, V]."""
+    penalty = jnp.broadcast_to(jnp.asarray(penalty, logits.dtype), logits.shape[:1])[:, None]
+    return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def keep_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """`logits` [B, V] with every token but the top-k, and of these the top-p nucleus, set to -inf."""
+    V = logits.shape[-1]
+    order = jnp.argsort(-logits, axis=-1, stable=True)
+    rank = jnp.arange(V)[None]
+    k = jnp.where(top_k > 0, top_k, V)[:, None]
+    likely = jnp.where(rank < k, jnp.take_along_axis(logits, order, -1), -jnp.inf)
+    p = jax.nn.softmax(likely, axis=-1)
+    before = jnp.cumsum(p, axis=-1) - p
+    kept = jnp.where((rank < k) & ((before < top_p[:, None]) | (rank == 0)), likely, -jnp.inf)
+    return jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), -1)
+
+
+def next_token(logits: jax.Array, sampling: Sampling, keys: jax.Array, step: jax.Array) -> jax.Array:
+    """The token int32 [B] drawn from `logits` float32 [B, V]; `keys` [B], folded with `step`.
+
+    The sorts and the noise of sampling are computed only where some row asks for them.
+    """
+    B = logits.shape[0]
+    temperature, top_k, top_p = (
+        jnp.broadcast_to(jnp.asarray(value, dtype), (B,))
+        for value, dtype in (
+            (sampling.temperature, jnp.float32),
+            (sampling.top_k, jnp.int32),
+            (sampling.top_p, jnp.float32),
+        )
+    )
+    greedy = jnp.argmax(logits, -1).astype(jnp.int32)
+
+    def sample() -> jax.Array:
+        scaled = logits / jnp.maximum(temperature, 1e-6)[:, None]
+        scaled = jax.lax.cond(
+            jnp.any((top_k > 0) | (top_p < 1)), lambda x: keep_likely(x, top_k, top_p), lambda x: x, scaled
+        )
+        noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), logits.shape[1:]))(keys)
+        return jnp.where(temperature > 0, jnp.argmax(scaled + noise, -1).astype(jnp.int32), greedy)
+
+    return jax.lax.cond(jnp.any(temperature > 0), sample, lambda: greedy)

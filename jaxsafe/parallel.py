@@ -1,0 +1,60 @@
+"""Devices: a mesh from a line of text, and how rows and parameters lie on it."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "model")
+
+
+def parse_mesh(text: str, devices: list[Any] | None = None) -> Mesh:
+    """The mesh of `text`, e.g. "data:-1,model:2"; one axis may be -1, which takes what is left.
+
+    Axes are `data` (rows) and `model` (wide axes of weights); one not named has length 1. Raises ValueError
+    for another axis, a length that is not a number, and a mesh that the devices do not fill.
+    """
+    devices = jax.devices() if devices is None else devices
+    lengths = dict.fromkeys(AXES, 1)
+    for part in filter(None, text.replace(" ", "").split(",")):
+        axis, _, length = part.partition(":")
+        if axis not in AXES:
+            raise ValueError(f"mesh axis {axis!r} in {text!r} is not known; axes are {', '.join(AXES)}")
+        if not length.lstrip("-").isdigit() or int(length) == 0 or int(length) < -1:
+            raise ValueError(f"mesh axis {axis!r} in {text!r} needs a positive length or -1, got {length!r}")
+        lengths[axis] = int(length)
+    free = [axis for axis, length in lengths.items() if length == -1]
+    if len(free) > 1:
+        raise ValueError(f"mesh {text!r} has two axes of length -1; at most one can take what is left")
+    fixed = int(np.prod([length for length in lengths.values() if length != -1]))
+    if free:
+        lengths[free[0]] = max(1, len(devices) // fixed)
+    if int(np.prod(list(lengths.values()))) != len(devices):
+        raise ValueError(f"mesh {text!r} is {' x '.join(map(str, lengths.values()))}; there are {len(devices)} devices")
+    shape = tuple(lengths[axis] for axis in AXES)
+    # Linen's layers need Auto axes; make_mesh would choose Explicit ones.
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def put_rows(tree: Any, mesh: Mesh | None) -> Any:
+    """Arrays with leading axis B on the devices, B split over `data`.
+
+    Raises ValueError where B is no multiple of the data axis.
+    """
+    if mesh is None:
+        return jax.tree.map(jax.numpy.asarray, tree)
+    n = mesh.shape["data"]
+    for leaf in jax.tree.leaves(tree):
+        if leaf.shape[0] % n:
+            raise ValueError(f"a batch of {leaf.shape[0]} rows does not divide over {n} devices of the data axis")
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("data")))
+
+
+def banner() -> str:
+    """One line that says which process of how many this is, and on which devices."""
+    devices = jax.devices()
+    return (
+        f"process {jax.process_index()} of {jax.process_count()}, "
+        f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}), jax {jax.__version__}"
+    )

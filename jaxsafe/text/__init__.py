@@ -1,0 +1,1 @@
+"""Words to token arrays: chat templates, batches, data sets of prompts."""

@@ -1,0 +1,135 @@
+"""Rows of token ids as left-padded arrays of few shapes.
+
+B batch, T slots
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """Token `ids` of one text; `instruction_end` is the index of the last token before the answer begins."""
+
+    ids: tuple[int, ...]
+    instruction_end: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.instruction_end < len(self.ids):
+            raise ValueError(f"instruction_end {self.instruction_end} lies outside the row's {len(self.ids)} tokens")
+
+
+@flax.struct.dataclass
+class Batch:
+    """Left-padded rows.
+
+    tokens:          int32 [B, T]
+    valid:           bool  [B, T], False on padding
+    instruction_end: int32 [B], the slot of the last token before the answer
+    """
+
+    tokens: Any
+    valid: Any
+    instruction_end: Any
+
+    @property
+    def response(self) -> Any:
+        """bool [B, T]: the tokens of the answer, where the rows hold one."""
+        return self.valid & (np.arange(self.tokens.shape[1])[None] > self.instruction_end[:, None])
+
+
+def bucket(n: int) -> int:
+    """The least of 8, 12, 16, 24, 32, 48, 64, 96, ... that is not below `n`: two shapes per doubling."""
+    size = 8
+    while size < n:
+        size *= 2
+    return size * 3 // 4 if size > 8 and n <= size * 3 // 4 else size
+
+
+def pad_rows(rows: Sequence[Row], length: int | None = None, count: int | None = None, pad: int = 0) -> Batch:
+    """Left-pads `rows` to `length` slots (default: the bucket of the longest) and to `count` rows.
+
+    A row added to reach `count` is padding from end to end. Raises ValueError where a row does not fit.
+    """
+    longest = max((len(row.ids) for row in rows), default=1)
+    length = bucket(longest) if length is None else length
+    count = len(rows) if count is None else count
+    if longest > length or len(rows) > count:
+        raise ValueError(f"{len(rows)} rows of up to {longest} tokens do not fit {count} rows of {length}")
+    tokens = np.full((count, length), pad, np.int32)
+    valid = np.zeros((count, length), bool)
+    ends = np.full(count, length - 1, np.int32)
+    for i, row in enumerate(rows):
+        start = length - len(row.ids)
+        tokens[i, start:], valid[i, start:], ends[i] = row.ids, True, start + row.instruction_end
+    return Batch(tokens, valid, ends)
+
+
+def group_by_length(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]:
+    """Indices of the rows of each batch: longest first, one length bucket a batch, at most `batch_size` rows.
+
+    The longest come first so that a batch that does not fit memory is met at the start.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    groups: list[list[int]] = []
+    for i in order:
+        same = groups and bucket(lengths[groups[-1][0]]) == bucket(lengths[i])
+        if same and len(groups[-1]) < batch_size:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return [np.array(group) for group in groups]
+
+
+def row_bucket(n: int, batch_size: int, multiple: int = 1) -> int:
+    """The number of rows that a batch of `n` is padded to: a power of two times `multiple`, at most `batch_size`."""
+    size = multiple
+    while size < n:
+        size *= 2
+    return min(size, -(-batch_size // multiple) * multiple)
+
+
+def map_batches(
+    call: Callable[[Batch, np.ndarray], Any],
+    rows: Sequence[Row],
+    batch_size: int,
+    multiple: int = 1,
+    done: Callable[[int], None] = lambda n: None,
+) -> Any:
+    """`call(batch, indices)` over batches of `rows` formed by length; its results in the order of `rows`.
+
+    `indices` [B] names the row of `rows` behind each row of the batch (-1: padding). Results are trees of
+    arrays with leading axis B, returned as numpy arrays. `multiple` is the number of devices that share the
+    rows. A batch that does not fit memory is halved and tried again. `done(n)` hears of n finished rows.
+    Raises ValueError for no rows.
+    """
+    if not rows:
+        raise ValueError("there are no rows to run; give at least one prompt")
+    pieces: list[tuple[np.ndarray, Any]] = []
+    queue = group_by_length([len(row.ids) for row in rows], batch_size)[::-1]
+    while queue:
+        indices = queue.pop()
+        count = row_bucket(len(indices), batch_size, multiple)
+        named = np.concatenate([indices, np.full(count - len(indices), -1)])
+        try:
+            out = jax.device_get(call(pad_rows([rows[i] for i in indices], count=count), named))
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) or len(indices) <= multiple:
+                raise
+            batch_size = max(multiple, len(indices) // 2)
+            queue.append(indices)
+            queue = [part for group in queue for part in _split(group, batch_size)]
+            continue
+        pieces.append((indices, jax.tree.map(lambda a, n=len(indices): a[:n], out)))
+        done(len(indices))
+    order = np.argsort(np.concatenate([indices for indices, _ in pieces]))
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[order], *(out for _, out in pieces))
+
+
+def _split(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
