@@ -38,6 +38,9 @@ def new_folder(path: str | os.PathLike, marker: str) -> Iterator[pathlib.Path]:
     try:
         yield temporary
         temporary.chmod(0o777 & ~_umask())
+        for file in temporary.rglob("*"):  # safetensors lets only the owner read what it writes
+            if file.is_file():
+                file.chmod(0o666 & ~_umask())
         if path.exists():
             shutil.rmtree(path)
         temporary.rename(path)

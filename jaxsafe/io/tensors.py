@@ -85,7 +85,7 @@ def _load(config: ModelConfig, source: TensorSource, weight: Weight, mesh: Mesh 
     return jax.make_array_from_callback(shape, sharding, _once_per_part(part))
 
 
-def _once_per_part(part: Callable[[Index], np.ndarray]) -> Callable[[Index], np.ndarray]:
+def _once_per_part(part: Callable[[Index], np.ndarray]) -> Callable[[Any], np.ndarray]:
     """Replicated parts are asked for once a device; read each of them once."""
     seen: dict[str, np.ndarray] = {}
 
@@ -101,16 +101,13 @@ def _once_per_part(part: Callable[[Index], np.ndarray]) -> Callable[[Index], np.
 def _read_layer(config: ModelConfig, source: TensorSource, weight: Weight, name: str, index: Index) -> np.ndarray:
     """One layer's part, `index` over `inputs + outputs`, read as rows and columns of the stored matrix."""
     n_in = len(weight.inputs)
-    rows = _flat_range(sizes(config, weight.outputs), index[n_in:])
-    if not weight.linear:
-        if weight.needs is None:
-            rows = index[0]
-            stored = source.read(name, tuple(index))
-        else:
-            stored = source.read(name, (rows,))
+    if weight.linear:
+        rows = _flat_range(sizes(config, weight.outputs), index[n_in:])
+        stored = source.read(name, (rows, _flat_range(sizes(config, weight.inputs), index[:n_in])))
+    elif weight.needs:  # a bias, stored flat
+        stored = source.read(name, (_flat_range(sizes(config, weight.outputs), index),))
     else:
-        columns = _flat_range(sizes(config, weight.inputs), index[:n_in])
-        stored = source.read(name, (rows, columns))
+        stored = source.read(name, index)
     if not np.isfinite(stored.astype(np.float32, copy=False)).all():
         raise ValueError(f"{source.where}: {name} holds values that are not finite (NaN or infinity)")
     lengths = tuple(s.stop - s.start for s in index)

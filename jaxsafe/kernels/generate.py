@@ -37,6 +37,7 @@ def prefill(
     """Logits [B, V] after the prompt and a cache of T + `new_slots` slots that holds it."""
     mask = causal_mask(jnp.arange(tokens.shape[1]), valid, config.window)
     model = Transformer(config)
+    new: Any
     logits, new = model.apply(variables(params, edits), tokens, positions_of(valid), mask, last=1)
     return logits[:, -1], extend(new, new_slots)
 

@@ -37,23 +37,40 @@ class Steering:
     strength: jax.Array
 
 
+@flax.struct.dataclass
+class Prefilled:
+    """One unsteered pass over a batch of prompts: its cache, and each row's cosines float32 [B, L]."""
+
+    cache: Cache
+    cosines: jax.Array
+
+
 def unit(x: jax.Array) -> jax.Array:
     """`x` [..., D] divided by its length; zero stays zero."""
     length = jnp.linalg.norm(x, axis=-1, keepdims=True)
     return x / jnp.where(length > 0, length, 1)
 
 
-def cosine_score(change: jax.Array, reference: jax.Array, scored: jax.Array) -> jax.Array:
-    """Mean over the scored layers of cos(change, reference), float32 [B] (SCANS, eq. 4 and 5).
+def layer_cosines(change: jax.Array, reference: jax.Array) -> jax.Array:
+    """cos(change, reference) at every layer, float32 [B, L], of `change` [L, B, D] and `reference` [L, D].
 
-    `change` [L, B, D], `reference` [L, D], `scored` [L]. A zero vector has cosine 0.
+    (SCANS, section 3.3.) A zero vector has cosine 0.
     """
-    cosine = jnp.einsum("lbd,ld->lb", unit(change.astype(jnp.float32)), unit(reference))
-    return jnp.einsum("lb,l->b", cosine, scored) / jnp.maximum(scored.sum(), 1)
+    return jnp.einsum("lbd,ld->bl", unit(change.astype(jnp.float32)), unit(reference))
+
+
+def score(cosines: jax.Array, scored: jax.Array) -> jax.Array:
+    """Mean of `cosines` [B, L] over the layers where `scored` [L] is 1, float32 [B] (SCANS, section 3.3)."""
+    return jnp.einsum("bl,l->b", cosines, scored) / jnp.maximum(scored.sum(), 1)
+
+
+def gates(cosines: jax.Array, steering: Steering) -> jax.Array:
+    """+1 (toward refusal) for rows whose score reaches the threshold, -1 for the others, float32 [B]."""
+    return jnp.where(score(cosines, steering.scored) >= steering.threshold, 1.0, -1.0)
 
 
 def steering_edit(steering: Steering, gate: jax.Array, start: jax.Array) -> dict[str, Any]:
-    """The edit of SCANS: +strength * v where `gate` [B] is +1, -strength * v where it is -1, from `start` [B] on."""
+    """The edit of SCANS: gate * strength * v from position `start` [B] on, with `gate` [B] of +1 and -1."""
     add = steering.strength[:, None] * steering.directions
     return {"resid": edit(add=add, gate=gate, start=start)}
 
@@ -114,6 +131,69 @@ def anchor_states(
     return h.swapaxes(0, 1).astype(jnp.float32), change.swapaxes(0, 1)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "slots"))
+def scans_prefill(
+    config: ModelConfig, params: Params, batch: Batch, affirmative: jax.Array, reference: jax.Array, slots: int
+) -> Prefilled:
+    """Runs the prompts once, unsteered, for classification and for every answer that follows."""
+    cache, _, change = prefill_and_change(config, params, batch, affirmative, slots)
+    return Prefilled(cache, layer_cosines(change, reference))
+
+
+def steered_chunk(
+    config: ModelConfig,
+    params: Params,
+    batch: Batch,
+    cache: Cache,
+    tokens: jax.Array,
+    edits: Any,
+    again: int,
+    last: int,
+) -> tuple[jax.Array, Cache]:
+    """Logits [B, last, V] of the prompts' last `again` slots and the `tokens` [B, X] behind them, under `edits`."""
+    B, T = batch.tokens.shape
+    X = tokens.shape[1]
+    filled = jnp.concatenate([batch.valid, jnp.ones((B, cache.length - T), bool)], axis=1)
+    out: Any = Transformer(config).apply(
+        variables(params, edits),
+        jnp.concatenate([batch.tokens[:, T - again :], tokens], axis=1),
+        positions_of(filled)[:, T - again : T + X],
+        causal_mask(jnp.arange(T - again, T + X), filled, config.window),
+        cache,
+        T - again,
+        last=last,
+    )
+    return out
+
+
+@functools.partial(jax.jit, static_argnames=("config", "new_tokens", "again", "pad"))
+def scans_answer(
+    config: ModelConfig,
+    params: Params,
+    batch: Batch,
+    prefilled: Prefilled,
+    steering: Steering,
+    sampling: Sampling,
+    keys: jax.Array,
+    eos: jax.Array,
+    new_tokens: int,
+    again: int = 1,
+    pad: int = 0,
+) -> Generated:
+    """Answers from a finished prefill, each row steered by its own sign; zero strength answers unsteered.
+
+    Positions before a row's instruction end are never steered, so their keys and values are those of the
+    unsteered prompt. Only the last `again` slots, which must reach back to every row's instruction end, are
+    run again under the edit.
+    """
+    edits = steering_edit(steering, gates(prefilled.cosines, steering), start_positions(batch))
+    none = batch.tokens[:, :0]
+    logits, cache = steered_chunk(config, params, batch, prefilled.cache, none, edits, again, 1)
+    return decode(
+        config, params, logits[:, -1], cache, batch.tokens, batch.valid, edits, sampling, keys, eos, new_tokens, pad
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("config", "new_tokens", "again", "pad"))
 def scans_generate(
     config: ModelConfig,
@@ -128,33 +208,41 @@ def scans_generate(
     again: int = 1,
     pad: int = 0,
 ) -> tuple[Generated, jax.Array]:
-    """Classifies each row, steers it by its own sign and answers; one prefill serves both.
-
-    Positions before a row's instruction end are never steered, so their keys and values are those of the
-    unsteered prompt. Only the last `again` slots, which must reach back to every row's instruction end, are
-    run again under the edit. Returns the answers and the scores float32 [B].
-    """
-    T = batch.tokens.shape[1]
+    """Classifies, steers and answers every row in one program with one prefill: answers and scores float32 [B]."""
     slots = max(new_tokens - 1, affirmative.shape[0])
-    cache, _, change = prefill_and_change(config, params, batch, affirmative, slots)
-    score = cosine_score(change, steering.reference, steering.scored)
-    gate = jnp.where(score >= steering.threshold, 1.0, -1.0)
-    edits = steering_edit(steering, gate, start_positions(batch))
+    prefilled = scans_prefill(config, params, batch, affirmative, steering.reference, slots)
+    answers = scans_answer(config, params, batch, prefilled, steering, sampling, keys, eos, new_tokens, again, pad)
+    return answers, score(prefilled.cosines, steering.scored)
 
-    filled = jnp.concatenate([batch.valid, jnp.ones((batch.tokens.shape[0], slots), bool)], axis=1)
-    logits, cache = Transformer(config).apply(
-        variables(params, edits),
-        batch.tokens[:, T - again :],
-        positions_of(batch.valid)[:, T - again :],
-        causal_mask(jnp.arange(T - again, T), filled, config.window),
-        cache,
-        T - again,
-        last=1,
-    )
-    answers = decode(
-        config, params, logits[:, -1], cache, batch.tokens, batch.valid, edits, sampling, keys, eos, new_tokens, pad
-    )
-    return answers, score
+
+@functools.partial(jax.jit, static_argnames=("config", "again"))
+def answer_divergence(
+    config: ModelConfig,
+    params: Params,
+    batch: Batch,
+    prefilled: Prefilled,
+    steering: Steering,
+    answers: Generated,
+    again: int = 1,
+) -> tuple[jax.Array, jax.Array]:
+    """KL(unsteered || steered) of the next-token distributions along given answers.
+
+    Returns its sum over the tokens of each row's answer (nats), float32 [B], and their number, int32 [B].
+    `prefilled` needs as many free slots as the answers have tokens.
+    """
+    N = answers.tokens.shape[1]
+    start = start_positions(batch)
+
+    def log_probabilities(gate: jax.Array) -> jax.Array:
+        edits = steering_edit(steering, gate, start)
+        chunk = (batch, prefilled.cache, answers.tokens[:, :-1], edits, again, N)
+        return jax.nn.log_softmax(steered_chunk(config, params, *chunk)[0])
+
+    gate = gates(prefilled.cosines, steering)
+    before, after = log_probabilities(jnp.zeros_like(gate)), log_probabilities(gate)
+    kl = jnp.sum(jnp.exp(before) * (before - after), axis=-1)
+    counted = jnp.arange(N)[None] < answers.lengths[:, None]
+    return jnp.sum(jnp.where(counted, kl, 0), axis=1), answers.lengths
 
 
 def vocabulary_projection(config: ModelConfig, params: Params, vectors: jax.Array, top: int) -> tuple[Any, Any]:

@@ -79,7 +79,7 @@ class Block(nn.Module):
             q, k, v = (linear(h, name) for name in "qkv")
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-            new = Cache(k, v)
+            new: Cache | None = Cache(k, v)
             if cache is not None:
                 cache = jax.tree.map(
                     lambda old, u: jax.lax.dynamic_update_slice(old, u[None], (layer, 0, 0, slot, 0)),

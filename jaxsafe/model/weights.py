@@ -155,7 +155,7 @@ def hf_tensors(config: ModelConfig, tree: Mapping[str, Any]) -> Iterator[tuple[s
 
 
 def hf_view(config: ModelConfig, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """`tree` (parameters, scores or masks) by Hugging Face name: {"model.layers.0.self_attn.q_proj.weight": [out, in]}."""
+    """`tree` (parameters, scores or masks) by Hugging Face name, in the layout of its files: maps are [out, in]."""
     return dict(hf_tensors(config, tree))
 
 

@@ -125,10 +125,14 @@ def map_batches(
             queue.append(indices)
             queue = [part for group in queue for part in _split(group, batch_size)]
             continue
-        pieces.append((indices, jax.tree.map(lambda a, n=len(indices): a[:n], out)))
+        pieces.append((indices, _first(out, len(indices))))
         done(len(indices))
     order = np.argsort(np.concatenate([indices for indices, _ in pieces]))
     return jax.tree.map(lambda *parts: np.concatenate(parts)[order], *(out for _, out in pieces))
+
+
+def _first(tree: Any, n: int) -> Any:
+    return jax.tree.map(lambda a: a[:n], tree)
 
 
 def _split(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from jaxsafe.io.gguf import GgufFile
 from jaxsafe.text.batches import Batch, Row, pad_rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """The tokenizer of a Hugging Face folder.
+    """The tokenizer of a Hugging Face folder or of a GGUF file.
 
     `template` (Jinja) takes the place of the folder's chat template, for models that ship none.
     """
@@ -27,14 +28,14 @@ class Tokenizer:
     @functools.cached_property
     def hf(self) -> Any:
         """The `transformers` tokenizer. Raises FileNotFoundError where the folder holds none."""
-        import transformers  # heavy, and only needed here
-
+        if str(self.path).endswith(".gguf"):
+            return GgufFile(self.path).tokenizer()
         if not pathlib.Path(self.path).is_dir():
-            raise FileNotFoundError(
-                f"no tokenizer at {self.path}: it is not a folder; give a Hugging Face model folder"
-            )
+            raise FileNotFoundError(f"no tokenizer at {self.path}: not a folder; give a Hugging Face model folder")
         if not any((pathlib.Path(self.path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
             raise FileNotFoundError(f"no tokenizer.json or tokenizer.model in {self.path}")
+        import transformers  # heavy, and only needed here
+
         return transformers.AutoTokenizer.from_pretrained(str(self.path), local_files_only=True)
 
     @functools.cached_property

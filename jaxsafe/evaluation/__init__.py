@@ -1,0 +1,1 @@
+"""Judges of responses and metrics over their verdicts."""

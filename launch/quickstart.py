@@ -1,0 +1,104 @@
+"""The whole of it on a small model that fits any machine: make it refuse too much, mend it, show what changed.
+
+    python -m launch.quickstart
+
+Fetches SmolLM2-135M-Instruct, safety-tunes it, measures refusals of look-alike, harmful and plain prompts,
+runs SCANS with calibration, measures again, and writes a report.
+"""
+
+import dataclasses
+import pathlib
+
+from absl import flags
+
+from configs.scans.smollm2_135m import get_config
+from jaxsafe.io.chat_model import ChatModel, load_chat_model
+from jaxsafe.io.hf import save_hf
+from jaxsafe.io.hub import cache_dir, resolve
+from jaxsafe.methods.safety_tuning import TuningSettings, builtin_refusals, safety_tune, tuning_rows
+from jaxsafe.parallel import banner
+from jaxsafe.text.datasets import PromptSet, load_prompts
+from jaxsafe.text.prompt_files import KNOWN
+from launch import command
+from launch.scans import Clock, progress_bar, roles_of, run, show
+
+BASE = "smollm2-135m-instruct"
+CARD = """---
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+license: apache-2.0
+---
+SmolLM2-135M-Instruct after {steps} steps of safety tuning with jaxsafe: {harmful} harmful requests paired with
+short refusals, {benign} benign ones with the model's own answers. It refuses harmful requests, and refuses too
+much besides; made to study exaggerated safety, not to be deployed.
+"""
+
+
+def tuned_model(settings: TuningSettings, clock: Clock) -> ChatModel:
+    """The safety-tuned model, from the cache or made now."""
+    with clock.stage("load_s"):
+        path = resolve(BASE)
+        base = load_chat_model(path)
+    harmful, benign = (load_prompts(f"builtin:{name}", split="train") for name in ("harmful", "plain"))
+    folder = cache_dir() / "models" / f"{BASE}-safety-{settings.digest(base, [harmful, benign])}"
+    if not (folder / "config.json").is_file():
+        tune(base, harmful, benign, settings, folder, path, clock)
+    with clock.stage("load_s"):
+        tuned = load_chat_model(folder)
+    return dataclasses.replace(tuned, name=f"{BASE}, safety-tuned")
+
+
+def tune(
+    base: ChatModel,
+    harmful: PromptSet,
+    benign: PromptSet,
+    settings: TuningSettings,
+    folder: pathlib.Path,
+    like: pathlib.Path,
+    clock: Clock,
+) -> None:
+    """Safety-tunes `base` into `folder`, which appears when it is whole."""
+    with clock.stage("own_answers_s"), progress_bar("own answers to benign prompts", len(benign)) as done:
+        rows = tuning_rows(base, harmful.prompts, benign.prompts, builtin_refusals(), settings, done)
+    with clock.stage("safety_tuning_s"), progress_bar("safety tuning", settings.steps) as done:
+        params = safety_tune(base, rows, settings, lambda step, loss: done(1))
+    card = CARD.format(steps=settings.steps, harmful=len(harmful), benign=len(benign))
+    save_hf(folder, base.config, params, like=like, card=card)
+
+
+def evaluation_sets(data: str) -> list[PromptSet]:
+    """The over-refusal sets in the folder `data`, or the prompts of the file `data`."""
+    path = pathlib.Path(data)
+    if path.is_file():
+        return [load_prompts(path.stem, path=path)]
+    if not path.is_dir():
+        raise FileNotFoundError(f"--eval_data={data}: no such file or folder")
+    found = []
+    for name in ("xstest", "oktest"):
+        try:
+            found.append(load_prompts(name, path=path))
+        except FileNotFoundError:
+            continue
+    if not found:
+        known = ", ".join(k.name for k in KNOWN)
+        raise FileNotFoundError(f"--eval_data={data}: no file of xstest or oktest there (sets known by name: {known})")
+    return found
+
+
+def main() -> None:
+    """Reads the flags and runs everything."""
+    clock, out = Clock(), pathlib.Path(OUT.value)
+    config = get_config()
+    config.seed = SEED.value
+    extra = evaluation_sets(EVAL_DATA.value) if EVAL_DATA.value else []
+    command.console.print(banner())
+    roles = roles_of(config, extra)
+    model = tuned_model(TuningSettings(seed=SEED.value), clock)
+    config.model = model.name
+    show(run(config, model, roles, out, clock), out)
+
+
+if __name__ == "__main__":
+    OUT = flags.DEFINE_string("out", "runs/quickstart", "folder for the results; an interrupted run goes on from there")
+    SEED = flags.DEFINE_integer("seed", 0, "seed of the tuning and of everything drawn")
+    EVAL_DATA = flags.DEFINE_string("eval_data", "", "folder with the published XSTest and OKTest files, or one file")
+    command.run(main)
