@@ -1,5 +1,6 @@
 """Devices: a mesh from a line of text, and how rows and parameters lie on it."""
 
+import re
 from typing import Any
 
 import jax
@@ -13,17 +14,20 @@ def parse_mesh(text: str, devices: list[Any] | None = None) -> Mesh:
     """The mesh of `text`, e.g. "data:-1,model:2"; one axis may be -1, which takes what is left.
 
     Axes are `data` (rows) and `model` (wide axes of weights); one not named has length 1. Raises ValueError
-    for another axis, a length that is not a number, and a mesh that the devices do not fill.
+    for another axis, one named twice, a length that is not a number, and a mesh that the devices do not fill.
     """
     devices = jax.devices() if devices is None else devices
-    lengths = dict.fromkeys(AXES, 1)
+    given: dict[str, int] = {}
     for part in filter(None, text.replace(" ", "").split(",")):
         axis, _, length = part.partition(":")
         if axis not in AXES:
             raise ValueError(f"mesh axis {axis!r} in {text!r} is not known; axes are {', '.join(AXES)}")
-        if not length.lstrip("-").isdigit() or int(length) == 0 or int(length) < -1:
+        if axis in given:
+            raise ValueError(f"mesh axis {axis!r} stands twice in {text!r}")
+        if not re.fullmatch(r"-1|[1-9][0-9]*", length):
             raise ValueError(f"mesh axis {axis!r} in {text!r} needs a positive length or -1, got {length!r}")
-        lengths[axis] = int(length)
+        given[axis] = int(length)
+    lengths = dict.fromkeys(AXES, 1) | given
     free = [axis for axis, length in lengths.items() if length == -1]
     if len(free) > 1:
         raise ValueError(f"mesh {text!r} has two axes of length -1; at most one can take what is left")

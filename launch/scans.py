@@ -4,6 +4,9 @@ python -m launch.scans --config=configs/scans/llama2_7b_chat.py --out=runs/llama
 """
 
 import dataclasses
+import hashlib
+import json
+import os
 import pathlib
 import time
 from collections.abc import Iterator, Sequence
@@ -18,15 +21,16 @@ from rich.table import Table
 
 from jaxsafe.evaluation.comparison import average, comparisons, judged, metrics
 from jaxsafe.evaluation.judges import judge
-from jaxsafe.evaluation.metrics import classification, roc
-from jaxsafe.evaluation.perplexity import builtin_prose, load_passages, perplexity
-from jaxsafe.evaluation.record import data_record, environment, model_record, write_run
+from jaxsafe.evaluation.metrics import best_threshold, classification, roc
+from jaxsafe.evaluation.perplexity import builtin_prose, halves, load_passages, perplexity
+from jaxsafe.evaluation.record import data_record, environment, model_record, plain, write_run
 from jaxsafe.io.chat_model import ChatModel, load_chat_model
 from jaxsafe.kernels.sampling import Sampling
 from jaxsafe.kernels.steering import Steering
 from jaxsafe.methods.scans import (
     AFFIRMATIVE,
     Decoding,
+    Directions,
     affirmative_ids,
     find_directions,
     read_prompts,
@@ -36,15 +40,11 @@ from jaxsafe.methods.scans import (
     vocabulary,
 )
 from jaxsafe.methods.scans_answers import answer_prompts
-from jaxsafe.methods.scans_calibration import (
-    choose_classifier,
-    choose_strength,
-    layer_candidates,
-    try_candidates,
-)
+from jaxsafe.methods.scans_calibration import calibrate, choose_classifier, layer_candidates
 from jaxsafe.methods.vectors import load_steering, save_control_vector, save_steering
 from jaxsafe.parallel import banner, parse_mesh
 from jaxsafe.report.html import write_report
+from jaxsafe.text.chat import check_context
 from jaxsafe.text.datasets import PromptSet
 from jaxsafe.text.roles import Roles, assign_roles, labelled
 from launch import command
@@ -94,79 +94,70 @@ def as_range(value: Sequence[int] | None, name: str) -> tuple[int, int] | None:
 
 def prepare(config: ConfigDict, model: ChatModel, roles: Roles, clock: Clock) -> Prepared:
     """Directions from the anchors; threshold, layers and strength from the config or from calibration."""
-    batch_size = config.batch_size
-    harmful, labels = labelled(roles.anchors)
-    anchors = {side: [p for p, h in zip(harmful, labels, strict=True) if h is side] for side in (True, False)}
-    if not anchors[True] or not anchors[False]:
-        raise ValueError(f"anchors need harmful and benign prompts; got {len(anchors[True])} and {len(anchors[False])}")
-    total = len(labels)
-    with clock.stage("directions_s"), progress_bar("refusal directions", total) as done:
-        directions = find_directions(model, anchors[True], anchors[False], batch_size, done)
+    prompts, labels = labelled(roles.anchors)
+    harmful, benign = ([p for p, h in zip(prompts, labels, strict=True) if h is side] for side in (True, False))
+    if not harmful or not benign:
+        raise ValueError(f"anchors need harmful and benign prompts; got {len(harmful)} and {len(benign)}")
+    with clock.stage("directions_s"), progress_bar("refusal directions", len(labels)) as done:
+        directions = find_directions(model, harmful, benign, config.batch_size, done)
         table = vocabulary(model, directions)
-    record: dict[str, Any] = {"vocabulary": table, "directions": {"norm": directions.norm}}
-    record["directions"]["residual_norm"] = directions.residual_norm
-
+    record: dict[str, Any] = {
+        "vocabulary": table,
+        "directions": {"norm": directions.norm, "residual_norm": directions.residual_norm},
+    }
     scored, layers = as_range(config.scored, "scored"), as_range(config.layers, "layers")
-    threshold, alpha, alpha_rel = config.threshold, config.alpha, config.alpha_rel
-    needs_classifier = scored is None or threshold is None
-    needs_strength = layers is None or (alpha is None and alpha_rel is None)
-    if needs_classifier or needs_strength:
-        prompts, harmful_labels = labelled(roles.calibration)
-        if len(set(harmful_labels)) < 2:
-            raise ValueError("calibration needs harmful and safe prompts; config.calibration has one kind only")
-        with clock.stage("classifier_s"), progress_bar("classifier on calibration prompts", len(prompts)) as done:
-            reading = read_prompts(model, directions, prompts, batch_size, done)
-        if needs_classifier:
-            scored, threshold = choose_classifier(reading.cosines, harmful_labels)
-        assert scored is not None and threshold is not None
-        scores = reading.cosines[:, scored[0] : scored[1]].mean(1)
-        record["directions"]["separation"] = separation(reading, harmful_labels)
-        record["classifier"] = {
-            "calibration": {"scores": scores, "harmful": harmful_labels},
-            "roc": roc(scores, harmful_labels),
-        }
-    if needs_strength:
-        assert scored is not None and threshold is not None
-        chosen, record["strength"] = calibrate_strength(config, model, directions, roles, scored, threshold, clock)
-        layers, alpha, alpha_rel = chosen.layers, None, chosen.alpha_rel
-    assert scored is not None and threshold is not None and layers is not None
-    steering = steering_of(directions, scored, threshold, layers, alpha, alpha_rel)
-    choice = {"scored": list(scored), "threshold": threshold, "layers": list(layers), "alpha": alpha}
-    return Prepared(steering, float(threshold), record, choice | {"alpha_rel": alpha_rel})
+    if config.alpha is not None and layers and scored and config.threshold is not None:
+        fixed = {"alpha": config.alpha, "alpha_rel": None, "threshold": config.threshold}
+    else:
+        scored, layers, fixed = calibrated(config, model, roles, directions, table, scored, layers, record, clock)
+    choice = {"scored": list(scored), "layers": list(layers), **fixed}
+    steering = steering_of(directions, scored, fixed["threshold"], layers, fixed["alpha"], fixed["alpha_rel"])
+    return Prepared(steering, float(fixed["threshold"]), record, choice)
 
 
-def calibrate_strength(
+def calibrated(
     config: ConfigDict,
     model: ChatModel,
-    directions: Any,
     roles: Roles,
-    scored: tuple[int, int],
-    threshold: float,
+    directions: Directions,
+    table: dict[str, Any],
+    scored: tuple[int, int] | None,
+    layers: tuple[int, int] | None,
+    record: dict[str, Any],
     clock: Clock,
-) -> tuple[Any, dict[str, Any]]:
-    """The chosen candidate, and all of them in the terms of `run.json`."""
-    share = [s.take(min(len(s), config.calibration_prompts), config.seed) for s in roles.calibration]
-    prompts, labels = labelled(share)
-    fixed = as_range(config.layers, "layers")
-    table = vocabulary(model, directions)
-    ranges = [fixed] if fixed else layer_candidates(model.config.layers, table)
+) -> tuple[tuple[int, int], tuple[int, int], dict[str, Any]]:
+    """What the config leaves open, chosen on the calibration prompts; adds the curves to `record`."""
+    if config.alpha is not None:
+        raise ValueError("config.alpha needs config.layers, config.scored and config.threshold; else give alpha_rel")
+    prompts, harmful = labelled(roles.calibration)
+    if len(set(harmful)) < 2:
+        raise ValueError("calibration needs harmful and safe prompts; config.calibration has one kind only")
+    with clock.stage("classifier_s"), progress_bar("classifier on calibration prompts", len(prompts)) as done:
+        reading = read_prompts(model, directions, prompts, config.batch_size, done)
+    if scored is None:
+        scored, _ = choose_classifier(reading.cosines, harmful)
+    scores = reading.cosines[:, scored[0] : scored[1]].mean(1)
+    threshold = config.threshold
+    if threshold is None and config.threshold_by == "roc":
+        threshold = best_threshold(scores, harmful)
+    elif config.threshold_by not in ("roc", "outcome"):
+        raise ValueError(f"config.threshold_by {config.threshold_by!r} is not known; use 'outcome' or 'roc'")
+
+    ranges = [layers] if layers else layer_candidates(model.config.layers, table)
     grid = [config.alpha_rel] if config.alpha_rel is not None else list(config.alpha_grid)
-    candidates = [(r, a) for r in ranges for a in grid]
+    settings = [(r, a) for r in ranges for a in grid]
     decoding = Decoding(config.calibration_tokens, seed=config.seed, batch_size=config.batch_size)
-    with clock.stage("strength_s"), progress_bar("layers and strength", len(prompts) * len(candidates)) as done:
-        tried = try_candidates(
-            model,
-            directions,
-            scored,
-            threshold,
-            candidates,
-            prompts,
-            labels,
-            judge(config.judge),
-            decoding,
-            done,
+    rules = judge(config.judge)
+    with clock.stage("strength_s"), progress_bar("layers and strength", len(prompts) * len(settings)) as done:
+        limits = (config.kl_limit, config.max_drop, threshold, done)
+        chosen, tried = calibrate(
+            model, directions, scored, settings, prompts, harmful, scores, rules, decoding, *limits
         )
-    chosen = choose_strength(tried, config.kl_limit)
+    record["directions"]["separation"] = separation(reading, harmful)
+    record["classifier"] = {
+        "calibration": {"scores": scores, "harmful": harmful},
+        "roc": roc(scores, harmful),
+    }
     rows = [
         dataclasses.asdict(c)
         | {
@@ -177,19 +168,54 @@ def calibrate_strength(
         }
         for c in tried
     ]
-    return chosen, {"limit": {"kind": "kl", "value": config.kl_limit}, "candidates": rows, "n": len(prompts)}
+    record["strength"] = {
+        "limit": {"kind": "kl", "value": config.kl_limit},
+        "max_drop": config.max_drop,
+        "candidates": rows,
+        "n": len(prompts),
+    }
+    return scored, chosen.layers, {"alpha": None, "alpha_rel": chosen.alpha_rel, "threshold": chosen.threshold}
 
 
-def load_prepared(path: str, model: ChatModel) -> Prepared:
+def load_prepared(path: str | os.PathLike, model: ChatModel) -> Prepared:
     """A steering saved by an earlier run of the same model."""
     steering, metadata = load_steering(path, model.config_sha256())
-    return Prepared(steering, float(steering.threshold), {}, metadata["choice"])
+    return Prepared(steering, float(steering.threshold), metadata.get("record", {}), metadata["choice"])
+
+
+def prepare_key(config: ConfigDict, model: ChatModel, roles: Roles) -> str:
+    """Digest of what directions and calibration depend on."""
+    sets = [s.sha256 for s in (*roles.anchors, *roles.calibration)]
+    later = ("evaluation", "data", "max_new_tokens", "repetition_penalty", "text", "passages", "batch_size", "mesh")
+    settings = {name: value for name, value in config.to_dict().items() if name not in later}
+    content = [model.fingerprint(), sets, plain(settings)]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def prepare_once(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, clock: Clock) -> Prepared:
+    """`prepare`, or what an earlier run of the same experiment left in `out`."""
+    path, key = out / "vectors.safetensors", prepare_key(config, model, roles)
+    if path.is_file():
+        try:
+            if load_steering(path)[1].get("key") == key:
+                return load_prepared(path, model)
+        except ValueError:
+            pass  # of another experiment: it is made anew and replaced
+    prepared = prepare(config, model, roles, clock)
+    save_vectors(out, model, prepared, key)
+    return prepared
 
 
 def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, clock: Clock) -> dict[str, Any]:
     """The whole experiment; what it found is in `out` and in the returned record."""
     rules = judge(config.judge)
-    prepared = load_prepared(config.vectors, model) if config.vectors else prepare(config, model, roles, clock)
+    texts = load_passages(config.text, config.passages) if config.text else builtin_prose()[: config.passages]
+    check_lengths(config, model, roles, texts)
+    if config.vectors:
+        prepared = load_prepared(config.vectors, model)
+        save_vectors(out, model, prepared, key="")
+    else:
+        prepared = prepare_once(config, model, roles, out, clock)
     decoding = Decoding(
         config.max_new_tokens,
         Sampling(repetition_penalty=config.repetition_penalty),
@@ -204,13 +230,11 @@ def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, c
             answers, new = answer_prompts(model, prepared.steering, prompts.prompts, decoding, log, done)
             tokens += new
             samples += judged(prompts, answers, prepared.threshold, rules)
-    texts = load_passages(config.text, config.passages) if config.text else builtin_prose()[: config.passages]
     affirmative = affirmative_ids(model)
     with clock.stage("perplexity_s"), progress_bar("perplexity", 2 * len(texts)) as done:
         before, n = perplexity(model, unsteered(prepared.steering), affirmative, texts, config.batch_size, done)
         after, _ = perplexity(model, prepared.steering, affirmative, texts, config.batch_size, done)
 
-    save_vectors(out, model, prepared)
     table = comparisons(samples)
     record = environment() | {
         "task": "scans",
@@ -236,6 +260,13 @@ def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, c
     return record
 
 
+def check_lengths(config: ConfigDict, model: ChatModel, roles: Roles, texts: Sequence[str]) -> None:
+    """Raises ValueError, before any work is done, for a prompt or a text that the model's context cannot hold."""
+    for prompts in (*roles.anchors, *roles.calibration, *roles.evaluation):
+        check_context(model.rows(prompts.prompts), model.config.context, config.max_new_tokens)
+    check_context(halves(model, texts), model.config.context, len(affirmative_ids(model)))
+
+
 def classifier_record(samples: list[dict[str, Any]], prepared: Prepared, calibration: dict[str, Any]) -> dict[str, Any]:
     """How the classifier did on the evaluation prompts that have a label."""
     told = [s for s in samples if s["harmful"] is not None]
@@ -244,14 +275,17 @@ def classifier_record(samples: list[dict[str, Any]], prepared: Prepared, calibra
     return {**found, "layers": prepared.metadata["scored"], "test": {"scores": scores, "harmful": labels}} | calibration
 
 
-def save_vectors(out: pathlib.Path, model: ChatModel, prepared: Prepared) -> None:
-    """The steering as safetensors, and as a GGUF control vector toward refusal."""
+def save_vectors(out: pathlib.Path, model: ChatModel, prepared: Prepared, key: str) -> None:
+    """The steering as safetensors, with how it came about, and as a GGUF control vector toward refusal."""
+    out.mkdir(parents=True, exist_ok=True)
     metadata = {
         "model": model.name,
         "model_sha256": model.config_sha256(),
         "chat_template_sha256": model.template_sha256,
         "affirmative": AFFIRMATIVE,
         "choice": prepared.metadata,
+        "record": plain(prepared.record),
+        "key": key,
     }
     save_steering(out / "vectors.safetensors", prepared.steering, metadata)
     if not np.asarray(prepared.steering.strength)[0]:
@@ -275,10 +309,11 @@ def show(record: dict[str, Any], out: pathlib.Path) -> None:
     strength = f"alpha_rel {choice['alpha_rel']}" if choice["alpha"] is None else f"alpha {choice['alpha']}"
     command.console.print(
         f"steered layers {choice['layers'][0]} to {choice['layers'][1] - 1} with {strength}; "
-        f"harmful from score {choice['threshold']:.3f} on; {record['timings']['tokens_per_s']:.0f} new tokens/s"
+        f"harmful from score {choice['threshold']:.3f} on; {record['timings']['tokens_per_s']:.0f} new tokens/s",
+        soft_wrap=True,
     )
     for name in ("report.html", "run.json", "samples.jsonl", "vectors.safetensors"):
-        command.console.print(f"  {out / name}")
+        command.console.print(f"  {out / name}", soft_wrap=True)
 
 
 def _percent(rate: dict[str, Any]) -> str:

@@ -15,7 +15,8 @@ def base() -> ConfigDict:
     config.raw = False
     config.seed = 0
 
-    # Prompt sets: "name", "name/split", "name#64" (64 drawn by the seed). `data` is a folder of published files.
+    # Prompt sets: "name", "name/split", a file "mine.csv", "mine.csv:safe" or ":harmful"; "#64" draws 64 by the
+    # seed. `data` is a folder of published files.
     config.data = ""
     config.anchors = ("advbench#48", "malicious_instruct#16", "truthfulqa#32", "builtin:plain/anchor#32")
     config.calibration = (
@@ -36,8 +37,9 @@ def base() -> ConfigDict:
     config.alpha = config_dict.placeholder(float)
     config.alpha_rel = config_dict.placeholder(float)
     config.alpha_grid = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1)
-    config.kl_limit = 0.5  # nats a token, on safe prompts that the model answers anyway
-    config.calibration_prompts = 64  # of each calibration set, for the strength
+    config.kl_limit = 0.1  # nats a token, on safe prompts that the model answers anyway
+    config.max_drop = 0.05  # of the refusal rate of harmful calibration prompts
+    config.threshold_by = "outcome"  # best refusals after steering; "roc": best verdicts of the classifier
     config.calibration_tokens = 24
 
     # Answers.

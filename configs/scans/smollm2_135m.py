@@ -23,11 +23,12 @@ def get_config() -> ConfigDict:
     config.calibration = (
         "builtin:harmful/calibration",
         "builtin:lookalike/calibration",
-        "builtin:plain/calibration",
+        "builtin:plain/calibration#24",
     )
     config.evaluation = ("builtin:lookalike/test", "builtin:harmful/test", "builtin:plain/test")
-    config.alpha_grid = (0.01, 0.02, 0.03, 0.05)
-    config.calibration_prompts = 32
-    config.calibration_tokens = 16
+    config.alpha_grid = (0.015, 0.025, 0.035)
+    config.calibration_tokens = 12
     config.max_new_tokens = 32
+    config.batch_size = 64
+    config.passages = 24
     return config

@@ -23,6 +23,7 @@ from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params
 from jaxsafe.parallel import put_rows
 from jaxsafe.text.batches import Batch, Row, map_batches
+from jaxsafe.text.chat import check_context
 
 
 def builtin_prose() -> list[str]:
@@ -84,9 +85,7 @@ def perplexity(
     Each text is classified and steered as a prompt would be; a `steering` of no strength gives the model's own.
     """
     rows = halves(model, texts)
-    for i, row in enumerate(rows):
-        if len(row.ids) + len(affirmative) > model.config.context:
-            raise ValueError(f"text {i} has {len(row.ids)} tokens; the model's context is {model.config.context}")
+    check_context(rows, model.config.context, len(affirmative))
 
     def call(batch: Batch, indices: np.ndarray) -> Any:
         last = int(batch.tokens.shape[1] - 1 - batch.instruction_end.min())

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from jaxsafe.io.atomic import new_folder, write_text
 from jaxsafe.io.tensors import Index
 from jaxsafe.model.config import ModelConfig, config_from_hf, config_to_hf
-from jaxsafe.model.weights import hf_shapes, hf_tensors
+from jaxsafe.model.weights import flatten, hf_tensors, shapes
 
 SHARD_BYTES = 4 * 2**30
 # What belongs to a model besides its weights and travels with it on export.
@@ -85,8 +85,10 @@ def save_hf(
     `like` is the folder that the model came from: its configuration and tokenizer are copied unchanged.
     Without it a `config.json` is written from `config`. `card` becomes README.md. Weights are split into
     files of at most `shard_bytes`. The folder appears whole or not at all; one that exists and holds
-    anything but an earlier export is refused with FileExistsError.
+    anything but an earlier export is refused with FileExistsError. Raises ValueError for a parameter that is
+    missing, unknown or of another shape than `config` asks.
     """
+    _check_shapes(config, params)
     with new_folder(folder, marker="config.json") as out:
         for name in COMPANIONS if like is not None else ():
             source = pathlib.Path(str(like)) / name
@@ -100,8 +102,16 @@ def save_hf(
     return pathlib.Path(folder)
 
 
+def _check_shapes(config: ModelConfig, params: Mapping[str, Any]) -> None:
+    expected, found = ({k: tuple(v.shape) for k, v in flatten(t).items()} for t in (shapes(config), params))
+    for path in sorted(expected.keys() | found.keys()):
+        if expected.get(path) != found.get(path):
+            want, got = expected.get(path, "no such parameter"), found.get(path, "absent")
+            raise ValueError(f"parameter {path!r} is {got}; the config asks {want}")
+
+
 def _save_tensors(out: pathlib.Path, config: ModelConfig, params: Mapping[str, Any], shard_bytes: int) -> None:
-    total = sum(int(np.prod(s)) for s in hf_shapes(config).values()) * np.dtype(config.dtype).itemsize
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     count = max(1, -(-total // shard_bytes))
     index, size = {}, 0
     for number, shard in enumerate(_shards(config, params, shard_bytes), start=1):

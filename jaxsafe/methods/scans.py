@@ -132,7 +132,9 @@ def read_prompts(
             projections=jnp.einsum("bld,ld->bl", states, direction),
         )
 
-    return map_batches(call, model.rows(prompts), batch_size, model.row_multiple, done)
+    rows = model.rows(prompts)
+    check_context(rows, model.config.context, len(affirmative))
+    return map_batches(call, rows, batch_size, model.row_multiple, done)
 
 
 def separation(reading: Reading, harmful: Sequence[bool]) -> list[float]:

@@ -38,6 +38,13 @@ def read_log(path: pathlib.Path, key: str) -> dict[str, Answered]:
     return found
 
 
+def end_last_line(path: pathlib.Path) -> None:
+    """Ends a line that was cut short, so that what is appended stands on lines of its own."""
+    if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
+        with path.open("a", encoding="utf-8") as file:
+            file.write("\n")
+
+
 def answer_prompts(
     model: ChatModel,
     steering: Steering,
@@ -55,6 +62,7 @@ def answer_prompts(
     path.parent.mkdir(parents=True, exist_ok=True)
     key = run_key(model, steering, decoding)
     found = read_log(path, key)
+    end_last_line(path)
     left = [p for p in dict.fromkeys(prompts) if p not in found]
     done(len(prompts) - len(left))
     tokens = 0

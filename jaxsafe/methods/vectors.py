@@ -20,7 +20,7 @@ def save_steering(path: str | os.PathLike, steering: Steering, metadata: dict[st
 
     `metadata` should hold "model_sha256", which `load_steering` checks.
     """
-    arrays = {name: np.ascontiguousarray(np.asarray(getattr(steering, name), np.float32)) for name in FIELDS}
+    arrays = {name: np.array(getattr(steering, name), np.float32, order="C") for name in FIELDS}
     with new_file(path) as temporary:
         save_file(arrays, temporary, metadata={"jaxsafe": json.dumps(metadata)})
 

@@ -109,7 +109,7 @@ class Tokenizer:
         """`prompt` without any template, one BOS in front where the tokenizer adds one."""
         if not prompt.strip():
             raise ValueError("a prompt is empty; give it at least one word")
-        ids = list(self.hf(prompt)["input_ids"])
+        ids = ([self.hf.bos_token_id] if self._adds_bos else []) + self.plain_ids(prompt)
         return Row(tuple(ids + self.plain_ids(response)), len(ids) - 1)
 
     def plain_ids(self, text: str) -> list[int]:

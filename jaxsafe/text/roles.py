@@ -18,22 +18,45 @@ class Roles:
     evaluation: tuple[PromptSet, ...]
 
 
-def parse_spec(spec: str) -> tuple[str, str | None, int | None]:
-    """Name, split and number of prompts of "name", "name/split", "name#64" or "name/split#64".
+FILES = r"(?P<file>.+\.(?:csv|tsv|jsonl?|parquet|txt))(?::(?P<label>harmful|safe))?"
+NAMES = r"(?P<name>[^/#]+)(?:/(?P<split>[^#]+))?"
 
-    Raises ValueError where the number is none.
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A prompt set as a config names it: a `name` with its `split`, or a file (`name` its path) with a label."""
+
+    name: str
+    split: str | None = None
+    n: int | None = None
+    is_file: bool = False
+    harmful: bool | None = None
+
+
+def parse_spec(text: str) -> Spec:
+    """Reads "name", "name/split" or "file.csv", the latter with ":harmful" or ":safe"; each may end in "#64".
+
+    Raises ValueError for anything else.
     """
-    match = re.fullmatch(r"(?P<name>[^/#]+)(/(?P<split>[^#]+))?(#(?P<n>\d+))?", spec.strip())
+    match = re.fullmatch(rf"(?:{FILES}|{NAMES})(?:#(?P<n>\d+))?", text.strip())
     if match is None:
-        raise ValueError(f"prompt set {spec!r} is not of the form name, name/split, name#64 or name/split#64")
-    return match["name"], match["split"], int(match["n"]) if match["n"] else None
+        raise ValueError(
+            f"prompt set {text!r} is not name, name/split or a file such as x.csv:safe (each may end in #64)"
+        )
+    n = int(match["n"]) if match["n"] else None
+    if match["file"]:
+        label = {None: None, "harmful": True, "safe": False}[match["label"]]
+        return Spec(match["file"], n=n, is_file=True, harmful=label)
+    return Spec(match["name"], match["split"], n)
 
 
-def load_spec(spec: str, folder: str | pathlib.Path | None = None) -> PromptSet:
-    """The prompts of `spec`, all of its split; published sets are looked for in `folder` where one is given."""
-    name, split, _ = parse_spec(spec)
-    path = None if name.startswith("builtin:") or not folder else folder
-    return load_prompts(name, path=path, split=split)
+def load_spec(spec: Spec, folder: str | pathlib.Path | None = None) -> PromptSet:
+    """All prompts of `spec`; published sets are looked for in `folder` where one is given."""
+    if spec.is_file:
+        path = pathlib.Path(spec.name)
+        return load_prompts(path.stem, path=path, harmful=spec.harmful)
+    path_of_published = None if spec.name.startswith("builtin:") or not folder else folder
+    return load_prompts(spec.name, path=path_of_published, split=spec.split)
 
 
 def assign_roles(
@@ -52,21 +75,22 @@ def assign_roles(
     """
     taken: dict[str, set[str]] = {}
 
-    def draw(spec: str) -> PromptSet:
-        name, split, n = parse_spec(spec)
-        used = taken.setdefault(f"{name}/{split}", set())
+    def draw(text: str) -> PromptSet:
+        spec = parse_spec(text)
+        used = taken.setdefault(f"{spec.name}/{spec.split}", set())
         whole = load_spec(spec, folder)
         left = whole.select([normalised(p) not in used for p in whole.prompts])
-        if not len(left) or (n is not None and n > len(left)):
-            raise ValueError(f"prompt set {spec!r} has {len(left)} prompts left to draw from; {n or 'some'} are asked")
-        out = left if n is None else left.take(n, seed)
+        if not len(left) or (spec.n is not None and spec.n > len(left)):
+            asked = spec.n or "some"
+            raise ValueError(f"prompt set {text!r} has {len(left)} prompts left to draw from; {asked} are asked")
+        out = left if spec.n is None else left.take(spec.n, seed)
         used.update(normalised(p) for p in out.prompts)
         return out
 
     roles = Roles(
-        tuple(draw(spec) for spec in anchors),
-        tuple(draw(spec) for spec in calibration),
-        (*(draw(spec) for spec in evaluation), *extra),
+        tuple(draw(text) for text in anchors),
+        tuple(draw(text) for text in calibration),
+        (*(draw(text) for text in evaluation), *extra),
     )
     for first, second in itertools.combinations((roles.anchors, roles.calibration, roles.evaluation), 2):
         for a, b in itertools.product(first, second):

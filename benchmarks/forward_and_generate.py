@@ -1,0 +1,197 @@
+"""Forward and generate against `transformers` on two CPU cores, and both against the bare matrix products.
+
+    python -m benchmarks.forward_and_generate
+
+One JSON line a measurement: median seconds of both sides, `ratio` (theirs over ours), and the floor, which is the time
+that matrix products of the same shapes take here with nothing around them. Both sides run SmolLM2-135M-Instruct on the
+same tokens in one process, in turn, and make every token asked for; the logits are compared before anything is timed.
+
+B batch, T query position, S key position, L layers, D embed, N heads, K kv_heads, H head_dim, F mlp, V vocab
+"""
+
+import dataclasses
+import functools
+import math
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from benchmarks.measure import Call, alternate, begin, emit, seconds
+from jaxsafe.io.hub import load_hf, resolve
+from jaxsafe.kernels.generate import generate
+from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.transformer import forward
+from jaxsafe.model.weights import hf_shapes
+from jaxsafe.text.batches import Batch
+from jaxsafe.text.chat import Tokenizer
+from jaxsafe.text.datasets import load_prompts
+
+TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
+_forward = jax.jit(forward, static_argnames=("config", "last"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """Both models and the tokens int [B, T] that they are given."""
+
+    config: ModelConfig
+    params: Any
+    batch: Batch
+    torch: Any
+    model: Any
+    ids: Any
+
+    def our_logits(self) -> Any:
+        """Logits [B, T, V] by this library."""
+        return _forward(self.config, self.params, self.batch.tokens, self.batch.valid)
+
+    def our_answer(self, n: int) -> Any:
+        """`n` new tokens a row by this library."""
+        return generate(self.config, self.params, self.batch, n).tokens
+
+    def their_logits(self) -> Any:
+        """Logits [B, T, V] by transformers."""
+        with self.torch.inference_mode():
+            return self.model(self.ids, use_cache=False).logits
+
+    def their_answer(self, n: int) -> Any:
+        """`n` new tokens a row by transformers."""
+        options = {"attention_mask": self.torch.ones_like(self.ids), "do_sample": False, "pad_token_id": 0}
+        with self.torch.inference_mode():
+            return self.model.generate(self.ids, max_new_tokens=n, **options)[:, self.ids.shape[1] :]
+
+
+def load(torch: Any, batch: int, length: int, dtype: str) -> Sides:
+    """SmolLM2-135M-Instruct on both sides, and real text as [batch, length] tokens without padding."""
+    import transformers
+
+    path = resolve("smollm2-135m-instruct")
+    config, params = load_hf(path, dtype)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    # Without an end-of-text token neither side stops early.
+    model.generation_config.eos_token_id = None
+    text = [i for row in Tokenizer(path).rows(load_prompts("builtin:plain").prompts) for i in row.ids]
+    tokens = np.resize(np.array(text, np.int32), (batch, length))
+    rows = Batch(tokens, np.ones((batch, length), bool), np.full(batch, length - 1, np.int32))
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    return Sides(config, params, jax.tree.map(jnp.asarray, rows), torch, model, ids)
+
+
+def products(config: ModelConfig, B: int, T: int, S: int, unembedded: int) -> Call:
+    """A call of the matrix products of T positions a row that see S, of which `unembedded` in all get logits.
+
+    Nothing else is computed: no norms, softmax, rotation or cache update. Weights are random with unit gain, so
+    that no value grows or vanishes; what a product gives goes into the next or into the carry, so that none is dropped.
+    """
+    L, D, N, K, H, F = config.layers, config.embed, config.heads, config.kv_heads, config.head_dim, config.mlp
+    keys = iter(jax.random.split(jax.random.key(0), 16))
+
+    def weight(*shape: int) -> jax.Array:
+        return (jax.random.normal(next(keys), shape) / math.sqrt(shape[-2])).astype(config.dtype)
+
+    shapes: dict[str, tuple[int, ...]] = {"q": (D, N * H), "k": (D, K * H), "v": (D, K * H), "o": (N * H, D)}
+    shapes |= {"gate": (D, F), "up": (D, F), "down": (F, D), "keys": (B, K, S, H), "values": (B, K, S, H)}
+
+    def layer(carry: tuple, w: dict[str, jax.Array]) -> tuple:
+        x = carry[0]
+        q, k, v = x @ w["q"], x @ w["k"], x @ w["v"]
+        scores = jnp.einsum("bkth,bksh->bkts", q.reshape(B, K, -1, H), w["keys"])
+        h = jnp.einsum("bkts,bksh->bkth", scores, w["values"]).reshape(B * T, N * H) @ w["o"]
+        gate, up = h @ w["gate"], h @ w["up"]
+        return (up @ w["down"], k, v, gate), None
+
+    @jax.jit
+    def run(layers: dict[str, jax.Array], unembed: jax.Array, x: jax.Array) -> Any:
+        unused = [jnp.zeros((B * T, width), config.dtype) for width in (K * H, K * H, F)]
+        carry, _ = jax.lax.scan(layer, (x, *unused), layers)
+        return carry, carry[0][:unembedded] @ unembed
+
+    layers = {name: weight(L, *shape) for name, shape in shapes.items()}
+    return functools.partial(run, layers, weight(D, config.vocab), weight(B * T, D))
+
+
+def flops(config: ModelConfig, B: int, T: int, S: int, unembedded: int) -> float:
+    """Floating point operations of `products`."""
+    c = config
+    linear = c.embed * c.head_dim * (2 * c.heads + 2 * c.kv_heads) + 3 * c.embed * c.mlp
+    attention = 2 * c.heads * c.head_dim * S
+    return 2.0 * (B * T * c.layers * (linear + attention) + unembedded * c.embed * c.vocab)
+
+
+def bandwidth(rounds: int, megabytes: int = 512) -> float:
+    """Bytes a second of a large copy, those read and those written."""
+    x = jnp.ones(megabytes * 2**18, jnp.float32)
+    copy = jax.jit(lambda x: x + 1)
+    seconds(lambda: copy(x))
+    return 2 * x.nbytes / min(seconds(lambda: copy(x))[0] for _ in range(rounds))
+
+
+def check(sides: Sides, new: int, dtype: str) -> dict[str, Any]:
+    """How far both sides agree. Ends the program with one line where the logits do not."""
+    difference = float(np.abs(np.asarray(sides.our_logits()) - sides.their_logits().float().numpy()).max())
+    if difference > TOLERANCE[dtype]:
+        sys.exit(f"logits differ by {difference:.2g}, more than {TOLERANCE[dtype]:g}; nothing is timed")
+    same = (np.asarray(sides.our_answer(new)) == sides.their_answer(new).numpy()).all(-1)
+    return {"max_abs_logit_diff": difference, "same_answers": int(same.sum())}
+
+
+def compare(name: str, ours: Call, theirs: Call, floor: Call, operations: float, rounds: int, **fields: Any) -> None:
+    """Times the three calls in turn and emits the measurement `name`."""
+    jax.clear_caches()
+    first = seconds(ours)[0]
+    seconds(theirs), seconds(floor)
+    times = alternate({"jaxsafe": ours, "transformers": theirs, "floor": floor}, rounds)
+    mine, other, least = (times[f"{side}_median_s"] for side in ("jaxsafe", "transformers", "floor"))
+    emit(
+        name,
+        median_s=mine,
+        ratio=other / mine,
+        floor_s=least,
+        jaxsafe_over_floor=mine / least,
+        transformers_over_floor=other / least,
+        compile_s=first - mine,
+        flops=operations,
+        floor_gflops_per_s=operations / least / 1e9,
+        rounds=rounds,
+        **fields,
+        **times,
+    )
+
+
+def main(argv: list[str]) -> None:
+    """Loads both models, checks that they agree, and measures."""
+    del argv
+    B, T, new, rounds = BATCH.value, PROMPT.value, NEW.value, ROUNDS.value
+    sides = load(begin(), B, T, DTYPE.value)
+    config = sides.config
+    fields = {"dtype": DTYPE.value, "batch": B, "prompt": T, **check(sides, new, DTYPE.value)}
+
+    speed = bandwidth(rounds)
+    size = sum(math.prod(s) for s in hf_shapes(config).values()) * np.dtype(config.dtype).itemsize
+    emit("copy_bandwidth", bytes_per_s=speed, weight_bytes=size, weights_read_s=size / speed)
+
+    whole = (B, T, T, B * T)
+    calls = sides.our_logits, sides.their_logits, products(config, *whole)
+    compare("forward", *calls, flops(config, *whole), rounds, **fields)
+
+    # A decode step sees on average the prompt and half of the answer.
+    prefill, step = (B, T, T, B), (B, 1, T + new // 2, B)
+    first, next_ = products(config, *prefill), products(config, *step)
+    for n in (1, new):
+        ours, theirs = (functools.partial(side, n) for side in (sides.our_answer, sides.their_answer))
+        operations = flops(config, *prefill) + (n - 1) * flops(config, *step)
+        floor = functools.partial(lambda n: [first(), *(next_() for _ in range(n - 1))], n)
+        compare(f"generate_{n}", ours, theirs, floor, operations, rounds, new=n, **fields)
+
+
+if __name__ == "__main__":
+    ROUNDS = flags.DEFINE_integer("rounds", 5, "timed rounds of each call", lower_bound=1)
+    BATCH = flags.DEFINE_integer("batch", 32, "rows", lower_bound=1)
+    PROMPT = flags.DEFINE_integer("prompt", 43, "prompt tokens a row", lower_bound=1)
+    NEW = flags.DEFINE_integer("new", 32, "new tokens a row", lower_bound=2)
+    DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and activations")
+    app.run(main)

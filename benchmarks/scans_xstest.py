@@ -1,0 +1,199 @@
+"""SCANS on the 450 prompts of XSTest: one prefill and one batched program, against the published procedure.
+
+    python -m benchmarks.scans_xstest --data=DATA_FOLDER
+
+The published procedure (arXiv 2408.11491) is written here plainly in PyTorch on `transformers`, prompt by prompt:
+a forward over the prompt and the affirmative with all hidden states for the score, then a generation with a hook on
+every steered layer. Both sides take SmolLM2-135M-Instruct in float32 on two CPU cores, the same directions, threshold
+and tokens, greedy decoding with repetition penalty 1.1, and make equally many tokens; with --early_stop an answer
+ends at its end-of-text token on both sides. Scores and answers are compared before anything is timed. The published
+procedure is timed on the first --baseline_prompts and extrapolated to all, which the measurement says.
+"""
+
+import functools
+import itertools
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from benchmarks.measure import Call, alternate, begin, emit, seconds
+from jaxsafe.io.chat_model import ChatModel, load_chat_model
+from jaxsafe.kernels.generate import Generated, as_arrays, eos_array, sampling_keys
+from jaxsafe.kernels.sampling import Sampling, row_seeds
+from jaxsafe.kernels.steering import Steering, scans_generate
+from jaxsafe.methods.scans import affirmative_ids, find_directions, read_prompts, rerun_slots, steering_of
+from jaxsafe.parallel import put_rows
+from jaxsafe.text.batches import Batch, Row, map_batches
+from jaxsafe.text.datasets import load_prompts
+
+COUNT = 450
+PENALTY = 1.1
+STRENGTH = 0.03
+SCORE_TOLERANCE = 1e-3
+
+
+def prompts(data: str) -> list[str]:
+    """450 prompts: XSTest from the folder `data`, or the built-in sets in turn, repeated."""
+    if data:
+        return list(load_prompts("xstest", path=data).prompts)
+    sets = [load_prompts(f"builtin:{kind}", split="test").prompts for kind in ("lookalike", "harmful", "plain")]
+    return list(itertools.islice(itertools.cycle([p for three in zip(*sets, strict=False) for p in three]), COUNT))
+
+
+def steering_from_anchors(model: ChatModel) -> Steering:
+    """A steering over the middle layers whose threshold parts the anchors in two halves.
+
+    The last layer is not scored: the published procedure reads it after the final norm.
+    """
+    harmful, benign = (load_prompts(f"builtin:{kind}", split="anchor").prompts for kind in ("harmful", "plain"))
+    directions = find_directions(model, harmful, benign)
+    L = model.config.layers
+    scored, steered = (L // 3, L - 1), (L // 3, 2 * L // 3)
+    cosines = np.asarray(read_prompts(model, directions, [*harmful, *benign]).cosines)
+    threshold = float(np.median(cosines[:, slice(*scored)].mean(1)))
+    return steering_of(directions, scored, threshold, steered, alpha_rel=STRENGTH)
+
+
+def batched(
+    model: ChatModel, steering: Steering, rows: Sequence[Row], new: int, eos: Sequence[int], batch_size: int
+) -> tuple[Generated, np.ndarray]:
+    """Answers and scores by this library."""
+    affirmative, ends, numbers = affirmative_ids(model), jnp.asarray(eos_array(eos)), row_seeds(rows)
+    sampling = as_arrays(Sampling(repetition_penalty=PENALTY))
+
+    def call(batch: Batch, indices: np.ndarray) -> tuple[Generated, Any]:
+        again, keys = rerun_slots(batch), sampling_keys(0, numbers[indices])
+        start = (model.config, model.params, put_rows(batch, None))
+        return scans_generate(*start, affirmative, steering, sampling, keys, ends, new, again)
+
+    return map_batches(call, rows, batch_size)
+
+
+def published_score(torch: Any, model: Any, row: Row, affirmative: list[int], steering: dict[str, Any]) -> float:
+    """First pass: the mean over scored layers of cos(h(instruction end) - h(affirmative), reference)."""
+    ids = torch.tensor([[*row.ids[: row.instruction_end + 1], *affirmative]])
+    with torch.inference_mode():
+        states = model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    cosines = []
+    for layer in steering["scored"]:
+        change = states[layer + 1][0, row.instruction_end] - states[layer + 1][0, -1]
+        cosines.append(torch.nn.functional.cosine_similarity(change, steering["reference"][layer], dim=0).item())
+    return sum(cosines) / len(cosines)
+
+
+def published_answer(
+    torch: Any, model: Any, row: Row, added: dict[int, Any], new: int, eos: Sequence[int]
+) -> list[int]:
+    """Second pass: a generation that adds `added` {layer: [D]} from the instruction end on."""
+
+    def hook(add: Any, module: Any, inputs: Any, output: Any) -> Any:
+        start = row.instruction_end if output.shape[1] > 1 else 0
+        output[:, start:] += add
+        return output
+
+    layers = model.model.layers
+    hooks = [layers[i].register_forward_hook(functools.partial(hook, add)) for i, add in added.items()]
+    ids = torch.tensor([row.ids])
+    options: dict[str, Any] = {"do_sample": False, "repetition_penalty": PENALTY, "max_new_tokens": new}
+    with torch.inference_mode():
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+    for h in hooks:
+        h.remove()
+    answer = out[0, len(row.ids) :].tolist()
+    return answer[:-1] if answer[-1] in eos else answer
+
+
+def published(
+    torch: Any,
+    model: Any,
+    rows: Sequence[Row],
+    affirmative: list[int],
+    steering: Steering,
+    new: int,
+    eos: Sequence[int],
+) -> tuple[list[list[int]], list[float]]:
+    """Answers and scores by the published procedure, a prompt at a time."""
+    reference, directions, strength = (
+        torch.from_numpy(np.array(a)) for a in (steering.reference, steering.directions, steering.strength)
+    )
+    choices = {"reference": reference, "scored": np.flatnonzero(np.asarray(steering.scored)).tolist()}
+    vectors = {int(i): strength[i] * directions[i] for i in strength.nonzero()[:, 0]}
+    answers, scores = [], []
+    for row in rows:
+        scores.append(published_score(torch, model, row, affirmative, choices))
+        sign = 1 if scores[-1] >= float(steering.threshold) else -1
+        added = {i: sign * v for i, v in vectors.items()}
+        answers.append(published_answer(torch, model, row, added, new, eos))
+    return answers, scores
+
+
+def agreement(ours: tuple[Generated, np.ndarray], theirs: tuple[list[list[int]], list[float]]) -> tuple[float, int]:
+    """Largest difference of the scores, and how many of the answers are equal token for token."""
+    n = len(theirs[1])
+    tokens, lengths = np.asarray(ours[0].tokens), np.asarray(ours[0].lengths)
+    same = sum(tokens[i, : lengths[i]].tolist() == theirs[0][i] for i in range(n))
+    return float(np.abs(ours[1][:n] - np.array(theirs[1])).max()), same
+
+
+def main(argv: list[str]) -> None:
+    """Runs both once to compare them, then in turn to time them."""
+    del argv
+    torch = begin()
+    import transformers
+
+    model = load_chat_model("smollm2-135m-instruct", dtype="float32")
+    path = model.tokenizer.path
+    torch_model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    eos = model.tokenizer.eos_ids if EARLY_STOP.value else ()
+    torch_model.generation_config.eos_token_id = list(eos) or None
+    rows = model.rows(prompts(DATA.value))
+    steering, new, n = steering_from_anchors(model), NEW.value, min(BASELINE_PROMPTS.value, len(rows))
+    affirmative = affirmative_ids(model).tolist()
+
+    def ours() -> Any:
+        return batched(model, steering, rows, new, eos, BATCH.value)
+
+    def theirs() -> Any:
+        return published(torch, torch_model, rows[:n], affirmative, steering, new, eos)
+
+    compiled = seconds(ours)[0]
+    result = ours()
+    difference, same = agreement(result, theirs())
+    if difference > SCORE_TOLERANCE or 2 * same < n:
+        sys.exit(f"scores differ by {difference:.2g} and {same} of {n} answers are equal; nothing is timed")
+    calls: dict[str, Call] = {"jaxsafe": ours, "published": theirs}
+    times = alternate(calls, ROUNDS.value)
+    mine, whole = times["jaxsafe_median_s"], times["published_median_s"] * len(rows) / n
+    emit(
+        "scans_xstest",
+        median_s=mine,
+        ratio=whole / mine,
+        published_extrapolated_s=whole,
+        extrapolated_from=n,
+        compile_s=compiled - mine,
+        prompts=len(rows),
+        data="xstest" if DATA.value else "built-in",
+        judged_harmful=int((result[1] >= float(steering.threshold)).sum()),
+        max_abs_score_diff=difference,
+        same_answers=same,
+        new=new,
+        new_tokens=int(result[0].lengths.sum()),
+        early_stop=EARLY_STOP.value,
+        batch=BATCH.value,
+        rounds=ROUNDS.value,
+        **times,
+    )
+
+
+if __name__ == "__main__":
+    DATA = flags.DEFINE_string("data", "", "folder with the published XSTest file; empty: the built-in prompts")
+    BATCH = flags.DEFINE_integer("batch", 32, "rows of a batch on our side", lower_bound=1)
+    NEW = flags.DEFINE_integer("new", 32, "new tokens an answer", lower_bound=1)
+    BASELINE_PROMPTS = flags.DEFINE_integer("baseline_prompts", 24, "prompts that the published procedure is timed on")
+    EARLY_STOP = flags.DEFINE_bool("early_stop", False, "an answer ends at its end-of-text token, on both sides")
+    ROUNDS = flags.DEFINE_integer("rounds", 3, "timed rounds of each side", lower_bound=1)
+    app.run(main)

@@ -1,0 +1,175 @@
+"""The launch scripts as a person meets them: a run from start to report, resumption, and bad input."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from tiny import tiny_config, tiny_params, tiny_tokenizer
+
+from configs.scans.smollm2_135m import get_config
+from jaxsafe.io.chat_model import load_chat_model
+from jaxsafe.io.hf import save_hf
+from jaxsafe.methods import scans_answers
+from launch.scans import Clock, roles_of, run
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny chat model as a Hugging Face folder."""
+    tokenizer = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer(tokenizer)
+    config = tiny_config(context=600)
+    return save_hf(tmp_path_factory.mktemp("models") / "tiny", config, tiny_params(config), like=tokenizer)
+
+
+@pytest.fixture
+def config(folder):
+    c = get_config()
+    c.model, c.batch_size, c.max_new_tokens, c.calibration_tokens, c.passages = str(folder), 8, 4, 3, 2
+    c.anchors = ("builtin:harmful/anchor#4", "builtin:plain/anchor#4")
+    c.calibration = ("builtin:harmful/calibration#4", "builtin:plain/calibration#4")
+    c.evaluation = ("builtin:lookalike/test#6", "builtin:harmful/test#6")
+    c.alpha_grid, c.kl_limit = (0.02, 0.05), 100.0
+    return c
+
+
+def test_a_run_leaves_everything_it_names(config, tmp_path):
+    model = load_chat_model(config.model)
+    record = run(config, model, roles_of(config), tmp_path, Clock())
+    stored = json.loads((tmp_path / "run.json").read_text())
+    assert stored["comparisons"] == record["comparisons"]
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 12
+    for name in ("report.html", *stored["files"].values()):
+        assert (tmp_path / name).is_file()
+    assert {d["role"] for d in stored["datasets"]} == {"anchors", "calibration", "evaluation"}
+    assert sum(c["chosen"] for c in stored["strength"]["candidates"]) == 1
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_second_run_makes_nothing_again(config, tmp_path, monkeypatch):
+    model = load_chat_model(config.model)
+    first = run(config, model, roles_of(config), tmp_path, Clock())
+
+    def never(*_, **__):
+        raise AssertionError("an answer was made again")
+
+    monkeypatch.setattr(scans_answers, "answer_both", never)
+    monkeypatch.setattr("launch.scans.prepare", never)
+    second = run(config, model, roles_of(config), tmp_path, Clock())
+    assert second["comparisons"] == first["comparisons"]
+    assert second["choice"] == first["choice"]
+    assert second["strength"] == first["strength"]
+
+
+def test_saved_vectors_steer_another_run_the_same(config, tmp_path, monkeypatch):
+    model = load_chat_model(config.model)
+    first = run(config, model, roles_of(config), tmp_path / "a", Clock())
+    monkeypatch.setattr("launch.scans.prepare", None)
+    config.vectors = str(tmp_path / "a" / "vectors.safetensors")
+    second = run(config, model, roles_of(config), tmp_path / "b", Clock())
+    assert second["comparisons"] == first["comparisons"]
+    other = dataclasses.replace(model, config=dataclasses.replace(model.config, norm_eps=1e-6))
+    with pytest.raises(ValueError, match="made for"):
+        run(config, other, roles_of(config), tmp_path / "c", Clock())
+
+
+def test_published_settings_need_no_calibration(config, tmp_path):
+    config.calibration = ()
+    config.scored, config.layers, config.threshold, config.alpha = (1, 3), (1, 2), 0.75, 0.5
+    record = run(config, load_chat_model(config.model), roles_of(config), tmp_path, Clock())
+    assert record["choice"] == {"scored": [1, 3], "layers": [1, 2], "threshold": 0.75, "alpha": 0.5, "alpha_rel": None}
+    assert "strength" not in record
+
+
+def test_a_mesh_gives_the_same_verdicts(config, tmp_path):
+    one = run(config, load_chat_model(config.model), roles_of(config), tmp_path / "one", Clock())
+    from jaxsafe.parallel import parse_mesh
+
+    sharded = load_chat_model(config.model, mesh=parse_mesh("data:-1,model:2"))
+    many = run(config, sharded, roles_of(config), tmp_path / "many", Clock())
+    for a, b in zip(one["strength"]["candidates"], many["strength"]["candidates"], strict=True):
+        assert np.isclose(a["kl_benign"], b["kl_benign"], rtol=1e-3, atol=1e-5)
+    assert np.isclose(one["perplexity"]["before"], many["perplexity"]["before"], rtol=1e-4)
+
+
+def launched(tmp_path, *arguments, module="launch.scans", **environment):
+    variables = {**os.environ, "JAXSAFE_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", **environment}
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300, check=False)
+
+
+def broken(folder, tmp_path, name, change):
+    copy = tmp_path / name
+    shutil.copytree(folder, copy)
+    change(copy)
+    return f"--config.model={copy}"
+
+
+def without_template(copy):
+    (copy / "chat_template.jinja").unlink(missing_ok=True)
+
+
+def odd_rope(copy):
+    attributes = json.loads((copy / "config.json").read_text())
+    attributes["rope_scaling"] = {"rope_type": "spiral", "factor": 2.0}
+    (copy / "config.json").write_text(json.dumps(attributes))
+
+
+def truncated(copy):
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+CASES = {
+    "no such model": (lambda f, t: f"--config.model={t}/nowhere/model", "nowhere"),
+    "unknown field": (lambda f, t: "--config.alhpa=3", "alhpa"),
+    "stray word": (lambda f, t: "go", "go"),
+    "no template": (lambda f, t: broken(f, t, "m1", without_template), "chat template"),
+    "unknown rope type": (lambda f, t: broken(f, t, "m2", odd_rope), "spiral"),
+    "truncated weights": (lambda f, t: broken(f, t, "m3", truncated), "model.safetensors"),
+    "overlapping sets": (lambda f, t: "--config.evaluation=('builtin:harmful/anchor','builtin:harmful')", "overlap"),
+    "impossible mesh": (lambda f, t: "--config.mesh=data:3,model:5", "3 x 5"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_gets_one_line_and_status_2(folder, tmp_path, case):
+    make, said = CASES[case]
+    out = tmp_path / "out"
+    arguments = [make(folder, tmp_path), f"--out={out}"]
+    if "config.model" not in arguments[0]:
+        arguments.insert(0, f"--config.model={folder}")
+    done = launched(tmp_path, "--config=configs/scans/smollm2_135m.py", *arguments)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 2, done.stderr
+    assert len(lines) == 1 and said in lines[0]
+    assert "Traceback" not in done.stderr
+    assert not out.exists()
+
+
+def test_an_empty_prompt_file_and_a_long_prompt_are_refused(config, tmp_path):
+    empty, long = tmp_path / "empty.txt", tmp_path / "long.txt"
+    empty.write_text("\n")
+    long.write_text("why " * 700)
+    config.evaluation = (str(empty),)
+    with pytest.raises(ValueError, match=r"empty\.txt"):
+        roles_of(config)
+    config.evaluation = (f"{long}:safe",)
+    with pytest.raises(ValueError, match="context"):
+        run(config, load_chat_model(config.model), roles_of(config), tmp_path / "out", Clock())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["launch.scans", "launch.quickstart"])
+def test_help(tmp_path, module):
+    done = launched(tmp_path, "--help", module=module)
+    assert "--out" in done.stdout and "Traceback" not in done.stderr
