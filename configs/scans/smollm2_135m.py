@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
         "builtin:plain/calibration#24",
     )
     config.evaluation = ("builtin:lookalike/test", "builtin:harmful/test", "builtin:plain/test")
-    config.alpha_grid = (0.015, 0.025, 0.035)
+    config.alpha_grid = (0.01, 0.02, 0.03)
     config.calibration_tokens = 12
     config.max_new_tokens = 32
     config.batch_size = 64

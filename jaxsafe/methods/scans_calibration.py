@@ -76,15 +76,15 @@ def choose_classifier(cosines: np.ndarray, harmful: Sequence[bool], shortest: in
 
 
 def layer_candidates(layers: int, vocabulary: dict[str, Any] | None = None) -> list[Range]:
-    """Ranges to try: the segment whose projection names refusal most often first, then wider and later ones."""
+    """Ranges to try: the third whose projection names refusal most often, the middle third, and the one behind it."""
     third = [(0, layers // 3), (layers // 3, 2 * layers // 3), (2 * layers // 3, layers)]
-    ranges = [third[1], (layers // 3, 5 * layers // 6), (layers // 2, 5 * layers // 6)]
+    ranges = [third[1], (layers // 2, 5 * layers // 6)]
     if vocabulary:
         named = [sum(t["refusal"] for t in segment["tokens"]) for segment in vocabulary["segments"]]
         if max(named) and third[int(np.argmax(named))] not in ranges:
             ranges.insert(0, third[int(np.argmax(named))])
     # A control vector cannot name block 0.
-    return [(max(1, first), end) for first, end in ranges if end > max(1, first)]
+    return list(dict.fromkeys((max(1, first), end) for first, end in ranges if end > max(1, first)))
 
 
 def toward(steering: Steering) -> Steering:
