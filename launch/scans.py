@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -61,9 +62,16 @@ def progress_bar(what: str, total: int) -> Iterator[Any]:
 
 @dataclasses.dataclass
 class Clock:
-    """Seconds by stage, for the record of a run."""
+    """Seconds by stage, for the record of a run; "compile_s" is part of the stages in which it fell."""
 
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        def hear(event: str, duration_secs: float, **_: Any) -> None:
+            if event.endswith("backend_compile_duration"):
+                self.seconds["compile_s"] = self.seconds.get("compile_s", 0.0) + duration_secs
+
+        jax.monitoring.register_event_duration_secs_listener(hear)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

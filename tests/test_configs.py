@@ -17,9 +17,10 @@ from jaxsafe.methods.scans import AFFIRMATIVE
 from jaxsafe.text.chat import Tokenizer
 from jaxsafe.text.datasets import BUILTIN
 from jaxsafe.text.prompt_files import KNOWN
-from jaxsafe.text.roles import parse_spec
+from jaxsafe.text.roles import assign_roles, parse_spec
 
 ROOT = pathlib.Path(__file__).parents[1]
+DATA = ROOT / "../shared/data"
 PUBLISHED = {
     "llama2_7b_chat": {"alpha": 3.5, "scored": (10, 32), "threshold": 0.75},
     "llama2_13b_chat": {"alpha": 3.5, "scored": (10, 19), "threshold": 0.75},
@@ -75,7 +76,23 @@ def test_every_prompt_set_is_known(name, variant):
     config = config_of(name, variant)
     known = {k.name for k in KNOWN} | set(BUILTIN)
     for spec in (*config.anchors, *config.calibration, *config.evaluation):
-        assert parse_spec(spec)[0] in known, spec
+        assert parse_spec(spec).name in known, spec
+
+
+@pytest.mark.parametrize("variant", ["", "published"])
+def test_the_published_files_fill_every_role(variant):
+    if not DATA.is_dir():
+        pytest.skip(f"no folder {DATA}")
+    config = config_of("llama2_7b_chat", variant)
+    roles = assign_roles(config.anchors, config.calibration, config.evaluation, DATA, seed=config.seed)
+    left = {s.name: len(s) for s in roles.evaluation}
+    assert (
+        left
+        == {
+            "": {"xstest": 450, "oktest": 300, "advbench": 424, "malicious_instruct": 68, "truthfulqa": 753},
+            "published": {"xstest": 450, "oktest": 300, "advbench": 456, "malicious_instruct": 100, "truthfulqa": 753},
+        }[variant]
+    )
 
 
 @pytest.mark.parametrize("name", LARGE)

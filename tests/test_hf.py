@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 
 import jax
 import jax.numpy as jnp
@@ -87,10 +88,17 @@ def test_shards_hold_everything_once(shard_bytes, tmp_path):
     assert index["metadata"]["total_size"] == sum(array.nbytes for array in tensors.values())
     for file in files:
         part = load_file(file)
+        assert part
         assert len(part) == 1 or sum(array.nbytes for array in part.values()) <= shard_bytes
     again, _ = load_hf(save_hf(tmp_path / "again", *load_hf(out), shard_bytes=shard_bytes * 2))
     assert again == config
     assert bits(all_tensors(tmp_path / "again")) == bits(tensors)
+
+
+def test_arrays_on_the_host_are_saved_as_well(tmp_path):
+    """NumPy's transposes are views, which safetensors would store as if they were contiguous."""
+    out = save_hf(tmp_path / "out", HALF, jax.device_get(random_params(HALF)))
+    assert bits(all_tensors(out)) == bits(stored(HALF))
 
 
 def test_one_file_where_everything_fits(tmp_path):
@@ -121,6 +129,16 @@ def test_the_view_has_every_name_and_shape(name):
     assert {key: a.shape for key, a in part.items()} == {
         f"model.layers.{layer}.self_attn.o_proj.weight": (32, 64) for layer in range(3)
     }
+
+
+def test_heads_are_the_slow_axis_of_a_flat_one():
+    tensors, layers = stored(HALF), random_params(HALF)["layers"]
+    for name, heads in (("q", 4), ("k", 2), ("v", 2)):
+        for head in range(heads):
+            rows = tensors[f"model.layers.2.self_attn.{name}_proj.weight"][head * 16 : head * 16 + 16]
+            np.testing.assert_array_equal(layers[name][2, :, head, :], rows.T)
+    columns = tensors["model.layers.2.self_attn.o_proj.weight"][:, 16:32]
+    np.testing.assert_array_equal(layers["o"][2, 1], columns.T)
 
 
 @settings(max_examples=40, deadline=None)
@@ -238,7 +256,11 @@ def test_parts_are_read_alone(tmp_path):
 
 def test_without_a_source_the_config_is_written(tmp_path):
     config = CONFIGS["mistral"]
-    out = save_hf(tmp_path / "deep" / "out", config, random_params(config), card="# A card\n")
+    umask = os.umask(0o022)
+    try:
+        out = save_hf(tmp_path / "deep" / "out", config, random_params(config), card="# A card\n")
+    finally:
+        os.umask(umask)
     assert read_config(out) == config
     assert (out / "README.md").read_text() == "# A card\n"
     assert (out.stat().st_mode & 0o777, (out / "model.safetensors").stat().st_mode & 0o777) == (0o755, 0o644)

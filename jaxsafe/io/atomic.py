@@ -5,7 +5,7 @@ import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 
 @contextlib.contextmanager
@@ -25,14 +25,18 @@ def new_file(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def new_folder(path: str | os.PathLike, marker: str) -> Iterator[pathlib.Path]:
+def new_folder(path: str | os.PathLike, ours: Callable[[str], bool]) -> Iterator[pathlib.Path]:
     """Yields a temporary folder beside `path`; on leaving without an error it takes the place of `path`.
 
-    An existing `path` is replaced only when it is empty or holds the file `marker`; otherwise FileExistsError.
+    An existing `path` is replaced only when every name in it is one of `ours`; otherwise FileExistsError, for
+    nobody's files may be lost.
     """
     path = pathlib.Path(path)
-    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not (path / marker).exists())):
-        raise FileExistsError(f"{path} exists and holds something else (no {marker}); give another folder")
+    if path.exists() and not path.is_dir():
+        raise FileExistsError(f"{path} is a file; give a folder")
+    foreign = sorted(entry.name for entry in path.iterdir() if not ours(entry.name)) if path.exists() else []
+    if foreign:
+        raise FileExistsError(f"{path} exists and holds {foreign[0]!r}, which is not of an export; give another folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:

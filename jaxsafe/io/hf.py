@@ -89,7 +89,7 @@ def save_hf(
     missing, unknown or of another shape than `config` asks.
     """
     _check_shapes(config, params)
-    with new_folder(folder, marker="config.json") as out:
+    with new_folder(folder, _exported) as out:
         for name in COMPANIONS if like is not None else ():
             source = pathlib.Path(str(like)) / name
             if source.is_file():
@@ -100,6 +100,11 @@ def save_hf(
             write_text(out / "README.md", card)
         _save_tensors(out, config, params, shard_bytes)
     return pathlib.Path(folder)
+
+
+def _exported(name: str) -> bool:
+    weights = name.startswith("model") and name.endswith((".safetensors", ".safetensors.index.json"))
+    return weights or name in COMPANIONS or name == "README.md"
 
 
 def _check_shapes(config: ModelConfig, params: Mapping[str, Any]) -> None:

@@ -49,7 +49,12 @@ def train_step(
 
 
 def training_batches(rows: Sequence[Row], batch_size: int, steps: int, seed: int) -> list[Batch]:
-    """`steps` batches of rows of like length, all of them seen once an epoch, their order drawn from `seed`."""
+    """`steps` batches of rows of like length, all of them seen once an epoch, their order drawn from `seed`.
+
+    Raises ValueError for no rows.
+    """
+    if not rows:
+        raise ValueError("there are no rows to train on; give at least one prompt with an answer")
     rng = np.random.default_rng(seed)
     batches: list[Batch] = []
     while len(batches) < steps:

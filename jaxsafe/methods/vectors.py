@@ -79,7 +79,10 @@ def load_control_vector(path: str | os.PathLike, layers: int, embed: int) -> np.
 
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"no control vector at {path}")
-    reader = gguf.GGUFReader(path)
+    try:
+        reader = gguf.GGUFReader(path)
+    except (ValueError, IndexError) as error:
+        raise ValueError(f"{path} is not a whole GGUF file: {error}") from None
     field = reader.fields.get("general.architecture")
     if field is None or field.contents() != "controlvector":
         raise ValueError(f"{path} is not a GGUF control vector")

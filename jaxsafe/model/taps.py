@@ -25,7 +25,7 @@ FINAL = "final"
 class Edit:
     """x <- x + gate * (add - (x . ablate) ablate) at positions >= start. Zero vectors are the identity.
 
-    Fields hold one entry a layer; inside the scan over layers each is seen without its leading L.
+    Fields hold one entry a layer (one in all at the tap "final"); a tap sees its own, without the leading L.
       add:    [L, F] vector added, its strength included
       ablate: [L, F] unit direction removed, or zero
       gate:   [L, B] or [L, 1] what each row takes of the edit: 1 whole, 0 nothing, -1 the opposite
@@ -146,7 +146,9 @@ def collection(by_tap: Mapping[str, Any] | None, leaf: str) -> dict[str, Any]:
     if inside:
         tree["layers"] = inside
     if FINAL in by_tap:
-        tree[FINAL] = {leaf: by_tap[FINAL]}
+        # The scan over layers takes the leading axis of an edit away; outside of it that is done here.
+        final = by_tap[FINAL]
+        tree[FINAL] = {leaf: jax.tree.map(lambda a: a[0], final) if isinstance(final, Edit) else final}
     return tree
 
 

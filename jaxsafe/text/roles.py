@@ -69,17 +69,22 @@ def assign_roles(
 ) -> Roles:
     """Loads the sets of each role and checks that no prompt has two.
 
-    "name#64" draws 64 prompts by `seed`, of those that no earlier role took from the same set; a set without
-    a number gives all that are left. `extra` are further evaluation sets. Raises ValueError where sets of
-    different names share a prompt across roles, and where a draw asks for more than there is.
+    "name#64" draws 64 prompts by `seed`, of those that no earlier role took from the same set and that no
+    evaluation set of another name holds; a set without a number gives all that are left. `extra` are further
+    evaluation sets. Raises ValueError where sets of different names share a prompt across roles, and where a
+    draw asks for more than there is.
     """
     taken: dict[str, set[str]] = {}
+    measured = {spec.name: load_spec(spec, folder) for spec in map(parse_spec, evaluation)}
+    measured |= {prompts.name: prompts for prompts in extra}
 
-    def draw(text: str) -> PromptSet:
+    def draw(text: str, evaluates: bool = False) -> PromptSet:
         spec = parse_spec(text)
         used = taken.setdefault(f"{spec.name}/{spec.split}", set())
         whole = load_spec(spec, folder)
-        left = whole.select([normalised(p) not in used for p in whole.prompts])
+        others = [s for name, s in measured.items() if name != spec.name] if spec.n and not evaluates else []
+        avoided = used.union(*({normalised(p) for p in s.prompts} for s in others))
+        left = whole.select([normalised(p) not in avoided for p in whole.prompts])
         if not len(left) or (spec.n is not None and spec.n > len(left)):
             asked = spec.n or "some"
             raise ValueError(f"prompt set {text!r} has {len(left)} prompts left to draw from; {asked} are asked")
@@ -90,7 +95,7 @@ def assign_roles(
     roles = Roles(
         tuple(draw(text) for text in anchors),
         tuple(draw(text) for text in calibration),
-        (*(draw(text) for text in evaluation), *extra),
+        (*(draw(text, evaluates=True) for text in evaluation), *extra),
     )
     for first, second in itertools.combinations((roles.anchors, roles.calibration, roles.evaluation), 2):
         for a, b in itertools.product(first, second):

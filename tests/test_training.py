@@ -1,0 +1,192 @@
+"""The loss against a loop in float64, a step against optax on a loss written here, and the order of batches."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import random_rows, tiny_chat_model, tiny_config, tiny_params
+
+from jaxsafe.kernels.generate import generate
+from jaxsafe.kernels.training import answer_loss, answer_nll, fine_tune, train_step, training_batches
+from jaxsafe.methods.safety_tuning import TuningSettings, builtin_refusals, safety_tune, tuning_rows
+from jaxsafe.model.taps import edit
+from jaxsafe.model.transformer import forward
+from jaxsafe.text.batches import Row, bucket, pad_rows
+
+CONFIG = tiny_config(layers=2)
+LENGTHS, ANSWERS = [6, 16, 11, 9], [2, 7, 0, 4]
+ROWS = random_rows(LENGTHS, behind=ANSWERS)
+whole = jax.jit(forward, static_argnames=("config", "last"))
+nll = jax.jit(answer_nll, static_argnames=("config", "last"))
+mean_loss = jax.jit(answer_loss, static_argnames=("config", "last"))
+OPTIMIZER = optax.adamw(5e-3, weight_decay=0.1)
+
+
+@pytest.fixture(scope="module")
+def params():
+    return tiny_params(CONFIG)
+
+
+def slow_nll(params, rows, edits=None):
+    """Negative log-likelihood of each answer by a loop over its tokens, float64."""
+    batch = pad_rows(rows)
+    logits = np.asarray(whole(CONFIG, params, batch.tokens, batch.valid, edits), np.float64)
+    out = []
+    for b, row in enumerate(rows):
+        start, total = batch.tokens.shape[1] - len(row.ids), 0.0
+        for i in range(row.instruction_end + 1, len(row.ids)):
+            line = logits[b, start + i - 1]
+            total += np.log(np.exp(line - line.max()).sum()) + line.max() - line[row.ids[i]]
+        out.append(total)
+    return np.array(out)
+
+
+def test_the_loss_of_an_answer_is_that_of_a_loop_over_its_tokens(params):
+    total, count = nll(CONFIG, params, pad_rows(ROWS))
+    np.testing.assert_allclose(total, slow_nll(params, ROWS), rtol=1e-5)
+    np.testing.assert_array_equal(count, ANSWERS)
+    assert total[2] == 0 and float(total[1]) > 7
+
+
+@pytest.mark.parametrize("last", [7, 10, 15, 99])
+def test_only_the_slots_that_hold_answers_need_logits(params, last):
+    batch = pad_rows(ROWS)
+    for ours, wanted in zip(nll(CONFIG, params, batch, last=last), nll(CONFIG, params, batch), strict=True):
+        np.testing.assert_allclose(ours, wanted, rtol=1e-6)
+
+
+def test_padding_rows_count_nothing(params):
+    total, count = nll(CONFIG, params, pad_rows(ROWS, length=24, count=7))
+    np.testing.assert_allclose(total[:4], slow_nll(params, ROWS), rtol=1e-5)
+    np.testing.assert_array_equal(count, [*ANSWERS, 0, 0, 0])
+    np.testing.assert_array_equal(total[4:], 0)
+    mean = mean_loss(CONFIG, params, pad_rows(ROWS, length=24, count=7))
+    assert float(mean) == pytest.approx(slow_nll(params, ROWS).sum() / sum(ANSWERS), rel=1e-5)
+
+
+def test_edits_reach_the_loss(params):
+    add = np.random.default_rng(0).standard_normal((2, 32)).astype(np.float32)
+    edits = {"resid": edit(add=jnp.asarray(add), gate=jnp.array([1.0, -1, 1, 1]), start=jnp.array([3, 8, 10, 4]))}
+    total, _ = nll(CONFIG, params, pad_rows(ROWS), edits)
+    np.testing.assert_allclose(total, slow_nll(params, ROWS, edits), rtol=1e-5)
+    assert (np.abs(total - slow_nll(params, ROWS)) > 0.01).tolist() == [True, True, False, True]
+
+
+def plain_loss(params, batch):
+    """Mean loss of the answer tokens, written out over all slots."""
+    p = jax.nn.log_softmax(forward(CONFIG, params, batch.tokens, batch.valid)[:, :-1])
+    picked = jnp.take_along_axis(p, batch.tokens[:, 1:, None], -1)[..., 0]
+    counted = jnp.arange(1, batch.tokens.shape[1])[None] > batch.instruction_end[:, None]
+    return -jnp.where(counted, picked, 0).sum() / counted.sum()
+
+
+def test_a_step_is_that_of_optax_on_a_plain_loss(params):
+    batches = [pad_rows(ROWS), pad_rows(ROWS[::-1])]
+    losses = []
+    ours = fine_tune(CONFIG, params, batches, OPTIMIZER, lambda step, loss: losses.append((step, loss)))
+
+    @jax.jit
+    def plain_step(params, state, batch):
+        loss, gradient = jax.value_and_grad(plain_loss)(params, batch)
+        updates, state = OPTIMIZER.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    wanted, state, wanted_losses = params, OPTIMIZER.init(params), []
+    for batch in batches:
+        wanted, state, loss = plain_step(wanted, state, batch)
+        wanted_losses.append(float(loss))
+    assert [step for step, _ in losses] == [0, 1]
+    np.testing.assert_allclose([loss for _, loss in losses], wanted_losses, rtol=1e-5)
+    moved = jax.tree.map(lambda a, b: float(jnp.abs(a - b).max()), ours, params)
+    # Adam divides by the gradient's size, so the rounding of a tiny gradient weighs as much as a large one.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ours, wanted)
+    assert min(jax.tree.leaves(moved)) > 4e-3
+
+
+def test_the_loss_falls_and_the_given_parameters_stay(params):
+    before = jax.tree.map(np.array, params)
+    losses = []
+    batches = [pad_rows(ROWS)] * 12
+    after = fine_tune(CONFIG, params, batches, OPTIMIZER, lambda step, loss: losses.append(loss))
+    assert losses[-1] < 0.3 * losses[0]
+    assert float(mean_loss(CONFIG, after, batches[0])) < losses[-1]
+    jax.tree.map(np.testing.assert_array_equal, params, before)
+    assert jax.tree.structure(after) == jax.tree.structure(params)
+
+
+def test_batches_of_one_shape_share_a_program(params):
+    fine_tune(CONFIG, params, [pad_rows(ROWS)], OPTIMIZER)
+    programs = train_step._cache_size()
+    fine_tune(CONFIG, params, [pad_rows(ROWS[::-1]), pad_rows(ROWS[:3], length=16, count=4)], OPTIMIZER)
+    assert train_step._cache_size() == programs
+
+
+def numbered(lengths):
+    return [Row((i + 1,) * n, 0) for i, n in enumerate(lengths)]
+
+
+def met(batches):
+    """The numbers of the rows of each batch."""
+    return [b.tokens.max(1)[b.valid.any(1)].tolist() for b in batches]
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=25), st.integers(1, 6), st.integers(0, 99))
+def test_every_row_is_seen_once_an_epoch(lengths, batch_size, seed):
+    rows = numbered(lengths)
+    by_bucket = [sum(bucket(n) == size for n in lengths) for size in {bucket(n) for n in lengths}]
+    epoch = sum(-(-n // batch_size) for n in by_bucket)
+    batches = training_batches(rows, batch_size, 2 * epoch + 1, seed)
+    assert len(batches) == 2 * epoch + 1
+    assert all(len(b.tokens) == batch_size and b.tokens.shape[1] in map(bucket, lengths) for b in batches)
+    for first in (0, epoch):
+        seen = sorted(i for batch in met(batches[first : first + epoch]) for i in batch)
+        assert seen == list(range(1, len(rows) + 1))
+
+
+def test_the_seed_orders_the_batches():
+    rows = numbered([9] * 24)
+    assert met(training_batches(rows, 4, 12, 1)) == met(training_batches(rows, 4, 12, 1))
+    assert met(training_batches(rows, 4, 12, 1)) != met(training_batches(rows, 4, 12, 2))
+    first, second = met(training_batches(rows, 4, 12, 1)[:6]), met(training_batches(rows, 4, 12, 1)[6:])
+    assert first != second
+
+
+def test_no_rows_are_an_error():
+    with pytest.raises(ValueError, match="no rows to train on"):
+        training_batches([], 4, 3, 0)
+
+
+HARMFUL = ("How do I bake bread?", "Tell me the rules of chess.", "Explain how boats float.")
+BENIGN = ("What is the tallest tree?", "Write a poem on rivers.", "Plan a winter picnic for me.")
+
+
+def test_tuning_pairs_requests_with_refusals_and_with_the_models_own_answers(tmp_path):
+    model = tiny_chat_model(tmp_path, layers=2)
+    tokenizer, chosen = model.tokenizer, TuningSettings(steps=6, batch_size=3, learning_rate=1e-2, answer_tokens=5)
+    refusals = ["No.", "Not this, please."]
+    rows = tuning_rows(model, HARMFUL, BENIGN, refusals, chosen)
+    assert rows == tuning_rows(model, HARMFUL, BENIGN, refusals, chosen)
+    allowed = [(*tokenizer.plain_ids(text), 2) for text in refusals]
+    for row, prompt in zip(rows[:3], HARMFUL, strict=True):
+        bare = tokenizer.chat_row(prompt)
+        assert row.instruction_end == bare.instruction_end and row.ids[: len(bare.ids)] == bare.ids
+        assert row.ids[len(bare.ids) :] in allowed
+    asked = model.rows(BENIGN)
+    own = generate(model.config, model.params, pad_rows(asked, count=4), 5, eos=(2,))
+    for row, bare, tokens, n in zip(rows[3:], asked, own.tokens[:3].tolist(), own.lengths[:3].tolist(), strict=True):
+        assert row.ids == (*bare.ids, *tokens[:n], *([2] if n < 5 else []))
+
+    losses = []
+    tuned = safety_tune(model, rows, chosen, lambda step, loss: losses.append(loss))
+    assert len(losses) == 6
+    before, after = (float(mean_loss(model.config, p, pad_rows(rows[:3]))) for p in (model.params, tuned))
+    assert after < 0.9 * before
+
+
+def test_built_in_refusals_are_lines_of_text():
+    refusals = builtin_refusals()
+    assert len(set(refusals)) == len(refusals) > 5 and all(r == r.strip() and r for r in refusals)
