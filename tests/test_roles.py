@@ -105,9 +105,27 @@ def test_further_evaluation_sets_must_not_overlap_either():
     extra = PromptSet("mine", ("What is a kite?",), (False,), ("",))
     roles = assign_roles(["builtin:plain#5"], [], ["builtin:harmful#5"], extra=[extra])
     assert [s.name for s in roles.evaluation] == ["builtin:harmful", "mine"]
-    anchor = PromptSet("mine", roles.anchors[0].prompts[:1], (False,), ("",))
+    shared = PromptSet("mine", roles.anchors[0].prompts[:1], (False,), ("",))
     with pytest.raises(ValueError, match=r"builtin:plain .* and mine .* share 1 prompts"):
-        assign_roles(["builtin:plain#5"], [], [], extra=[anchor])
+        assign_roles(["builtin:plain"], [], [], extra=[shared])
+
+
+def test_draws_avoid_what_evaluation_sets_of_other_names_hold(tmp_path):
+    questions = [f"question {i}?" for i in range(12)]
+    pool = write_csv(tmp_path / "pool.csv", questions)
+    measured = [write_csv(tmp_path / f"{name}.csv", questions[i : i + 2]) for i, name in enumerate("abc")]
+    extra = PromptSet("mine", (questions[11].upper(),), (False,), ("",))
+    roles = assign_roles([pool + "#4"], [pool + "#3"], [measured[0], measured[2]], extra=[extra])
+    assert sorted(texts(roles.anchors + roles.calibration)) == sorted(questions[4:11])
+    with pytest.raises(ValueError, match=r"pool.csv#8' has 7 prompts left"):
+        assign_roles([pool + "#8"], [], [measured[0], measured[2]], extra=[extra])
+
+
+def test_draws_avoid_several_sets_of_one_name():
+    whole = load_spec(parse_spec("builtin:plain"))
+    extra = [PromptSet("mine", (prompt,), (False,), ("",)) for prompt in whole.prompts[:2]]
+    drawn = assign_roles([f"builtin:plain#{len(whole) - 2}"], [], [], extra=extra)
+    assert set(texts(drawn.anchors)) == set(whole.prompts[2:])
 
 
 def test_published_sets_come_from_the_folder():

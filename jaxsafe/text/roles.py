@@ -75,14 +75,14 @@ def assign_roles(
     draw asks for more than there is.
     """
     taken: dict[str, set[str]] = {}
-    measured = {spec.name: load_spec(spec, folder) for spec in map(parse_spec, evaluation)}
-    measured |= {prompts.name: prompts for prompts in extra}
+    measured = [(spec.name, load_spec(spec, folder)) for spec in map(parse_spec, evaluation)]
+    measured += [(prompts.name, prompts) for prompts in extra]
 
     def draw(text: str, evaluates: bool = False) -> PromptSet:
         spec = parse_spec(text)
         used = taken.setdefault(f"{spec.name}/{spec.split}", set())
         whole = load_spec(spec, folder)
-        others = [s for name, s in measured.items() if name != spec.name] if spec.n and not evaluates else []
+        others = [s for name, s in measured if name != spec.name] if spec.n and not evaluates else []
         avoided = used.union(*({normalised(p) for p in s.prompts} for s in others))
         left = whole.select([normalised(p) not in avoided for p in whole.prompts])
         if not len(left) or (spec.n is not None and spec.n > len(left)):
