@@ -325,10 +325,13 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
     (tmp_path / "file").write_text("a file")
-    for name in ("thesis", "file"):
-        with pytest.raises(FileExistsError, match=f"{name} exists and holds something else"):
+    save_hf(tmp_path / "mixed", HALF, random_params(HALF))
+    (tmp_path / "mixed" / "notes.txt").write_text("mine")
+    for name, said in {"thesis": "holds 'chapter1.tex'", "file": "is a file", "mixed": "holds 'notes.txt'"}.items():
+        with pytest.raises(FileExistsError, match=f"{name}.* {said}"):
             save_hf(tmp_path / name, HALF, random_params(HALF))
     assert (tmp_path / "thesis" / "chapter1.tex").read_text() == "years of work"
+    assert (tmp_path / "mixed" / "notes.txt").read_text() == "mine"
     (tmp_path / "empty").mkdir()
     assert (save_hf(tmp_path / "empty", HALF, random_params(HALF)) / "model.safetensors").is_file()
 

@@ -99,8 +99,8 @@ def test_greedy_answers_are_token_by_token_those_of_transformers(model, torch_mo
 def test_logits_are_as_near_to_float64_as_those_of_torch(model, folder, torch_model, rows):
     """Over whole texts of at least 48 tokens, two of them left-padded.
 
-    Logits reach 30, whose spacing in float32 is 2e-6; through 30 layers torch's own float32 logits come as near
-    to its float64 ones as a few 1e-5. Ours may be off by twice that.
+    Logits reach 38, whose spacing in float32 is 4e-6; through 30 layers torch's own float32 logits come within
+    1e-4 of its float64 ones. Ours may be off by twice as much as those.
     """
     texts = sorted(rows, key=lambda row: len(row.ids))[13::9]
     assert min(len(row.ids) for row in texts) >= 48 and len({len(row.ids) for row in texts}) == 3

@@ -107,8 +107,6 @@ def edited(values, row):
         if tap not in values:
             return x
         e = jax.tree.map(lambda field: np.asarray(field, np.float64), values[tap])
-        if tap == FINAL:
-            e = jax.tree.map(lambda field: field[None], e)
         gate, start = (field[layer, row if field.shape[1] > 1 else 0] for field in (e.gate, e.start))
         out = x.copy()
         for position in range(len(x)):
@@ -134,7 +132,7 @@ def random_edit(config, tap, rows=1, seed=0):
     start = generator.integers(0, 6, (config.layers, rows))
     arrays = (generator.standard_normal(shape) / 4, direction, gate)
     whole = Edit(*(jnp.asarray(a, jnp.float32) for a in arrays), jnp.asarray(start, jnp.int32))
-    return jax.tree.map(lambda field: field[0], whole) if tap == FINAL else whole
+    return jax.tree.map(lambda field: field[:1], whole) if tap == FINAL else whole
 
 
 # What is read
