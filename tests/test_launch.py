@@ -135,7 +135,7 @@ CASES = {
     "no template": (lambda f, t: broken(f, t, "m1", without_template), "chat template"),
     "unknown rope type": (lambda f, t: broken(f, t, "m2", odd_rope), "spiral"),
     "truncated weights": (lambda f, t: broken(f, t, "m3", truncated), "model.safetensors"),
-    "overlapping sets": (lambda f, t: "--config.evaluation=('builtin:harmful/anchor','builtin:harmful')", "overlap"),
+    "overlapping sets": (lambda f, t: "--config.evaluation=('builtin:harmful',)", "overlap"),
     "impossible mesh": (lambda f, t: "--config.mesh=data:3,model:5", "3 x 5"),
 }
 

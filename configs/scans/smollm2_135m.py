@@ -2,7 +2,7 @@
 
     python -m launch.quickstart
 
-runs this on the model after safety tuning (ten to twenty minutes on two CPU cores, by what else they do; under two from what a run left), and
+runs this on the model after safety tuning (ten to twenty minutes on two CPU cores), and
 
     python -m launch.scans --config=configs/scans/smollm2_135m.py --out=runs/smollm2
 
