@@ -1,6 +1,7 @@
 """Devices: a mesh from a line of text, and how rows and parameters lie on it."""
 
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -39,6 +40,37 @@ def parse_mesh(text: str, devices: list[Any] | None = None) -> Mesh:
     shape = tuple(lengths[axis] for axis in AXES)
     # Linen's layers need Auto axes; make_mesh would choose Explicit ones.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def per_device(
+    f: Callable[..., Any], mesh: Mesh, in_axes: Sequence[int | None], axis_name: str = "data"
+) -> Callable[..., Any]:
+    """`f` run by every device of the mesh's `axis_name` on its own share, as `jax.pmap(f, axis_name, in_axes)` does.
+
+    Arguments with `in_axes` 0 have a leading axis, one entry a device, which `f` does not see; those with None are
+    the same for all. Results have that leading axis. `f` may use collectives over `axis_name`; the mesh's other
+    axes are left to the compiler, so that weights may be split over them. Raises ValueError for another in_axes.
+
+        sums = per_device(lambda params, batch: wanda_sums(config, params, batch), mesh, (None, 0))(params, batches)
+    """
+    if any(axis not in (0, None) for axis in in_axes):
+        raise ValueError(f"in_axes {tuple(in_axes)} must hold 0 or None for every argument")
+
+    def local(*args: Any) -> Any:
+        own = [a if axis is None else jax.tree.map(lambda x: x[0], a) for a, axis in zip(args, in_axes, strict=True)]
+        return jax.tree.map(lambda x: x[None], f(*own))
+
+    specs = tuple(PartitionSpec() if axis is None else PartitionSpec(axis_name) for axis in in_axes)
+    return jax.jit(
+        jax.shard_map(
+            local,
+            mesh=mesh,
+            in_specs=specs,
+            out_specs=PartitionSpec(axis_name),
+            axis_names={axis_name},
+            check_vma=False,
+        )
+    )
 
 
 def put_rows(tree: Any, mesh: Mesh | None) -> Any:

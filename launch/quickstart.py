@@ -1,9 +1,14 @@
-"""The whole of it on a small model that fits any machine: make it refuse too much, mend it, show what changed.
+"""The whole of it on a small model that fits any machine.
 
     python -m launch.quickstart
 
-Fetches SmolLM2-135M-Instruct, safety-tunes it, measures refusals of look-alike, harmful and plain prompts,
-runs SCANS with calibration, measures again, and writes a report.
+fetches SmolLM2-135M-Instruct, safety-tunes it until it refuses too much, measures refusals of look-alike, harmful and
+plain prompts, mends it by SCANS with calibration, measures again, and writes a report.
+
+    python -m launch.quickstart --task=brittleness
+
+finds the weights and ranks of the same model that carry its safety and not its utility, removes them, and reports
+what happens to refusals and to language, beside random removals of the same size.
 """
 
 import dataclasses
@@ -11,7 +16,8 @@ import pathlib
 
 from absl import flags
 
-from configs.scans.smollm2_135m import get_config
+from configs.brittleness import smollm2_135m as brittleness_config
+from configs.scans import smollm2_135m as scans_config
 from jaxsafe.io.chat_model import ChatModel, load_chat_model
 from jaxsafe.io.hf import save_hf
 from jaxsafe.io.hub import cache_dir, resolve
@@ -19,8 +25,8 @@ from jaxsafe.methods.safety_tuning import TuningSettings, builtin_refusals, safe
 from jaxsafe.parallel import banner
 from jaxsafe.text.datasets import PromptSet, load_prompts
 from jaxsafe.text.prompt_files import KNOWN
-from launch import command
-from launch.scans import Clock, progress_bar, roles_of, run, show
+from launch import brittleness, command, scans
+from launch.progress import Clock, progress_bar
 
 BASE = "smollm2-135m-instruct"
 CARD = """---
@@ -84,21 +90,41 @@ def evaluation_sets(data: str) -> list[PromptSet]:
     return found
 
 
-def main() -> None:
-    """Reads the flags and runs everything."""
-    clock, out = Clock(), pathlib.Path(OUT.value)
-    config = get_config()
+def run_scans(out: pathlib.Path, clock: Clock) -> None:
+    """SCANS on the tuned model, and on the sets of --eval_data."""
+    config = scans_config.get_config()
     config.seed = SEED.value
     extra = evaluation_sets(EVAL_DATA.value) if EVAL_DATA.value else []
-    command.console.print(banner())
-    roles = roles_of(config, extra)
+    roles = scans.roles_of(config, extra)
     model = tuned_model(TuningSettings(seed=SEED.value), clock)
     config.model = model.name
-    show(run(config, model, roles, out, clock), out)
+    scans.show(scans.run(config, model, roles, out, clock), out)
+
+
+def run_brittleness(out: pathlib.Path, clock: Clock) -> None:
+    """Scores, ranks and their removal on the tuned model."""
+    config = brittleness_config.get_config()
+    config.seed = SEED.value
+    if EVAL_DATA.value:
+        raise ValueError("--eval_data belongs to --task=scans; use launch.brittleness with config.evaluation")
+    model = tuned_model(TuningSettings(seed=SEED.value), clock)
+    config.model = str(model.tokenizer.path)
+    brittleness.show(brittleness.run(config, model, out, clock), out)
+
+
+TASKS = {"scans": run_scans, "brittleness": run_brittleness}
+
+
+def main() -> None:
+    """Reads the flags and runs the task."""
+    out = pathlib.Path(OUT.value or f"runs/{TASK.value if TASK.value != 'scans' else 'quickstart'}")
+    command.console.print(banner())
+    TASKS[TASK.value](out, Clock())
 
 
 if __name__ == "__main__":
-    OUT = flags.DEFINE_string("out", "runs/quickstart", "folder for the results; an interrupted run goes on from there")
+    TASK = flags.DEFINE_enum("task", "scans", sorted(TASKS), "what to do with the safety-tuned model")
+    OUT = flags.DEFINE_string("out", "", "folder for the results, from which an interrupted run goes on")
     SEED = flags.DEFINE_integer("seed", 0, "seed of the tuning and of everything drawn")
     EVAL_DATA = flags.DEFINE_string("eval_data", "", "folder with the published XSTest and OKTest files, or one file")
     command.run(main)

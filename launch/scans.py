@@ -8,16 +8,12 @@ import hashlib
 import json
 import os
 import pathlib
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from jaxsafe.evaluation.comparison import average, comparisons, judged, metrics
@@ -49,36 +45,7 @@ from jaxsafe.text.chat import check_context
 from jaxsafe.text.datasets import PromptSet
 from jaxsafe.text.roles import Roles, assign_roles, labelled
 from launch import command
-
-
-@contextmanager
-def progress_bar(what: str, total: int) -> Iterator[Any]:
-    """A bar of `total` steps; yields a function that hears of n more steps."""
-    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=command.console) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda n: progress.advance(task, n)
-
-
-@dataclasses.dataclass
-class Clock:
-    """Seconds by stage, for the record of a run; "compile_s" is part of the stages in which it fell."""
-
-    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        def hear(event: str, duration_secs: float, **_: Any) -> None:
-            if event.endswith("backend_compile_duration"):
-                self.seconds["compile_s"] = self.seconds.get("compile_s", 0.0) + duration_secs
-
-        jax.monitoring.register_event_duration_secs_listener(hear)
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to `name`."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+from launch.progress import Clock, progress_bar
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,8 @@ from jaxsafe.evaluation.record import plain
 from jaxsafe.io.chat_model import load_chat_model
 from jaxsafe.io.hf import save_hf
 from jaxsafe.methods import scans_answers
-from launch.scans import Clock, roles_of, run
+from launch.progress import Clock
+from launch.scans import roles_of, run
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -169,7 +170,7 @@ def test_an_empty_prompt_file_and_a_long_prompt_are_refused(config, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["launch.scans", "launch.quickstart"])
+@pytest.mark.parametrize("module", ["launch.scans", "launch.brittleness", "launch.quickstart"])
 def test_help(tmp_path, module):
     done = launched(tmp_path, "--help", module=module)
     assert "--out" in done.stdout and "Traceback" not in done.stderr

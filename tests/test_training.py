@@ -1,5 +1,7 @@
 """The loss against a loop in float64, a step against optax on a loss written here, and the order of batches."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +9,19 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_transformer import QUICK
 from tiny import random_rows, tiny_chat_model, tiny_config, tiny_params
 
 from jaxsafe.kernels.generate import generate
-from jaxsafe.kernels.training import answer_loss, answer_nll, fine_tune, train_step, training_batches
+from jaxsafe.kernels.training import (
+    answer_loss,
+    answer_nll,
+    batch_plan,
+    fine_tune,
+    train_step,
+    training_batches,
+    value_and_gradient,
+)
 from jaxsafe.methods.safety_tuning import TuningSettings, builtin_refusals, safety_tune, tuning_rows
 from jaxsafe.model.taps import edit
 from jaxsafe.model.transformer import forward
@@ -23,6 +34,8 @@ whole = jax.jit(forward, static_argnames=("config", "last"))
 nll = jax.jit(answer_nll, static_argnames=("config", "last"))
 mean_loss = jax.jit(answer_loss, static_argnames=("config", "last"))
 OPTIMIZER = optax.adamw(5e-3, weight_decay=0.1)
+# The programs are tiny: less time goes to running than to optimising them.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +69,64 @@ def test_only_the_slots_that_hold_answers_need_logits(params, last):
     batch = pad_rows(ROWS)
     for ours, wanted in zip(nll(CONFIG, params, batch, last=last), nll(CONFIG, params, batch), strict=True):
         np.testing.assert_allclose(ours, wanted, rtol=1e-6)
+
+
+def gradients(config, params, batch, **how):
+    """Compiled value and gradient of the summed loss."""
+
+    def loss(params):
+        return answer_nll(config, params, batch, **how)[0].sum()
+
+    return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK).lower(params).compile()
+
+
+@pytest.mark.parametrize("block", [4, 7])
+def test_logits_in_blocks_give_the_same_loss_and_gradient(params, block):
+    batch = pad_rows(ROWS)
+    ours, wanted = (gradients(CONFIG, params, batch, block=n)(params) for n in (block, 99))
+    np.testing.assert_allclose(ours[0], wanted[0], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), ours[1], wanted[1])
+
+
+def test_no_array_holds_the_logits_of_all_slots(params):
+    config = tiny_config(layers=1, vocab=2000)
+    batch = pad_rows(random_rows([64, 60, 50, 64], vocab=2000, behind=[60, 50, 40, 62]))
+
+    def largest(block):
+        text = gradients(config, tiny_params(config), batch, block=block).as_text()
+        return max(np.prod([int(n) for n in shape.split(",")]) for shape in re.findall(r"\w\[([\d,]+)\]", text))
+
+    assert largest(99) >= 4 * 62 * 2000
+    assert largest(8) <= 4 * 64 * 8 * 128
+
+
+def test_layers_computed_again_give_the_same_gradient_in_less_memory():
+    config = tiny_config(layers=6, tied=True, window=9)
+    params, batch = tiny_params(config), pad_rows(random_rows([64, 60, 50, 64], behind=[20, 30, 20, 12]))
+    kept, again = (gradients(config, params, batch, remat=remat) for remat in (False, True))
+    np.testing.assert_allclose(again(params)[0], kept(params)[0], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), again(params)[1], kept(params)[1])
+    assert again.memory_analysis().temp_size_in_bytes < 0.6 * kept.memory_analysis().temp_size_in_bytes
+
+
+def test_edits_do_not_go_with_recomputation(params):
+    with pytest.raises(ValueError, match="edits"):
+        answer_nll(CONFIG, params, pad_rows(ROWS), {"resid": edit(add=jnp.zeros((2, 32)))}, remat=True)
+
+
+def test_the_gradient_of_parts_is_that_of_the_whole(params):
+    def loss(params, batch):
+        return answer_nll(CONFIG, params, batch)[0].sum()
+
+    def gradient(params, parts):
+        return value_and_gradient(loss, params, pad_rows(ROWS), parts)
+
+    compiled = jax.jit(gradient, static_argnums=1, compiler_options=QUICK)
+    ours, wanted = compiled(params, 2), compiled(params, 1)
+    np.testing.assert_allclose(ours[0], wanted[0], rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours[1], wanted[1])
+    with pytest.raises(ValueError, match="4 rows does not divide into 3"):
+        gradient(params, 3)
 
 
 def test_padding_rows_count_nothing(params):
@@ -153,6 +224,13 @@ def test_the_seed_orders_the_batches():
     assert met(training_batches(rows, 4, 12, 1)) != met(training_batches(rows, 4, 12, 2))
     first, second = met(training_batches(rows, 4, 12, 1)[:6]), met(training_batches(rows, 4, 12, 1)[6:])
     assert first != second
+
+
+def test_the_batch_of_a_step_is_the_same_however_many_follow():
+    lengths = [9, 30, 12, 9, 40, 41, 8, 17]
+    long = batch_plan(lengths, 3, 20, 5)
+    for steps in (1, 7, 19):
+        assert [b.tolist() for b in batch_plan(lengths, 3, steps, 5)] == [b.tolist() for b in long[:steps]]
 
 
 def test_no_rows_are_an_error():

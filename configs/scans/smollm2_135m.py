@@ -2,7 +2,7 @@
 
     python -m launch.quickstart
 
-runs this on the model after safety tuning (ten to twenty minutes on two CPU cores), and
+runs this on the model after safety tuning (about twelve minutes on two CPU cores), and
 
     python -m launch.scans --config=configs/scans/smollm2_135m.py --out=runs/smollm2
 
@@ -29,6 +29,6 @@ def get_config() -> ConfigDict:
     config.alpha_grid = (0.01, 0.02, 0.03)
     config.calibration_tokens = 12
     config.max_new_tokens = 32
-    config.batch_size = 64
+    config.batch_size = 50
     config.passages = 24
     return config

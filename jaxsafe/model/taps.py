@@ -104,6 +104,22 @@ class SquareSum:
         return jnp.einsum("btf,bt->f", jnp.square(x.astype(jnp.float32)), self.weight)
 
 
+@flax.struct.dataclass
+class Gram:
+    """Sums outer products over rows and the last P positions: [B, T, F] -> [F, F] float32.
+
+    Fields: weight float32 [B, P]. Positions before the last P are not read.
+    """
+
+    weight: jax.Array
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x[:, x.shape[1] - self.weight.shape[1] :].astype(jnp.float32).reshape(-1, x.shape[-1])
+        weighted = x * self.weight.reshape(-1, 1)
+        # Accelerators would round float32 factors to fewer bits by default.
+        return jnp.einsum("pf,pg->fg", weighted, x, precision=jax.lax.Precision.HIGHEST)
+
+
 Reducer = Callable[[jax.Array], jax.Array]
 
 

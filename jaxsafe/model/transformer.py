@@ -69,7 +69,8 @@ class Block(nn.Module):
             y = h @ w.reshape(h.shape[-1], -1)
             if f"layers/{name}_bias" in table:
                 y = y + weight(f"{name}_bias").reshape(-1)
-            return y.reshape(*h.shape[:-1], *features)
+            # The gradient at a zero perturbation of collection "perturbations" is that of the map's output.
+            return self.perturb(f"{name}_out", y.reshape(*h.shape[:-1], *features))
 
         def tap(name: str, value: jax.Array) -> jax.Array:
             return Tap(name=name)(value, positions)
@@ -132,7 +133,7 @@ class Transformer(nn.Module):
             cos, sin = rotation(c.rope, c.head_dim, positions)
         blocks = nn.scan(
             Block,
-            variable_axes={"params": 0, "intermediates": 0, "edits": 0},
+            variable_axes={"params": 0, "intermediates": 0, "edits": 0, "perturbations": 0},
             variable_broadcast="reducers",
             split_rngs={"params": True},
             in_axes=nn.broadcast,

@@ -1,28 +1,20 @@
 """The self-contained HTML report of a run: `run.json` and `samples.jsonl` in, `report.html` out."""
 
-import base64
-import hashlib
 import json
 import math
 import os
 import pathlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from datetime import datetime
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from jaxsafe.io.atomic import write_text
-from jaxsafe.report import plots
-
-Run = Mapping[str, Any]
+from jaxsafe.report import brittleness, plots
+from jaxsafe.report.page import Run, is_number, p_value, page, percent, words
 
 SCHEMA = 1
-TEMPLATES = pathlib.Path(__file__).parent / "templates"
-IDENTITY = "task jaxsafe git date device model seed judge chat_template_sha256".split()
-"""Entries of run.json that say which run it was."""
 CHANGES = ("broken", "mended", "unscored", "unchanged")
 """What steering did to the verdict on one prompt, in the order in which the prompts are listed."""
 
@@ -36,9 +28,10 @@ def write_report(folder: str | os.PathLike) -> pathlib.Path:
     Raises: FileNotFoundError without a run.json; ValueError for broken JSON, another schema or another task.
     """
     folder = pathlib.Path(folder)
-    page = render(read_run(folder / "run.json"), read_samples(folder / "samples.jsonl"))
+    run, samples = read_run(folder / "run.json"), read_samples(folder / "samples.jsonl")
+    text = REPORTS[run["task"]](run, samples)
     # A lone surrogate in a model's answer cannot be written as UTF-8.
-    write_text(folder / "report.html", page.encode("utf-8", "replace").decode("utf-8"))
+    write_text(folder / "report.html", text.encode("utf-8", "replace").decode("utf-8"))
     return folder / "report.html"
 
 
@@ -49,8 +42,8 @@ def read_run(path: pathlib.Path) -> dict[str, Any]:
     run = _json(path.read_text(encoding="utf-8"), str(path))
     if run.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {run.get('schema')!r}; this version reads schema {SCHEMA}")
-    if run.get("task") != "scans":
-        raise ValueError(f"{path} has task {run.get('task')!r}; there is a report for 'scans'")
+    if run.get("task") not in REPORTS:
+        raise ValueError(f"{path} has task {run.get('task')!r}; there are reports for {', '.join(map(repr, REPORTS))}")
     return run
 
 
@@ -81,21 +74,18 @@ def render(run: Run, samples: Iterable[Mapping[str, Any]]) -> str:
     """
     run = {**run, "comparisons": [_named(row) for row in run.get("comparisons") or []]}
     rows = sorted(({**row, "change": change(row)} for row in samples), key=lambda row: CHANGES.index(row["change"]))
-    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
-    page = _environment().get_template("scans.html.j2")
-    return page.render(
-        run=run,
+    return page(
+        "scans.html.j2",
+        ["report.js"],
+        run,
         headline=headline(run),
         figures={name: Markup(svg) for name, svg in _figures(run).items()},
         flagged=_flagged(run.get("classifier") or {}),
         labels={row.get("set"): row["label"] for row in run["comparisons"]},
-        identity={key: run[key] for key in IDENTITY if run.get(key) is not None},
         samples=rows,
         changes=Counter(row["change"] for row in rows),
-        light=plots.LIGHT,
-        dark=plots.DARK,
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        kinds_of=kinds_of,
+        by_layers=plots.by_layers,
     )
 
 
@@ -244,72 +234,5 @@ def _strength_figures(run: Run) -> dict[str, str]:
     return figures
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.ChainableUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "percent": percent,
-        "number": number,
-        "p_value": p_value,
-        "moment": moment,
-        "token": visible_token,
-        "words": words,
-        "flat": flat,
-    }
-    environment.globals |= {"kinds_of": kinds_of, "by_layers": plots.by_layers}
-    environment.tests["measured"] = is_number
-    return environment
-
-
-def is_number(value: object) -> bool:
-    """Whether a value is a finite number, not null, absent, NaN or a boolean."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def percent(value: Any, digits: int = 1) -> str:
-    """0.314 -> "31.4%"; a dash where nothing was measured."""
-    return f"{value:.{digits}%}" if is_number(value) else "–"
-
-
-def number(value: Any, digits: int = 3) -> str:
-    """1234.5 -> "1,230"; a dash where nothing was measured."""
-    if not is_number(value):
-        return "–"
-    return f"{value:,}" if isinstance(value, int) else f"{float(f'{value:.{digits}g}'):,g}"
-
-
-def p_value(value: Any) -> str:
-    """0.0213 -> "= 0.021"; 1e-9 -> "< 0.001"."""
-    if not is_number(value):
-        return "–"
-    return "< 0.001" if value < 0.001 else f"= {value:.2g}"
-
-
-def moment(text: Any) -> str:
-    """An ISO date as "2025-03-01 12:30 UTC"; any other text as it is."""
-    try:
-        return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M %Z").strip()
-    except (TypeError, ValueError):
-        return str(text)
-
-
-def visible_token(text: Any) -> str:
-    """A token with its line breaks and tabs made visible."""
-    return str(text).replace("\n", "↵").replace("\t", "⇥")
-
-
-def words(text: Any) -> str:
-    """A name for reading: "figurative_language" -> "figurative language"."""
-    return str(text).replace("_", " ")
-
-
-def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:
-    """Nested settings as ("a.b", "1") pairs."""
-    if isinstance(value, Mapping) and value:
-        return [pair for key, item in value.items() for pair in flat(item, f"{prefix}.{key}" if prefix else str(key))]
-    return [(prefix, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))]
+REPORTS: dict[str, Callable[[Run, list[dict[str, Any]]], str]] = {"scans": render, "brittleness": brittleness.render}
+"""Task of a run -> the page of its report."""

@@ -13,14 +13,15 @@
   function filterable(table, form, more) {
     const PAGE = 40;
     const LONG = 320;
-    const rows = [...table.tBodies[0].rows].map(row => ({ row, text: row.textContent.toLowerCase() }));
+    const rows = [...table.tBodies[0].rows].map(row => ({ row }));
     let limit = PAGE;
 
+    // Every field of the form but the text is the name of a data attribute of the rows.
     function show() {
-      const { set, kind, change, text } = Object.fromEntries(new FormData(form));
+      const { text, ...exact } = Object.fromEntries(new FormData(form));
       const words = text.toLowerCase().split(/\s+/).filter(Boolean);
-      const wanted = ({ row, text }) => (!set || row.dataset.set === set) && (!kind || row.dataset.kind === kind)
-        && (!change || row.dataset.change === change) && words.every(word => text.includes(word));
+      const wanted = item => Object.entries(exact).every(([name, value]) => !value || item.row.dataset[name] === value)
+        && words.every(word => item.text.includes(word));
       let found = 0;
       for (const item of rows) item.row.hidden = !wanted(item) || ++found > limit;
       form.querySelector("output").textContent =
@@ -38,15 +39,24 @@
       if (form.kind.selectedOptions[0].disabled) form.kind.value = "";
     }
 
-    for (const { row } of rows) {
-      if (![...row.querySelectorAll(".text")].some(p => p.textContent.length > LONG)) continue;
-      const button = document.createElement("button");
-      button.type = "button";
-      button.className = "unfold";
-      button.textContent = "Full answers";
-      button.setAttribute("aria-expanded", "false");
-      row.cells[0].append(button);
+    // Again whenever the answers of a row are replaced.
+    function read() {
+      for (const item of rows) {
+        const { row } = item;
+        row.classList.remove("open");
+        row.querySelector(".unfold")?.remove();
+        item.text = row.textContent.toLowerCase();
+        if (![...row.querySelectorAll(".text")].some(p => p.textContent.length > LONG)) continue;
+        const button = document.createElement("button");
+        button.type = "button";
+        button.className = "unfold";
+        button.textContent = "Full answers";
+        button.setAttribute("aria-expanded", "false");
+        row.cells[0].append(button);
+      }
     }
+
+    table.addEventListener("replaced", () => { read(); show(); });
     table.addEventListener("click", event => {
       if (!event.target.matches(".unfold")) return;
       const open = event.target.closest("tr").classList.toggle("open");
@@ -54,14 +64,15 @@
       event.target.textContent = open ? "Shorter" : "Full answers";
     });
     form.addEventListener("submit", event => event.preventDefault());
-    form.set.addEventListener("change", offerKinds);
+    if (form.kind) form.set.addEventListener("change", offerKinds);
     form.addEventListener("input", restart);
     more.addEventListener("click", event => {
       if (event.target.name) { limit = event.target.name === "all" ? rows.length : limit + PAGE; show(); }
     });
     table.classList.add("short");
     form.hidden = false;
-    offerKinds();
+    read();
+    if (form.kind) offerKinds();
     show();
   }
 })();

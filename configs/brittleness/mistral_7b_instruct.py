@@ -1,0 +1,24 @@
+"""Brittleness of Mistral-7B-Instruct v0.2, with grouped-query attention; no numbers are published for it.
+
+python -m launch.brittleness --config=configs/brittleness/mistral_7b_instruct.py --config.data=DATA_FOLDER \
+--out=runs/mistral_7b_instruct_brittleness
+
+Ranks r are counted out of 4096, the model's width; the keys' and values' maps, which have 1024, keep the same share of
+theirs. DATA_FOLDER holds the published AdvBench file.
+
+Hardware, in bfloat16: 14.5 GB of weights, two trees of SNIP scores of 27.9 GB each: one 80 GB GPU, or eight
+16 GB chips with --config.mesh=data:1,model:8.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.brittleness.base import base
+
+
+def get_config() -> ConfigDict:
+    """The grids of Llama-2-7B."""
+    config = base()
+    config.model = "mistralai/Mistral-7B-Instruct-v0.2"
+    config.set_difference = ((0.01, 0.01), (0.01, 0.02), (0.02, 0.04), (0.03, 0.07), (0.05, 0.05))
+    config.orthogonal = ((4000, 3450), (4090, 3950), (4090, 4080))
+    return config

@@ -1,0 +1,33 @@
+"""Brittleness of SmolLM2-135M-Instruct with the built-in prompts.
+
+    python -m launch.quickstart --task=brittleness
+
+runs this on the model after safety tuning. On the model as it is shipped, which hardly refuses anything, there is no
+safety to score.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.brittleness.base import base
+
+
+def get_config() -> ConfigDict:
+    """The settings of the quickstart."""
+    config = base()
+    config.model = "smollm2-135m-instruct"
+    config.dtype = "float32"
+    config.samples = 96
+    config.answer_tokens = 16
+    config.set_difference = ((0.0005, 0.005), (0.001, 0.01), (0.001, 0.005), (0.002, 0.01), (0.01, 0.01))
+    config.orthogonal = ((570, 500), (564, 400), (552, 300))
+    config.controls = 1
+    config.evaluation = ("builtin:harmful/test#80",)
+    config.harmless = ("builtin:plain/test#40",)
+    config.settings = ("vanilla",)
+    config.judge = "scans"
+    config.max_new_tokens = 20
+    config.batch_size = 40
+    config.passages = 12
+    config.fluency_answers = 40
+    config.similarity_rank = 20
+    return config

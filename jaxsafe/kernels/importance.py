@@ -1,0 +1,225 @@
+"""Importance of single weights: what Wanda and SNIP (as in Wei et al., arXiv 2402.05162) sum over samples.
+
+Sums are float32, unsigned and additive: those of two halves of the data add up to those of the whole.
+Every function here is pure and works on one device's rows; with `axis_name` it adds up over that axis of
+`jax.pmap` or `jaxsafe.parallel.per_device`.
+
+B batch (rows), T position, L layers, I inputs and O outputs of a linear map, F features of a tap
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsafe.kernels.capture import capture
+from jaxsafe.model.attention import causal_mask, positions_of
+from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.taps import Gram, SquareSum, at, readings
+from jaxsafe.model.transformer import Params, Transformer
+from jaxsafe.model.weights import flatten, linear_maps, nest, sizes
+from jaxsafe.text.batches import Batch
+
+POSITIONS = ("response", "prompt", "all")
+LOSSES = ("mean", "sum")
+
+
+def counted(batch: Batch, positions: str) -> Any:
+    """bool [B, T]: the tokens that count, by `positions`: of the response, of the prompt, or all.
+
+    Raises ValueError for another name.
+    """
+    if positions not in POSITIONS:
+        raise ValueError(f"positions {positions!r} is not known; use one of {', '.join(POSITIONS)}")
+    chosen = {"response": batch.response, "prompt": batch.valid & ~batch.response, "all": batch.valid}
+    return chosen[positions]
+
+
+def total(tree: Any, axis_name: str | None) -> Any:
+    """`tree` added up over the devices of `axis_name`, where there is one."""
+    return tree if axis_name is None else jax.lax.psum(tree, axis_name)
+
+
+def input_taps(config: ModelConfig) -> tuple[str, ...]:
+    """The taps that feed the linear maps of a block."""
+    return tuple(dict.fromkeys(str(w.tap) for w in linear_maps(config).values()))
+
+
+def wanda_sums(
+    config: ModelConfig, params: Params, batch: Batch, positions: str = "response", axis_name: str | None = None
+) -> dict[str, jax.Array]:
+    """{tap: float32 [L, F]} sums of squares of every map's inputs over the counted tokens of `batch`.
+
+    Reduced at the taps, so that no activation is kept. Source: Sun et al., arXiv 2306.11695; counted tokens as
+    in arXiv 2402.05162, section 2.1: a position counts by its own (input) token.
+    """
+    reducer = SquareSum(jnp.asarray(counted(batch, positions), jnp.float32))
+    taps = input_taps(config)
+    sums = capture(config, params, batch.tokens, batch.valid, taps, reduce=dict.fromkeys(taps, reducer))
+    return total(sums, axis_name)
+
+
+def gram_sums(
+    config: ModelConfig,
+    params: Params,
+    batch: Batch,
+    positions: str = "response",
+    last: int | None = None,
+    axis_name: str | None = None,
+) -> dict[str, jax.Array]:
+    """{tap: float32 [L, F, F]} sums of outer products of every map's inputs over the counted tokens of `batch`.
+
+    `last` (static) is a number of final slots that holds every counted token; only those are multiplied.
+    """
+    weight = jnp.asarray(counted(batch, positions), jnp.float32)
+    reducer = Gram(weight if last is None else weight[:, -last:])
+    taps = input_taps(config)
+    sums = capture(config, params, batch.tokens, batch.valid, taps, reduce=dict.fromkeys(taps, reducer))
+    return total(sums, axis_name)
+
+
+def sample_losses(logits: jax.Array, batch: Batch, positions: str, loss: str) -> jax.Array:
+    """Negative log-likelihood (nats) of each row's counted tokens, mean or sum over them, float32 [B].
+
+    `logits` [B, R, V] are those of the last R slots before the final one.
+    """
+    if loss not in LOSSES:
+        raise ValueError(f"loss {loss!r} is not known; use one of {', '.join(LOSSES)}")
+    R = logits.shape[1]
+    known = batch.valid[:, -R - 1 : -1]  # the first token of a row is predicted by nothing
+    weight = jnp.asarray(counted(batch, positions)[:, -R:] & known, jnp.float32)
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, -R:])
+    summed = (nll * weight).sum(1)
+    return summed if loss == "sum" else summed / jnp.maximum(weight.sum(1), 1)
+
+
+def inputs_and_output_gradients(
+    config: ModelConfig, params: Params, batch: Batch, positions: str, loss: str, last: int | None
+) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
+    """{tap: [L, B, T, F]} inputs of the maps, {path: [L, B, T, *outputs]} gradients of the samples' losses there.
+
+    A row's loss depends on no other row, so the gradient of the sum of losses holds every row's own.
+    """
+    B, T = batch.tokens.shape
+    last = T - 1 if last is None else min(last, T - 1)
+    names = {path: f"{path}_out" for path in linear_maps(config)}
+    shape = {path: (config.layers, B, T, *sizes(config, w.outputs)) for path, w in linear_maps(config).items()}
+    zeros = nest({names[path]: jnp.zeros(shape[path], config.dtype) for path in names})
+
+    def summed_loss(perturbations: Any) -> tuple[jax.Array, Any]:
+        (logits, _), state = Transformer(config).apply(
+            {"params": params, "perturbations": perturbations},
+            batch.tokens,
+            positions_of(batch.valid),
+            causal_mask(jnp.arange(T), batch.valid, config.window),
+            last=last + 1,
+            capture_intermediates=at(*input_taps(config)),
+            mutable=["intermediates"],
+        )
+        return sample_losses(logits[:, :-1], batch, positions, loss).sum(), readings(state["intermediates"])
+
+    gradients, inputs = jax.grad(summed_loss, has_aux=True)(zeros)
+    found = flatten(gradients)
+    return inputs, {path: found[name] for path, name in names.items()}
+
+
+def absolute_products(x: jax.Array, g: jax.Array, start: jax.Array) -> jax.Array:
+    """`start` + sum over rows b of |x_b^T g_b|: [B, T, I], [B, T, O], [I, O] -> float32 [I, O].
+
+    x_b^T g_b is the gradient of row b's loss with respect to the map; one row's product exists at a time.
+    """
+
+    def add_row(b: jax.Array, so_far: jax.Array) -> jax.Array:
+        product = jnp.einsum("ti,to->io", x[b], g[b], preferred_element_type=jnp.float32)
+        return so_far + jnp.abs(product)
+
+    return jax.lax.fori_loop(0, x.shape[0], add_row, start)
+
+
+def snip_sums(
+    config: ModelConfig,
+    params: Params,
+    batch: Batch,
+    sums: Mapping[str, Any],
+    positions: str = "response",
+    loss: str = "mean",
+    last: int | None = None,
+    axis_name: str | None = None,
+) -> dict[str, Any]:
+    """`sums` plus, for every linear map, the sum over rows n of |dL_n/dW|; trees like the parameters, float32.
+
+    All layers in one forward and one backward pass that keeps the maps' inputs and output gradients of this
+    batch; the per-row gradients are their products, formed and added in place one row and one map at a time.
+    `loss` is "mean" over a row's counted tokens (the published code) or "sum" (the paper's formula); `last`
+    (static) is a number of final slots that holds every counted token. Memory: parameters, one tree of sums
+    (donate it), activations of the batch. Source: Lee et al., arXiv 1810.02340; arXiv 2402.05162, section 2.1.
+    """
+    inputs, gradients = inputs_and_output_gradients(config, params, batch, positions, loss, last)
+    maps = linear_maps(config)
+
+    def add_layer(layer: jax.Array, so_far: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        out = {}
+        for path, stack in so_far.items():
+            x = jax.lax.dynamic_index_in_dim(inputs[str(maps[path].tap)], layer, keepdims=False)
+            g = jax.lax.dynamic_index_in_dim(gradients[path], layer, keepdims=False)
+            old = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+            new = absolute_products(x, g.reshape(*g.shape[:2], -1), old.reshape(x.shape[-1], -1))
+            out[path] = jax.lax.dynamic_update_index_in_dim(stack, new.reshape(old.shape), layer, 0)
+        return out
+
+    start = flatten(sums)
+    if axis_name is None:
+        return nest(jax.lax.fori_loop(0, config.layers, add_layer, start))
+    added = jax.lax.fori_loop(0, config.layers, add_layer, jax.tree.map(jnp.zeros_like, start))
+    return nest(jax.tree.map(jnp.add, start, total(added, axis_name)))
+
+
+def no_sums(config: ModelConfig) -> dict[str, Any]:
+    """Sums of no samples: float32 zeros for every linear map, a tree like the parameters."""
+    return nest(
+        {
+            path: jnp.zeros((config.layers, *sizes(config, w.inputs + w.outputs)), jnp.float32)
+            for path, w in linear_maps(config).items()
+        }
+    )
+
+
+def wanda_scores(config: ModelConfig, params: Params, sums: Mapping[str, jax.Array], n: int) -> dict[str, Any]:
+    """|W_ij| times the root of the mean over `n` samples of the summed squares of input i; float32 trees.
+
+    Source: arXiv 2306.11695; the same order as |W| ||X_i||_2. Raises ValueError for no samples.
+    """
+    weight = flatten(params)
+    out = {}
+    for path, w in linear_maps(config).items():
+        inputs = sizes(config, w.inputs)
+        ones = (1,) * len(w.outputs)
+        norm = jnp.sqrt(sums[str(w.tap)] / at_least_one(n)).reshape(config.layers, *inputs, *ones)
+        out[path] = jnp.abs(weight[path].astype(jnp.float32)) * norm
+    return nest(out)
+
+
+def snip_scores(config: ModelConfig, params: Params, sums: Mapping[str, Any], n: int) -> dict[str, Any]:
+    """|W_ij| times the mean over `n` samples of |dL_n/dW_ij|; float32 trees. Raises ValueError for no samples."""
+    weight, gradient = flatten(params), flatten(sums)
+    return nest(
+        {
+            path: jnp.abs(weight[path].astype(jnp.float32)) * gradient[path] / at_least_one(n)
+            for path in linear_maps(config)
+        }
+    )
+
+
+def at_least_one(n: int) -> int:
+    """`n`, or ValueError where there are no samples to average over."""
+    if n < 1:
+        raise ValueError(f"a score needs at least one sample; these sums are of {n}")
+    return n
+
+
+def kept_bytes(config: ModelConfig) -> int:
+    """Bytes of one tree of SNIP sums."""
+    return 4 * sum(math.prod(sizes(config, w.inputs + w.outputs)) for w in linear_maps(config).values()) * config.layers

@@ -1,0 +1,262 @@
+"""Ranks of linear maps: ActSVD, removal of ranks, orthogonal projection (Wei et al., arXiv 2402.05162, section 2.3).
+
+A map y = x W is met by the inputs X of a data set. The right singular vectors of the outputs X W, which are the
+left ones of the paper's W X, order the directions of the output space by the energy that the data put there.
+
+Precision: they are the eigenvectors of W^T (X^T X) W, a Gram matrix, which squares the condition number. In
+float32 a direction is told from its neighbours down to about 3e-4 of the largest singular value, below which its
+energy is noise; the basis stays orthonormal throughout. Where singular values lie close together the directions
+among them are not determined, only the span and its energy are.
+
+L layers, I inputs and O outputs of a linear map, R = min(I, O) ranks, F features of a tap
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.transformer import Params
+from jaxsafe.model.weights import flatten, linear_maps, nest, sizes
+
+_EXACT = jax.lax.Precision.HIGHEST
+
+
+@flax.struct.dataclass
+class Basis:
+    """Directions of a map's output space, most energy first.
+
+    vectors: float32 [L, O, R], orthonormal columns; energy: float32 [L, R], squared singular values of X W.
+    """
+
+    vectors: Any
+    energy: Any
+
+
+def as_matrices(config: ModelConfig, path: str, array: Any) -> Any:
+    """A stacked weight as [L, I, O]."""
+    weight = linear_maps(config)[path]
+    return array.reshape(config.layers, math.prod(sizes(config, weight.inputs)), -1)
+
+
+def act_svd(config: ModelConfig, params: Params, grams: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """The `Basis` of every linear map, a tree like the parameters; all ranks from one eigendecomposition a map.
+
+    `grams` {tap: float32 [L, F, F]} are those of `gram_sums`. Layers are one batch; maps follow one another.
+    Not centred, as published. Source: arXiv 2402.05162, section 2.3.
+    """
+    weight = flatten(params)
+    return nest(
+        {
+            path: jax.block_until_ready(basis_of(as_matrices(config, path, weight[path]), grams[str(w.tap)]))
+            for path, w in linear_maps(config).items()
+        }
+    )
+
+
+@jax.jit
+def basis_of(weight: jax.Array, gram: jax.Array) -> Basis:
+    """The basis of maps [L, I, O] whose inputs have the `gram` float32 [L, I, I].
+
+    Where O > I the outputs lie in the row space of W; with Q an orthonormal basis of it [O, I] the eigenproblem is
+    that of (W Q)^T X^T X (W Q), of size I, and its vectors are carried over by Q.
+    """
+    W = weight.astype(jnp.float32)
+    mean = jnp.einsum("lii->l", gram)[:, None, None] / gram.shape[-1]
+    G = gram / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)  # sums over many tokens leave float32's comfort
+    wide = W.shape[2] > W.shape[1]
+    Q = _row_space(W) if wide else None
+    inside = jnp.einsum("lio,lor->lir", W, Q, precision=_EXACT) if wide else W
+    inner = jnp.einsum("lir,lij,ljs->lrs", inside, G, inside, precision=_EXACT)
+    energy, vectors = _eigh((inner + inner.swapaxes(1, 2)) / 2)
+    energy, vectors = energy[:, ::-1], vectors[:, :, ::-1]
+    if wide:
+        vectors = jnp.einsum("lor,lrk->lok", Q, vectors, precision=_EXACT)
+    return Basis(vectors, jnp.maximum(energy, 0) * mean[:, 0])
+
+
+def _row_space(W: jax.Array) -> jax.Array:
+    """Orthonormal columns [L, O, I] that span the rows of W [L, I, O], I < O; a rank that W lacks is a zero column.
+
+    W^T E D^-1/2 with W W^T = E D E^T is orthonormal to about 1e-7 times the squared condition number of W; the
+    Newton-Schulz steps, matrix products all, bring it to float32's precision.
+    """
+    values, E = _eigh(jnp.einsum("lio,ljo->lij", W, W, precision=_EXACT))
+    floor = 1e-6 * values[:, -1:]
+    scale = jnp.where(values > floor, jax.lax.rsqrt(jnp.maximum(values, floor)), 0)
+    Q = jnp.einsum("lio,lir->lor", W, E * scale[:, None, :], precision=_EXACT)
+    for _ in range(3):
+        gram = jnp.einsum("lor,los->lrs", Q, Q, precision=_EXACT)
+        Q = 1.5 * Q - 0.5 * jnp.einsum("lor,lrs->los", Q, gram, precision=_EXACT)
+    return Q
+
+
+def _eigh(A: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Eigenvalues, ascending, and eigenvectors of symmetric [L, R, R]; layers one by one on CPUs.
+
+    jaxlib hands a batch of LAPACK calls to the very threads that wait for it, and several such calls at once stop
+    for ever on machines of few cores.
+    """
+    one_by_one = functools.partial(jax.lax.map, jnp.linalg.eigh)
+    values, vectors = jax.lax.platform_dependent(A, cpu=one_by_one, default=jnp.linalg.eigh)
+    return values, vectors
+
+
+def kept(config: ModelConfig, R: int, r: Any) -> Any:
+    """How many first directions a map of `R` ranks keeps when `r` of the model's width D are set aside.
+
+    R - r where R = D, as published; a map of fewer ranks (grouped keys and values) keeps the same share of its own.
+    `r` may be traced. Rounded half up.
+    """
+    D = config.embed
+    return (2 * R * (D - r) + D) // (2 * D)
+
+
+def first(basis: Basis, k: Any) -> jax.Array:
+    """The `k` (traced) directions of most energy, the others zero: [L, O, R]."""
+    keep = jnp.arange(basis.vectors.shape[-1]) < k
+    return basis.vectors * keep
+
+
+def onto(W: jax.Array, vectors: jax.Array) -> jax.Array:
+    """The part of maps [L, I, O] whose outputs lie in the span of `vectors` [L, O, R]: W V V^T."""
+    inside = jnp.einsum("lio,lor->lir", W, vectors, precision=_EXACT)
+    return jnp.einsum("lir,lor->lio", inside, vectors, precision=_EXACT)
+
+
+def _edited(config: ModelConfig, params: Params, bases: Any, change: Any) -> dict[str, Any]:
+    """`params` whose maps W [L, I, O] are W + change(path, W), computed in float32."""
+    weight = flatten(params)
+    out = dict(weight)
+    for path in linear_maps(config):
+        W = as_matrices(config, path, weight[path]).astype(jnp.float32)
+        out[path] = (W + change(path, W)).reshape(weight[path].shape).astype(weight[path].dtype)
+    return nest(out)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "top"))
+def remove_ranks(
+    config: ModelConfig, params: Params, bases: Mapping[str, Any], rank: jax.Array | int, top: bool = True
+) -> dict[str, Any]:
+    """`params` without the `rank` directions of most energy in every map's output (`top`), or of least.
+
+    Top: W <- W - W V V^T with V the `rank` first directions. Bottom: W <- W V V^T with V all but the `rank` last.
+    A map of fewer ranks than the model's width loses the same share (see `kept`). Another rank does not
+    recompile. Source: arXiv 2402.05162, section 2.2.
+    """
+    basis = flatten(bases)
+
+    def change(path: str, W: jax.Array) -> jax.Array:
+        R = basis[path].vectors.shape[-1]
+        if top:
+            return -onto(W, first(basis[path], kept(config, R, config.embed - rank)))
+        return onto(W, first(basis[path], kept(config, R, rank))) - W
+
+    return _edited(config, params, basis, change)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def remove_orthogonal(
+    config: ModelConfig,
+    params: Params,
+    safety: Mapping[str, Any],
+    utility: Mapping[str, Any],
+    r_s: jax.Array | int,
+    r_u: jax.Array | int,
+) -> dict[str, Any]:
+    """`params` without the safety ranks that are orthogonal to the utility ranks: W - W P_s (I - P_u).
+
+    P_s spans the `kept` R - r_s first safety directions, P_u the R - r_u first utility directions, R = min(I, O) of
+    each map, so that large r leave few directions. (In the paper's orientation W - (I - P_u) P_s W.) A grid of
+    (r_s, r_u) needs one decomposition and one compilation. Source: arXiv 2402.05162, section 2.3.
+    """
+    safe, useful = flatten(safety), flatten(utility)
+
+    def change(path: str, W: jax.Array) -> jax.Array:
+        R = safe[path].vectors.shape[-1]
+        part = onto(W, first(safe[path], kept(config, R, r_s)))
+        return onto(part, first(useful[path], kept(config, R, r_u))) - part
+
+    return _edited(config, params, safe, change)
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def remove_directions(config: ModelConfig, params: Params, vectors: Mapping[str, jax.Array]) -> dict[str, Any]:
+    """`params` without given output directions: W - W V V^T with `vectors` [L, O, k] orthonormal, by path."""
+    given = flatten(vectors)
+    return _edited(config, params, given, lambda path, W: -onto(W, given[path]))
+
+
+def random_bases(config: ModelConfig, bases: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Orthonormal bases like `bases` in random directions of the space that they span, all of equal energy.
+
+    Inside that span, since what lies outside of it never meets the data: the control of rank removal.
+    """
+    out = {}
+    for i, (path, basis) in enumerate(flatten(bases).items()):
+        key = jax.random.fold_in(jax.random.key(seed), i)
+        out[path] = _rotated(basis, key)
+    return nest(out)
+
+
+@jax.jit
+def _rotated(basis: Basis, key: jax.Array) -> Basis:
+    L, _, R = basis.vectors.shape
+    A = jax.random.normal(key, (L, R, R))
+    _, Q = _eigh(A + A.swapaxes(1, 2))  # the eigenvectors of such a matrix are uniform over rotations
+    return Basis(jnp.einsum("lor,lrk->lok", basis.vectors, Q, precision=_EXACT), jnp.ones_like(basis.energy))
+
+
+def overlap(a: Basis, b: Basis, k: Any) -> jax.Array:
+    """||A^T B||_F^2 / k of the `k` first directions of both, in [0, 1]; float32 [L].
+
+    The subspace similarity of Hu et al., arXiv 2106.09685, appendix G, as in arXiv 2402.05162, section 4.3.
+    """
+    inner = jnp.einsum("lor,los->lrs", first(a, k), first(b, k), precision=_EXACT)
+    return jnp.sum(jnp.square(inner), axis=(1, 2)) / jnp.minimum(k, a.vectors.shape[-1])
+
+
+@jax.jit
+def subspace_similarity(a: Mapping[str, Any], b: Mapping[str, Any], rank: jax.Array | int) -> dict[str, jax.Array]:
+    """{path: [L]} similarity of the `rank` first directions of every map in two trees of bases."""
+    return {path: overlap(basis, flatten(b)[path], rank) for path, basis in flatten(a).items()}
+
+
+def energy_shares(bases: Mapping[str, Any]) -> dict[str, jax.Array]:
+    """{path: [L, R]} share of a map's output energy in its first 1, 2, ... R directions."""
+    return {
+        path: jnp.cumsum(b.energy, axis=1) / jnp.maximum(b.energy.sum(1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+        for path, b in flatten(bases).items()
+    }
+
+
+def removed_ranks(config: ModelConfig, r_s: int, r_u: int) -> dict[str, int]:
+    """{path: the most ranks that `remove_orthogonal` can take from a map}: safety ranks, beyond no utility rank."""
+    out = {}
+    for path, w in linear_maps(config).items():
+        R = min(math.prod(sizes(config, w.inputs)), math.prod(sizes(config, w.outputs)))
+        out[path] = min(kept(config, R, r_s), R - kept(config, R, r_u))
+    return out
+
+
+def randomised_basis(weight: jax.Array, gram: jax.Array, rank: int, key: jax.Array, iterations: int = 20) -> Basis:
+    """The first `rank` directions by randomised subspace iteration (Halko et al., arXiv 0909.4061), for comparison.
+
+    The sketch is exactly `rank` wide, as published with arXiv 2402.05162: on a flat spectrum it does not
+    converge. `weight` [L, I, O], `gram` [L, I, I].
+    """
+    W = weight.astype(jnp.float32)
+    inner = jnp.einsum("lio,lij,ljp->lop", W, gram, W, precision=_EXACT)
+    Q, _ = jnp.linalg.qr(jax.random.normal(key, (W.shape[0], W.shape[2], rank)))
+
+    def iterate(_: jax.Array, Q: jax.Array) -> jax.Array:
+        return jnp.linalg.qr(jnp.einsum("lop,lpr->lor", inner, Q, precision=_EXACT))[0]
+
+    Q = jax.lax.fori_loop(0, iterations + 1, iterate, Q)
+    energy, mix = jnp.linalg.eigh(jnp.einsum("lor,lop,lps->lrs", Q, inner, Q, precision=_EXACT))
+    return Basis(jnp.einsum("lor,lrs->los", Q, mix, precision=_EXACT)[:, :, ::-1], jnp.maximum(energy[:, ::-1], 0))

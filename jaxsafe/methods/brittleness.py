@@ -1,0 +1,175 @@
+"""Brittleness of safety alignment (Wei et al., ICML 2024, arXiv 2402.05162): what to remove, and from what.
+
+A point is one edit of the model: weights that matter to safety and not to utility, ranks that do, or a random choice
+of the same size, its control. Material is what points are made from.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from jaxsafe.kernels.lowrank import random_bases, remove_orthogonal, remove_ranks, removed_ranks
+from jaxsafe.kernels.selection import apply_mask, bottom, n_of_m, random_like, set_difference, top
+from jaxsafe.methods.heads import head_mask
+from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.transformer import Params
+
+METHODS: Mapping[str, tuple[str, ...]] = {
+    "set_difference": ("q", "p"),
+    "top": ("fraction",),
+    "bottom": ("fraction",),
+    "n_of_m": ("n", "m"),
+    "heads": ("k",),
+    "orthogonal": ("r_s", "r_u"),
+    "top_ranks": ("rank",),
+    "bottom_ranks": ("rank",),
+}
+"""Method -> the numbers that it takes. Fractions are shares, ranks are counted out of the model's width."""
+RANKS = ("orthogonal", "top_ranks", "bottom_ranks")
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """One edit: a `method` with its numbers; `control` is the seed of its random counterpart, None for itself.
+
+    Raises ValueError for an unknown method and for another count of numbers.
+    """
+
+    method: str
+    values: tuple[float, ...] = ()
+    control: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.method == "dense":
+            return
+        if self.method not in METHODS:
+            raise ValueError(f"method {self.method!r} is not known; use one of {', '.join(METHODS)}")
+        if len(self.values) != len(METHODS[self.method]):
+            raise ValueError(f"{self.method} takes {METHODS[self.method]}; got {self.values}")
+
+    @property
+    def parameters(self) -> dict[str, float]:
+        """The numbers by name."""
+        return dict(zip(METHODS.get(self.method, ()), self.values, strict=True))
+
+    @property
+    def of_ranks(self) -> bool:
+        """Whether it removes ranks rather than weights."""
+        return self.method in RANKS
+
+    @property
+    def name(self) -> str:
+        """A name that tells it from every other point."""
+        words = [self.method.replace("_", " "), *(f"{k}={v:g}" for k, v in self.parameters.items())]
+        return " ".join(words if self.control is None else ["random for", *words, f"seed {self.control}"])
+
+    @property
+    def original(self) -> "Point":
+        """What a control is the control of."""
+        return dataclasses.replace(self, control=None)
+
+
+DENSE = Point("dense")
+
+
+def points(methods: Mapping[str, Any], controls: int) -> list[Point]:
+    """The dense model, then every point of `methods` {method: its tuples of numbers}, each with its controls."""
+    out = [DENSE]
+    for method, grid in methods.items():
+        for values in grid:
+            numbers = tuple(values) if isinstance(values, tuple | list) else (values,)
+            point = Point(method, numbers)
+            out += [point, *(dataclasses.replace(point, control=seed) for seed in range(controls))]
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Material:
+    """What points are made from; each of the functions is called when a point needs it, and once.
+
+    safety, utility: score trees (higher: matters more); safety_bases, utility_bases: trees of `Basis`; heads: the
+    ranking of (layer, head); base: the weights that take the place of removed ones, None for zero; per: the
+    group in which weights are compared.
+    """
+
+    config: ModelConfig
+    params: Params
+    safety: Callable[[], Any]
+    utility: Callable[[], Any]
+    safety_bases: Callable[[], Any]
+    utility_bases: Callable[[], Any]
+    heads: Callable[[], Any]
+    base: Params | None = None
+    per: str = "matrix"
+
+
+def once(make: Callable[[], Any]) -> Callable[[], Any]:
+    """`make`, called at the first need and then remembered."""
+    return functools.lru_cache(maxsize=1)(make)
+
+
+def mask_of(material: Material, point: Point) -> dict[str, Any]:
+    """The weights that a point removes: a boolean tree of the linear maps.
+
+    A control removes as many weights of each matrix as its original, at random.
+    """
+    config, m, v = material.config, material, point.values
+    match point.method:
+        case "set_difference":
+            mask = set_difference(config, m.safety(), m.utility(), v[0], v[1], m.per)
+        case "top":
+            mask = top(config, m.safety(), v[0], m.per)
+        case "bottom":
+            mask = bottom(config, m.safety(), v[0], m.per)
+        case "n_of_m":
+            mask = n_of_m(config, m.safety(), int(v[0]), int(v[1]))
+        case "heads":
+            mask = head_mask(config, m.heads()[: int(v[0])])
+        case _:
+            raise ValueError(f"{point.method} removes no single weights")
+    return mask if point.control is None else random_like(config, mask, point.control)
+
+
+def edited(material: Material, point: Point) -> tuple[Params, dict[str, Any] | None]:
+    """The parameters at `point`, and the mask of removed weights where there is one.
+
+    A control of ranks takes random directions, of the space that the map's outputs span, for the safety ones.
+    """
+    config, params, m = material.config, material.params, material
+    if point.method == "dense":
+        return params, None
+    if not point.of_ranks:
+        mask = mask_of(material, point)
+        return apply_mask(params, mask, m.base), mask
+    safety = m.safety_bases() if point.control is None else random_bases(config, m.safety_bases(), point.control)
+    if point.method == "orthogonal":
+        r_s, r_u = (int(v) for v in point.values)
+        return remove_orthogonal(config, params, safety, m.utility_bases(), r_s, r_u), None
+    return remove_ranks(config, params, safety, int(point.values[0]), top=point.method == "top_ranks"), None
+
+
+def mean_ranks(config: ModelConfig, point: Point) -> float | None:
+    """How many ranks a map loses at `point` at most, the mean over maps; None where it removes weights."""
+    if not point.of_ranks:
+        return None
+    if point.method == "orthogonal":
+        return float(np.mean(list(removed_ranks(config, int(point.values[0]), int(point.values[1])).values())))
+    return float(np.mean(list(removed_ranks(config, config.embed - int(point.values[0]), config.embed).values())))
+
+
+def family(point: Point, score: str) -> str:
+    """The line of a plot that a point belongs to."""
+    if point.method == "dense":
+        return "dense"
+    if point.control is not None:
+        return "random ranks" if point.of_ranks else "random weights"
+    return point.method.replace("_", " ") if point.of_ranks else f"{point.method.replace('_', ' ')} ({score})"
+
+
+def key(point: Point) -> str:
+    """A point as JSON, for a log."""
+    return json.dumps(dataclasses.asdict(point), sort_keys=True)

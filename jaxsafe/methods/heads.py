@@ -1,0 +1,124 @@
+"""Attention heads that tell harmful prompts from benign ones, found by linear probes, and masks that ablate them.
+
+The head baseline of Wei et al. (ICML 2024, arXiv 2402.05162). A head is its output rows of q, k, v and its input
+columns of o; their published code masks the other axis of each.
+
+n prompts, B batch, L layers, D embed, N heads, K kv_heads, H head_dim
+"""
+
+import functools
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from jaxsafe.io.chat_model import ChatModel
+from jaxsafe.kernels.capture import capture
+from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.taps import At
+from jaxsafe.model.transformer import Params
+from jaxsafe.model.weights import layer_shape, linear_maps, nest
+from jaxsafe.parallel import put_rows
+from jaxsafe.text.batches import Batch, map_batches
+from jaxsafe.text.chat import check_context
+
+Head = tuple[int, int]
+"""(layer, head), both counted from 0."""
+
+
+def head_accuracies(
+    model: ChatModel,
+    harmful: Sequence[str],
+    benign: Sequence[str],
+    batch_size: int = 32,
+    validation: float = 2 / 7,
+    seed: int = 0,
+) -> np.ndarray:
+    """Accuracy on held-out prompts with which each head tells harmful from benign, float64 [L, N].
+
+    A probe is a logistic regression on the head's output at the last token of the prompt; the share `validation` of
+    each kind, drawn by `seed`, is held out. Raises ValueError where a kind has too few prompts to be split.
+    """
+    states = head_states(model, [*harmful, *benign], batch_size)
+    return probe_accuracies(states, np.arange(len(states)) < len(harmful), validation, seed)
+
+
+def head_states(model: ChatModel, prompts: Sequence[str], batch_size: int = 32) -> np.ndarray:
+    """What each head hands to the output map at the last token of each prompt, float32 [n, L, N, H]."""
+
+    def call(batch: Batch, indices: np.ndarray) -> jax.Array:
+        return _at_end(model.config, model.params, put_rows(batch, model.mesh))
+
+    rows = model.rows(prompts)
+    check_context(rows, model.config.context)
+    return map_batches(call, rows, batch_size, model.row_multiple)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _at_end(config: ModelConfig, params: Params, batch: Batch) -> jax.Array:
+    """[B, L, N, H] at each row's instruction end."""
+    reduce = {"heads": At(batch.instruction_end[:, None])}
+    read = capture(config, params, batch.tokens, batch.valid, ("heads",), reduce=reduce)["heads"]
+    states = read.reshape(config.layers, -1, config.heads, config.head_dim).swapaxes(0, 1)
+    return states.astype(jnp.float32)
+
+
+def probe_accuracies(states: np.ndarray, labels: np.ndarray, validation: float = 2 / 7, seed: int = 0) -> np.ndarray:
+    """Held-out accuracy of one probe a head, float64 [L, N], from `states` [n, L, N, H] and boolean `labels` [n].
+
+    Features are standardised on the training part. Of each kind, `labels` True first, the first
+    round(count * validation) of a permutation by `numpy.random.default_rng(seed)` are held out.
+    """
+    rng = np.random.default_rng(seed)
+    held = np.zeros(len(labels), bool)
+    for kind in (True, False):
+        members = rng.permutation(np.flatnonzero(labels == kind))
+        count = round(len(members) * validation)
+        if not 0 < count < len(members):
+            name = "harmful" if kind else "benign"
+            raise ValueError(f"{len(members)} {name} prompts cannot be split with a share of {validation:.3g} held out")
+        held[members[:count]] = True
+    out = np.empty(states.shape[1:3])
+    for layer, head in np.ndindex(*out.shape):
+        features = states[:, layer, head].astype(np.float64)
+        probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(features[~held], labels[~held])
+        out[layer, head] = probe.score(features[held], labels[held])
+    return out
+
+
+def ranking(accuracies: np.ndarray) -> list[Head]:
+    """The heads of `accuracies` [L, N], most accurate first, ties by layer and then by head."""
+    order = np.argsort(-accuracies, axis=None, kind="stable")
+    return [(int(i) // accuracies.shape[1], int(i) % accuracies.shape[1]) for i in order]
+
+
+def head_mask(config: ModelConfig, heads: Collection[Head]) -> dict[str, Any]:
+    """The mask that ablates `heads`: their outputs of q and inputs of o, over all seven maps.
+
+    k and v belong to a group of query heads and are covered only where the whole group is in `heads`. Raises
+    ValueError for a head that the model does not have.
+    """
+    chosen = np.zeros((config.layers, config.heads), bool)
+    for layer, head in heads:
+        if not (0 <= layer < config.layers and 0 <= head < config.heads):
+            raise ValueError(f"no head {(layer, head)}; the model has {config.layers} layers of {config.heads} heads")
+        chosen[layer, head] = True
+    group: Any = np.logical_and.reduce(chosen.reshape(config.layers, config.kv_heads, config.groups), axis=-1)
+    covered = {
+        "layers/q": chosen[:, None, :, None],
+        "layers/k": group[:, None, :, None],
+        "layers/v": group[:, None, :, None],
+        "layers/o": chosen[:, :, None, None],
+    }
+    none = np.zeros((1, 1, 1), bool)
+    return nest(
+        {
+            path: jnp.broadcast_to(covered.get(path, none), (config.layers, *layer_shape(config, weight)))
+            for path, weight in linear_maps(config).items()
+        }
+    )

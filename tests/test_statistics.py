@@ -1,0 +1,185 @@
+"""Statistics of a data set: batches, devices, merging, resuming, refusals; and blocks changed one after another."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from tiny import random_rows, tiny_config, tiny_params
+
+from jaxsafe.kernels.blocks import embed, layer_of, run_block
+from jaxsafe.kernels.capture import capture
+from jaxsafe.kernels.importance import no_sums, snip_sums, wanda_scores
+from jaxsafe.kernels.lowrank import act_svd, remove_ranks
+from jaxsafe.kernels.selection import apply_mask, bottom
+from jaxsafe.methods.sequential import change_blocks
+from jaxsafe.methods.statistics import KINDS, gather, gather_once, load_statistics, merge, nothing
+from jaxsafe.model.weights import flatten, shardings
+from jaxsafe.parallel import parse_mesh
+from jaxsafe.text.batches import Row, pad_rows
+
+CONFIG = tiny_config()
+PARAMS = tiny_params(CONFIG)
+ROWS = random_rows([20, 31, 17, 25, 40, 12, 33, 29, 22, 18], behind=[5, 7, 3, 9, 11, 4, 6, 2, 1, 3])
+
+
+def close(got, want, tolerance=2e-5):
+    for path, value in flatten(want).items():
+        scale = np.abs(value).max()
+        np.testing.assert_allclose(
+            np.asarray(flatten(got)[path]) / scale, np.asarray(value) / scale, atol=tolerance, err_msg=path
+        )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_batches_devices_and_halves_give_the_same_sums(kind):
+    whole = gather(kind, CONFIG, PARAMS, ROWS, batch_size=10)
+    assert whole.n == 10
+    close(gather(kind, CONFIG, PARAMS, ROWS, batch_size=3).sums, whole.sums)
+    halves = [gather(kind, CONFIG, PARAMS, rows, batch_size=4) for rows in (ROWS[:4], ROWS[4:])]
+    assert merge(*halves).n == 10
+    close(merge(*halves).sums, whole.sums)
+    mesh = parse_mesh("data:4,model:2")
+    placed = jax.device_put(PARAMS, shardings(CONFIG, mesh))
+    close(jax.device_get(gather(kind, CONFIG, placed, ROWS, batch_size=8, mesh=mesh).sums), whole.sums)
+
+
+def test_one_pass_is_the_loop_over_layers():
+    """The published loop takes the gradient of one block at a time; all at once gives the same."""
+    whole = gather("snip", CONFIG, PARAMS, ROWS, batch_size=4)
+    by_row = no_sums(CONFIG)
+    for row in ROWS:
+        by_row = snip_sums(CONFIG, PARAMS, pad_rows([row], length=len(row.ids)), by_row)
+    close(whole.sums, by_row)
+
+
+def test_different_kinds_do_not_merge():
+    a, b = (gather(kind, CONFIG, PARAMS, ROWS[:2]) for kind in ("wanda", "gram"))
+    with pytest.raises(ValueError, match="'wanda' and 'gram' cannot be merged"):
+        merge(a, b)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_pass_goes_on_and_ends_alike(kind, tmp_path):
+    path = tmp_path / "sums.safetensors"
+
+    def once(done=lambda n: None):
+        return gather_once(path, kind, CONFIG, PARAMS, ROWS, "model", batch_size=2, every=1, done=done)
+
+    seen = []
+
+    def interrupt(n):
+        seen.append(n)
+        if sum(seen) >= 4:
+            raise Stop
+
+    with pytest.raises(Stop):
+        once(interrupt)
+    with pytest.raises(ValueError, match=r"holds \d+ of \d+ batches; run the scoring to its end"):
+        load_statistics(path, "model")
+    heard = []
+    resumed = once(heard.append)
+    assert sum(heard) == len(ROWS) and heard[0] == 4
+    whole = gather(kind, CONFIG, PARAMS, ROWS, batch_size=2)
+    for a, b in zip(jax.tree.leaves(resumed.sums), jax.tree.leaves(whole.sums), strict=True):
+        np.testing.assert_array_equal(a, b)
+    heard.clear()
+    kept = once(heard.append)
+    assert heard == [len(ROWS)]
+    close(kept.sums, whole.sums, 0)
+    loaded = load_statistics(path, "model")
+    assert (loaded.kind, loaded.n) == (kind, len(ROWS))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_other_data_or_another_model_is_scored_anew_or_refused(tmp_path):
+    path = tmp_path / "sums.safetensors"
+    first = gather_once(path, "wanda", CONFIG, PARAMS, ROWS, "model a")
+    other = gather_once(path, "wanda", CONFIG, PARAMS, ROWS[:5], "model a")
+    assert other.n == 5
+    assert not np.allclose(flatten(first.sums)["attn_in"], flatten(other.sums)["attn_in"])
+    with pytest.raises(ValueError, match="is of the model model a; this model is model b: score it anew"):
+        load_statistics(path, "model b")
+    with pytest.raises(FileNotFoundError, match="no statistics at"):
+        load_statistics(tmp_path / "none", "model a")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_statistics(path, "model a")
+
+
+def test_bad_rows_are_refused_in_one_line():
+    with pytest.raises(ValueError, match="there are no rows to score"):
+        gather("wanda", CONFIG, PARAMS, [])
+    with pytest.raises(ValueError, match="row 1 has no answer"):
+        gather("wanda", CONFIG, PARAMS, [ROWS[0], Row((5, 6, 7), 2)])
+    with pytest.raises(ValueError, match="context is 160 tokens"):
+        gather("wanda", CONFIG, PARAMS, random_rows([161], behind=[3]))
+    with pytest.raises(ValueError, match="'fisher' are not known; use one of snip, wanda, gram"):
+        nothing("fisher", CONFIG)
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 9, "attn_bias": True, "mlp_bias": True}])
+def test_block_after_block_is_the_whole_model(changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    params, batch = tiny_params(config), pad_rows(ROWS[:3])
+    whole = capture(config, params, batch.tokens, batch.valid, ("resid", "mlp_hidden"))
+    x = embed(params, batch.tokens)
+    for layer in range(config.layers):
+        x, read = run_block(config, layer_of(params, layer), x, batch.valid, ("mlp_hidden",))
+        np.testing.assert_allclose(x[batch.valid], whole["resid"][layer][batch.valid], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            read["mlp_hidden"][batch.valid], whole["mlp_hidden"][layer][batch.valid], rtol=1e-5, atol=1e-5
+        )
+
+
+def prune(config, params, statistics):
+    """Wanda's removal of the lowest tenth of every row."""
+    scores = wanda_scores(config, params, statistics.sums, statistics.n)
+    return apply_mask(params, bottom(config, scores, 0.1, per="row"))
+
+
+def strip(config, params, statistics):
+    """The removal of four ranks."""
+    return remove_ranks(config, params, act_svd(config, params, statistics.sums), 4)
+
+
+@pytest.mark.parametrize(("kind", "change"), [("wanda", prune), ("gram", strip)])
+def test_each_block_is_scored_on_the_model_as_changed_below(kind, change):
+    """Against a loop that scores the whole, already changed, model anew for every block."""
+    found = change_blocks(kind, CONFIG, PARAMS, ROWS, change, batch_size=4)
+    params = PARAMS
+    for layer in range(CONFIG.layers):
+        changed = change(CONFIG, params, gather(kind, CONFIG, params, ROWS, batch_size=4))
+        layers = jax.tree.map(lambda old, new, i=layer: old.at[i].set(new[i]), params["layers"], changed["layers"])
+        params = {**params, "layers": layers}
+    at_once = change(CONFIG, PARAMS, gather(kind, CONFIG, PARAMS, ROWS, batch_size=4))
+    close(found, params, 1e-4)
+    last = np.asarray(found["layers"]["down"][-1])
+    assert not np.allclose(last, at_once["layers"]["down"][-1], atol=1e-4)
+
+
+def test_snip_is_sequential_too():
+    heard = []
+    found = change_blocks(
+        "snip",
+        CONFIG,
+        PARAMS,
+        ROWS[:4],
+        lambda config, params, s: apply_mask(params, bottom(config, s.sums, 0.2)),
+        done=heard.append,
+    )
+    assert heard == [1] * CONFIG.layers
+    for path, value in flatten(found).items():
+        zeros = (np.asarray(value) == 0).sum()
+        expected = int(value[0].size * 0.2) * CONFIG.layers if "->" in _axes(path) else 0
+        assert zeros == expected, path
+
+
+def _axes(path):
+    from jaxsafe.model.weights import weights
+
+    return weights(CONFIG)[path].axes if path.startswith("layers/") else ""
