@@ -1,23 +1,30 @@
 """Devices: a mesh from a line of text, and how rows and parameters lie on it."""
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxsafe.devices import chip_of
+from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.weights import RULES, count_parameters, shapes, weights
+
 AXES = ("data", "model")
+CACHED = 16 * 2048
+"""Tokens in the cache of a usual batch: 16 rows of 2,048."""
+FILLED = 0.8
+"""Share of a device's memory that weights and cache may take."""
 
 
-def parse_mesh(text: str, devices: list[Any] | None = None) -> Mesh:
-    """The mesh of `text`, e.g. "data:-1,model:2"; one axis may be -1, which takes what is left.
+def mesh_lengths(text: str) -> dict[str, int]:
+    """{"data": n, "model": m} of a line such as "data:-1,model:2"; an axis that is not named has length 1.
 
-    Axes are `data` (rows) and `model` (wide axes of weights); one not named has length 1. Raises ValueError
-    for another axis, one named twice, a length that is not a number, and a mesh that the devices do not fill.
+    Raises ValueError for another axis, one named twice, a length that is not a number, and two axes of length -1.
     """
-    devices = jax.devices() if devices is None else devices
     given: dict[str, int] = {}
     for part in filter(None, text.replace(" ", "").split(",")):
         axis, _, length = part.partition(":")
@@ -28,18 +35,66 @@ def parse_mesh(text: str, devices: list[Any] | None = None) -> Mesh:
         if not re.fullmatch(r"-1|[1-9][0-9]*", length):
             raise ValueError(f"mesh axis {axis!r} in {text!r} needs a positive length or -1, got {length!r}")
         given[axis] = int(length)
-    lengths = dict.fromkeys(AXES, 1) | given
-    free = [axis for axis, length in lengths.items() if length == -1]
-    if len(free) > 1:
+    if list(given.values()).count(-1) > 1:
         raise ValueError(f"mesh {text!r} has two axes of length -1; at most one can take what is left")
-    fixed = int(np.prod([length for length in lengths.values() if length != -1]))
-    if free:
-        lengths[free[0]] = max(1, len(devices) // fixed)
-    if int(np.prod(list(lengths.values()))) != len(devices):
+    return dict.fromkeys(AXES, 1) | given
+
+
+def parse_mesh(text: str, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh of `text`, e.g. "data:-1,model:2"; one axis may be -1, which takes what is left.
+
+    Axes are `data` (rows) and `model` (wide axes of weights). Raises ValueError for a line that `mesh_lengths`
+    refuses, and for a mesh that the devices do not fill.
+    """
+    devices = jax.devices() if devices is None else devices
+    lengths = mesh_lengths(text)
+    fixed = math.prod(length for length in lengths.values() if length != -1)
+    lengths = {axis: max(1, len(devices) // fixed) if n == -1 else n for axis, n in lengths.items()}
+    if math.prod(lengths.values()) != len(devices):
         raise ValueError(f"mesh {text!r} is {' x '.join(map(str, lengths.values()))}; there are {len(devices)} devices")
+    return make_mesh(lengths, devices)
+
+
+def make_mesh(lengths: Mapping[str, int], devices: Sequence[Any]) -> Mesh:
+    """The mesh of axes {"data": n, "model": m} over n * m `devices`."""
     shape = tuple(lengths[axis] for axis in AXES)
-    # Linen's layers need Auto axes; make_mesh would choose Explicit ones.
+    # Linen's layers need Auto axes; JAX would choose Explicit ones.
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def default_mesh(config: ModelConfig, devices: Sequence[Any], memory: float | None) -> Mesh | None:
+    """The mesh for a model where none is asked for; None for a single device.
+
+    `memory` is a device's, in bytes. The model axis is the shortest on which a device's share of the weights and of
+    a cache of `CACHED` tokens takes at most `FILLED` of it, and 1 where the memory is not known.
+    """
+    if len(devices) == 1:
+        return None
+    item = jnp.dtype(config.dtype).itemsize
+    cache = 2 * config.layers * CACHED * config.kv_heads * config.head_dim
+    need = item * (count_parameters(shapes(config)) + cache)
+    lengths = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+    fitting = [n for n in lengths if memory is None or need / n <= FILLED * memory]
+    model = fitting[0] if fitting else lengths[-1]
+    return make_mesh({"data": len(devices) // model, "model": model}, devices)
+
+
+def device_memory(device: Any) -> float | None:
+    """Bytes of the memory of a device; None for a CPU and where nobody knows."""
+    if device.platform == "cpu":
+        return None
+    found = chip_of(device.device_kind)
+    return (device.memory_stats() or {}).get("bytes_limit") or (found.memory if found else None)
+
+
+def undivided(config: ModelConfig, mesh: Mesh) -> tuple[str, ...]:
+    """Axes that `mesh` does not divide, so that every device holds them whole, such as "kv_heads 2 by model 4"."""
+    used = {axis for w in weights(config).values() for axis in w.inputs + w.outputs}
+    return tuple(
+        f"{axis} {getattr(config, axis)} by {target} {mesh.shape[target]}"
+        for axis, target in RULES.items()
+        if axis in used and getattr(config, axis) % mesh.shape[target]
+    )
 
 
 def per_device(

@@ -45,7 +45,7 @@ from jaxsafe.methods.brittleness_evaluation import Examination, against, examine
 from jaxsafe.methods.heads import head_accuracies, ranking
 from jaxsafe.methods.scans_answers import end_last_line
 from jaxsafe.methods.statistics import data_sha256, gather_once
-from jaxsafe.parallel import banner, parse_mesh
+from jaxsafe.parallel import banner
 from jaxsafe.report.html import write_report
 from jaxsafe.text.batches import Row
 from jaxsafe.text.chat import check_context
@@ -428,8 +428,8 @@ def _percent(rate: Mapping[str, Any]) -> str:
 
 
 def load(config: ConfigDict) -> ChatModel:
-    """The model that the config names, on the mesh that it names."""
-    mesh = parse_mesh(config.mesh) if config.mesh else None
+    """The model that the config names, on the mesh that it names or that suits the devices."""
+    mesh = command.mesh_of(config.mesh, config.model, config.dtype)
     return load_chat_model(config.model, config.dtype, mesh, config.chat_template, config.system, config.raw)
 
 

@@ -9,13 +9,20 @@ plain prompts, mends it by SCANS with calibration, measures again, and writes a 
 
 finds the weights and ranks of the same model that carry its safety and not its utility, removes them, and reports
 what happens to refusals and to language, beside random removals of the same size.
+
+    python -m launch.quickstart --task=attack
+
+fine-tunes the same model on a few harmless examples of obedience until it no longer refuses, and reports what is
+prevented by freezing those weights and ranks, or by winding them back, beside random ones.
 """
 
 import dataclasses
 import pathlib
+import shutil
 
 from absl import flags
 
+from configs.attack import smollm2_135m as attack_config
 from configs.brittleness import smollm2_135m as brittleness_config
 from configs.scans import smollm2_135m as scans_config
 from jaxsafe.io.chat_model import ChatModel, load_chat_model
@@ -25,7 +32,7 @@ from jaxsafe.methods.safety_tuning import TuningSettings, builtin_refusals, safe
 from jaxsafe.parallel import banner
 from jaxsafe.text.datasets import PromptSet, load_prompts
 from jaxsafe.text.prompt_files import KNOWN
-from launch import brittleness, command, scans
+from launch import attack, brittleness, command, scans
 from launch.progress import Clock, progress_bar
 
 BASE = "smollm2-135m-instruct"
@@ -62,13 +69,22 @@ def tune(
     like: pathlib.Path,
     clock: Clock,
 ) -> None:
-    """Safety-tunes `base` into `folder`, which appears when it is whole."""
+    """Safety-tunes `base` into `folder`, which appears when it is whole; an interrupted tuning goes on."""
     with clock.stage("own_answers_s"), progress_bar("own answers to benign prompts", len(benign)) as done:
         rows = tuning_rows(base, harmful.prompts, benign.prompts, builtin_refusals(), settings, done)
+    checkpoints = folder.with_name(f"{folder.name}-checkpoints")
     with clock.stage("safety_tuning_s"), progress_bar("safety tuning", settings.steps) as done:
-        params = safety_tune(base, rows, settings, lambda step, loss: done(1))
+        reached = 0
+
+        def stepped(step: int, loss: float) -> None:
+            nonlocal reached
+            done(step + 1 - reached)
+            reached = step + 1
+
+        params = safety_tune(base, rows, settings, checkpoints, stepped)
     card = CARD.format(steps=settings.steps, harmful=len(harmful), benign=len(benign))
     save_hf(folder, base.config, params, like=like, card=card)
+    shutil.rmtree(checkpoints, ignore_errors=True)
 
 
 def evaluation_sets(data: str) -> list[PromptSet]:
@@ -112,7 +128,18 @@ def run_brittleness(out: pathlib.Path, clock: Clock) -> None:
     brittleness.show(brittleness.run(config, model, out, clock), out)
 
 
-TASKS = {"scans": run_scans, "brittleness": run_brittleness}
+def run_attack(out: pathlib.Path, clock: Clock) -> None:
+    """Fine-tuning attacks on the tuned model, and defences against them."""
+    config = attack_config.get_config()
+    config.seed = SEED.value
+    if EVAL_DATA.value:
+        raise ValueError("--eval_data belongs to --task=scans; use launch.attack with config.evaluation")
+    model = tuned_model(TuningSettings(seed=SEED.value), clock)
+    config.model = str(model.tokenizer.path)
+    attack.show(attack.run(config, model, out, clock), out)
+
+
+TASKS = {"scans": run_scans, "brittleness": run_brittleness, "attack": run_attack}
 
 
 def main() -> None:

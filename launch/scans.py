@@ -39,7 +39,7 @@ from jaxsafe.methods.scans import (
 from jaxsafe.methods.scans_answers import answer_prompts
 from jaxsafe.methods.scans_calibration import calibrate, choose_classifier, layer_candidates
 from jaxsafe.methods.vectors import load_steering, save_control_vector, save_steering
-from jaxsafe.parallel import banner, parse_mesh
+from jaxsafe.parallel import banner
 from jaxsafe.report.html import write_report
 from jaxsafe.text.chat import check_context
 from jaxsafe.text.datasets import PromptSet
@@ -298,8 +298,8 @@ def _percent(rate: dict[str, Any]) -> str:
 
 
 def load(config: ConfigDict) -> ChatModel:
-    """The model that the config names, on the mesh that it names."""
-    mesh = parse_mesh(config.mesh) if config.mesh else None
+    """The model that the config names, on the mesh that it names or that suits the devices."""
+    mesh = command.mesh_of(config.mesh, config.model, config.dtype)
     return load_chat_model(
         config.model,
         dtype=config.dtype,

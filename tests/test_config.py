@@ -298,6 +298,7 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}, ["high_freq_factor"]),
         ({"num_key_value_heads": 3}, ["4 attention heads", "3 key/value heads"]),
         ({"head_dim": 7}, ["head_dim", "7", "even"]),
+        ({"hidden_size": 66, "head_dim": None}, ["hidden_size 66", "4 heads", "no head_dim"]),
     ],
 )
 def test_refused_by_name(given, words):

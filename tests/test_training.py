@@ -9,7 +9,6 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_transformer import QUICK
 from tiny import random_rows, tiny_chat_model, tiny_config, tiny_params
 
 from jaxsafe.kernels.generate import generate
@@ -259,7 +258,7 @@ def test_tuning_pairs_requests_with_refusals_and_with_the_models_own_answers(tmp
         assert row.ids == (*bare.ids, *tokens[:n], *([2] if n < 5 else []))
 
     losses = []
-    tuned = safety_tune(model, rows, chosen, lambda step, loss: losses.append(loss))
+    tuned = safety_tune(model, rows, chosen, on_step=lambda step, loss: losses.append(loss))
     assert len(losses) == 6
     before, after = (float(mean_loss(model.config, p, pad_rows(rows[:3]))) for p in (model.params, tuned))
     assert after < 0.9 * before

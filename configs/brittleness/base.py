@@ -10,7 +10,7 @@ def base() -> ConfigDict:
     config.model = ""
     config.base_model = ""  # removed weights are taken from this model; empty: they become zero
     config.dtype = "bfloat16"
-    config.mesh = ""  # e.g. "data:-1,model:4"; empty: one device
+    config.mesh = ""  # e.g. "data:-1,model:4"; empty: chosen for the devices
     config.chat_template = config_dict.placeholder(str)  # Jinja, for a model that ships none
     config.system = config_dict.placeholder(str)  # of the vanilla setting and of the prompts that are scored
     config.raw = False

@@ -18,8 +18,8 @@ def get_config() -> ConfigDict:
     config.dtype = "float32"
     config.samples = 96
     config.answer_tokens = 16
-    config.set_difference = ((0.0005, 0.005), (0.001, 0.01), (0.001, 0.005), (0.002, 0.01), (0.01, 0.01))
-    config.orthogonal = ((570, 500), (564, 400), (552, 300))
+    config.set_difference = ((0.002, 0.01), (0.003, 0.01), (0.005, 0.02), (0.01, 0.02))
+    config.orthogonal = ((575, 400), (574, 300), (570, 200))
     config.controls = 1
     config.evaluation = ("builtin:harmful/test#80",)
     config.harmless = ("builtin:plain/test#40",)

@@ -55,6 +55,15 @@ def resolve(name: str | os.PathLike, allow_network: bool = True) -> pathlib.Path
     return _hub_folder(str(name), allow_network)
 
 
+def model_config(name_or_path: str | os.PathLike, dtype: str | None = None) -> ModelConfig:
+    """The configuration of what `resolve` finds; no weight is read. Raises as `load_hf` does."""
+    path = resolve(name_or_path)
+    if path.is_dir():
+        return read_config(path, dtype)
+    attributes = GgufFile(path).attributes()
+    return config_from_hf(attributes, dtype or attributes["torch_dtype"])
+
+
 def load_hf(
     name_or_path: str | os.PathLike, dtype: str | None = None, mesh: Mesh | None = None
 ) -> tuple[ModelConfig, dict[str, Any]]:

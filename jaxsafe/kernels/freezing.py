@@ -39,10 +39,7 @@ def freeze(mask: Mapping[str, Any]) -> optax.GradientTransformation:
         # Zeros of the weight bring the mask to the weight's devices, as a copy that may be donated.
         return {path: jnp.zeros_like(flat[path], bool) | jnp.asarray(part, bool) for path, part in given.items()}
 
-    def move(path: str, update: jax.Array, state: Mapping[str, jax.Array]) -> jax.Array:
-        return jnp.where(state[path], STAY, update) if path in state else update
-
-    return _by_path(init, move)
+    return optax.GradientTransformation(init, _update_free)
 
 
 def outside(bases: Mapping[str, Any]) -> optax.GradientTransformation:
@@ -64,16 +61,7 @@ def outside(bases: Mapping[str, Any]) -> optax.GradientTransformation:
                 )
         return {path: jnp.array(basis, jnp.float32) for path, basis in given.items()}
 
-    def move(path: str, update: jax.Array, state: Mapping[str, jax.Array]) -> jax.Array:
-        if path not in state:
-            return update
-        basis = state[path]
-        flat = update.reshape(update.shape[0], -1, basis.shape[1]).astype(jnp.float32)
-        inside = jnp.einsum("lio,lor->lir", flat, basis, precision="highest")
-        kept = flat - jnp.einsum("lir,lor->lio", inside, basis, precision="highest")
-        return kept.reshape(update.shape).astype(update.dtype)
-
-    return _by_path(init, move)
+    return optax.GradientTransformation(init, _update_outside)
 
 
 def layers(chosen: Sequence[int]) -> optax.GradientTransformation:
@@ -89,13 +77,7 @@ def layers(chosen: Sequence[int]) -> optax.GradientTransformation:
             raise ValueError(f"layer {beyond[0]} is not one of this model's; it has layers 0 to {count - 1}")
         return {"moves": jnp.asarray(np.isin(np.arange(count), list(chosen)))}
 
-    def move(path: str, update: jax.Array, state: Mapping[str, jax.Array]) -> jax.Array:
-        if not path.startswith("layers/"):
-            return jnp.full_like(update, STAY)
-        moves = state["moves"].reshape(-1, *[1] * (update.ndim - 1))
-        return jnp.where(moves, update, STAY)
-
-    return _by_path(init, move)
+    return optax.GradientTransformation(init, _update_layers)
 
 
 def rewind(tuned: Mapping[str, Any], original: Mapping[str, Any], mask: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,12 +96,35 @@ def _known(what: str, path: str, flat: Mapping[str, Any]) -> None:
         raise ValueError(f"{what} of {path!r} fits no weight; the weights are {sorted(flat)}")
 
 
-def _by_path(
-    init: Callable[[Any], Any], move: Callable[[str, jax.Array, Any], jax.Array]
-) -> optax.GradientTransformation:
-    """The transformation that moves each weight by what `move(path, update, state)` leaves of its update."""
+def _by_path(move: Callable[[str, jax.Array, Any], jax.Array]) -> Callable[..., tuple[Any, Any]]:
+    """The update that moves each weight by what `move(path, update, state)` leaves of its own."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         return nest({path: move(path, u, state) for path, u in flatten(updates).items()}), state
 
-    return optax.GradientTransformation(init, update)
+    return update
+
+
+def _free(path: str, update: jax.Array, state: Mapping[str, jax.Array]) -> jax.Array:
+    return jnp.where(state[path], STAY, update) if path in state else update
+
+
+def _outside(path: str, update: jax.Array, state: Mapping[str, jax.Array]) -> jax.Array:
+    if path not in state:
+        return update
+    basis = state[path]
+    flat = update.reshape(update.shape[0], -1, basis.shape[1]).astype(jnp.float32)
+    inside = jnp.einsum("lio,lor->lir", flat, basis, precision="highest")
+    kept = flat - jnp.einsum("lir,lor->lio", inside, basis, precision="highest")
+    return kept.reshape(update.shape).astype(update.dtype)
+
+
+def _in_layers(path: str, update: jax.Array, state: Mapping[str, jax.Array]) -> jax.Array:
+    if not path.startswith("layers/"):
+        return jnp.full_like(update, STAY)
+    moves = state["moves"].reshape(-1, *[1] * (update.ndim - 1))
+    return jnp.where(moves, update, STAY)
+
+
+# One function for all masks and one for all bases: what is compiled for one mask serves the others.
+_update_free, _update_outside, _update_layers = map(_by_path, (_free, _outside, _in_layers))

@@ -19,6 +19,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params
@@ -47,16 +48,33 @@ def as_matrices(config: ModelConfig, path: str, array: Any) -> Any:
 def act_svd(config: ModelConfig, params: Params, grams: Mapping[str, jax.Array]) -> dict[str, Any]:
     """The `Basis` of every linear map, a tree like the parameters; all ranks from one eigendecomposition a map.
 
-    `grams` {tap: float32 [L, F, F]} are those of `gram_sums`. Layers are one batch; maps follow one another.
-    Not centred, as published. Source: arXiv 2402.05162, section 2.3.
+    `grams` {tap: float32 [L, F, F]} are those of `gram_sums`. Layers are one batch, split over the devices of the
+    mesh that `params` lie on; maps follow one another. Not centred, as published. Source: arXiv 2402.05162,
+    section 2.3.
     """
     weight = flatten(params)
-    return nest(
-        {
-            path: jax.block_until_ready(basis_of(as_matrices(config, path, weight[path]), grams[str(w.tap)]))
-            for path, w in linear_maps(config).items()
-        }
-    )
+
+    def basis(path: str, gram: jax.Array) -> Basis:
+        where = getattr(weight[path], "sharding", None)
+        W = as_matrices(config, path, weight[path])
+        return by_layers(where.mesh, W, gram) if isinstance(where, NamedSharding) else basis_of(W, gram)
+
+    table = linear_maps(config)
+    return nest({path: jax.block_until_ready(basis(path, grams[str(w.tap)])) for path, w in table.items()})
+
+
+def layer_axes(mesh: Mesh, layers: int) -> tuple[str, ...]:
+    """The mesh axes that `layers` are split over: both, else the longer one that divides them, else none."""
+    choices = [("data", "model"), *sorted([("data",), ("model",)], key=lambda a: -mesh.shape[a[0]])]
+    return next((axes for axes in choices if layers % math.prod(mesh.shape[a] for a in axes) == 0), ())
+
+
+@functools.partial(jax.jit, static_argnames=("mesh",))
+def by_layers(mesh: Mesh, weight: jax.Array, gram: jax.Array) -> Basis:
+    """`basis_of`, each device of `mesh` with layers of its own."""
+    own = PartitionSpec(layer_axes(mesh, weight.shape[0]))
+    split = jax.shard_map(basis_of, mesh=mesh, in_specs=(own, own), out_specs=own, check_vma=False)
+    return split(weight, gram)
 
 
 @jax.jit

@@ -6,7 +6,6 @@ of the same size, its control. Material is what points are made from.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -168,8 +167,3 @@ def family(point: Point, score: str) -> str:
     if point.control is not None:
         return "random ranks" if point.of_ranks else "random weights"
     return point.method.replace("_", " ") if point.of_ranks else f"{point.method.replace('_', ' ')} ({score})"
-
-
-def key(point: Point) -> str:
-    """A point as JSON, for a log."""
-    return json.dumps(dataclasses.asdict(point), sort_keys=True)

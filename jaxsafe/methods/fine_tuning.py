@@ -34,9 +34,11 @@ FREE = optax.identity()
 class FineTuning:
     """A run of `steps` batches of `batch_size` rows, each taken in `accumulation` parts, by AdamW.
 
-    The learning rate rises over `warmup` steps to `learning_rate` and stays ("constant") or falls to 0 at the
-    last step ("linear", "cosine"). `lora` None trains the weights themselves. `remat` computes layers again in
-    the backward pass instead of keeping their activations. A checkpoint is written every `checkpoint_every` steps.
+    The learning rate rises over `warmup` steps to `learning_rate` and stays ("constant") or falls to
+    `final_share` of it at the last step ("linear", "cosine"). `lora` None trains the weights themselves. `remat`
+    computes layers again in the backward pass instead of keeping their activations. `slots` (all, of the answer) is
+    the shape of every batch, formed without regard to length; None puts rows of like length together. A checkpoint
+    is written every `checkpoint_every` steps.
     """
 
     steps: int = 100
@@ -45,9 +47,11 @@ class FineTuning:
     learning_rate: float = 2e-5
     schedule: str = "constant"
     warmup: int = 0
+    final_share: float = 0.0
     weight_decay: float = 0.0
     lora: LoRA | None = None
     remat: bool = False
+    slots: tuple[int, int] | None = None
     seed: int = 0
     checkpoint_every: int = 100
 
@@ -68,8 +72,8 @@ def learning_rates(settings: FineTuning) -> optax.Schedule:
     peak, rest = settings.learning_rate, settings.steps - settings.warmup
     after = {
         "constant": optax.constant_schedule(peak),
-        "linear": optax.linear_schedule(peak, 0.0, rest),
-        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "linear": optax.linear_schedule(peak, settings.final_share * peak, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest, settings.final_share),
     }[settings.schedule]
     if not settings.warmup:
         return after
@@ -85,11 +89,14 @@ def fine_tune_run(
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     frozen: optax.GradientTransformation = FREE,
     mesh: Mesh | None = None,
+    on_weights: Callable[[int, Callable[[], Params]], None] = lambda done, weights: None,
 ) -> dict[str, Any]:
     """The parameters after fine-tuning on the answers of `rows`, in `config.dtype`; adapters are merged.
 
     `frozen` is what may not move (see `kernels/freezing.py`); of adapters it freezes the change that they make to
-    the weights. `params` lie on `mesh` and are left as they are. `on_step` hears of each step and its loss.
+    the weights. `params` lie on `mesh` and are left as they are. `on_step` hears of each step and its loss,
+    `on_weights` of the number of steps done, with a function that gives the weights that the model has by then.
+    Runs that differ in rows, seed or what is frozen share one compiled step where their shapes are alike.
 
     Checkpoints go to `folder` (none without one), and a run that finds some there goes on from the latest. On
     SIGTERM such a run writes a checkpoint before it ends, with SystemExit(143) where the signal does not end the
@@ -97,9 +104,16 @@ def fine_tune_run(
     not divide, and a folder of another run.
     """
     check_rows(config, rows, settings, mesh)
-    plan = batch_plan([len(row.ids) for row in rows], settings.batch_size, settings.steps, settings.seed)
+    lengths = [len(row.ids) if settings.slots is None else 1 for row in rows]
+    plan = batch_plan(lengths, settings.batch_size, settings.steps, settings.seed)
+    width = None if settings.slots is None else settings.slots[0]
+    where = jax.tree.map(lambda p: p.sharding, dict(params))
     tree, fixed, weights_of, optimizer = begin(config, params, settings, frozen, mesh)
     step = compiled_step(config, optimizer, weights_of, rows, settings, tree)
+
+    def weights() -> Params:
+        return _weights_program(config, weights_of, *_hashable(where))(tree["params"], fixed)
+
     with contextlib.ExitStack() as stack:
         start, checkpoints = 0, None
         asked: Callable[[int], bool] = _never
@@ -114,16 +128,16 @@ def fine_tune_run(
                 resumed: Any = restore(checkpoints, like, run)
                 start, tree = resumed
         for i in range(start, settings.steps):
-            batch = pad_rows([rows[j] for j in plan[i]], count=settings.batch_size)
+            batch = pad_rows([rows[j] for j in plan[i]], width, settings.batch_size)
             tree, loss = step(tree, put_rows(batch, mesh), fixed)
             on_step(i, float(loss))
+            on_weights(i + 1, weights)
             done, end = i + 1, asked(i)
             if checkpoints and (end or done == settings.steps or done % settings.checkpoint_every == 0):
                 save(checkpoints, done, tree, run)
             if end:
                 raise SystemExit(143)
-    where = jax.tree.map(lambda p: p.sharding, dict(params))
-    return jax.jit(weights_of, static_argnums=0, out_shardings=where)(config, tree["params"], fixed)
+    return dict(weights())
 
 
 def check_rows(config: ModelConfig, rows: Sequence[Row], settings: FineTuning, mesh: Mesh | None) -> None:
@@ -133,6 +147,9 @@ def check_rows(config: ModelConfig, rows: Sequence[Row], settings: FineTuning, m
     for i, row in enumerate(rows):
         if len(row.ids) > config.context:
             raise ValueError(f"row {i} has {len(row.ids)} tokens; the model's context is {config.context} tokens")
+        size = len(row.ids), len(row.ids) - 1 - row.instruction_end
+        if settings.slots is not None and (size[0] > settings.slots[0] or size[1] > settings.slots[1]):
+            raise ValueError(f"row {i} has {size[0]} tokens, {size[1]} of its answer; slots are {settings.slots}")
     part, devices = settings.batch_size // settings.accumulation, 1 if mesh is None else mesh.shape["data"]
     if part % devices:
         raise ValueError(f"parts of {part} rows do not divide over {devices} devices of the data axis")
@@ -142,15 +159,30 @@ def begin(
     config: ModelConfig, params: Params, settings: FineTuning, frozen: optax.GradientTransformation, mesh: Mesh | None
 ) -> tuple[Any, Any, Callable[[ModelConfig, Any, Any], Params], optax.GradientTransformation]:
     """What changes from step to step ("params" and "optimizer"), what does not, the weights of both, the optimiser."""
-    optimizer = optax.adamw(learning_rates(settings), weight_decay=settings.weight_decay)
+    own, _ = rules(settings, frozen)
+    optimizer, weights_of = _shared_rules(dataclasses.replace(settings, seed=0, checkpoint_every=1), frozen.update)
     if settings.lora is None:
-        trained, fixed, weights_of = masters(params), None, model_weights
-        optimizer = optax.chain(optimizer, frozen)
+        trained, fixed = masters(params), None
     else:
         trained = lora.init(config, settings.lora, settings.seed, mesh)
         fixed = {"params": dict(params), "frozen": _on_mesh(frozen.init(params), mesh)}
-        weights_of = functools.partial(adapted, frozen, settings.lora.alpha)
-    return _on_mesh({"params": trained, "optimizer": optimizer.init(trained)}, mesh), fixed, weights_of, optimizer
+    return _on_mesh({"params": trained, "optimizer": own.init(trained)}, mesh), fixed, weights_of, optimizer
+
+
+def rules(
+    settings: FineTuning, frozen: optax.GradientTransformation
+) -> tuple[optax.GradientTransformation, Callable[[ModelConfig, Any, Any], Params]]:
+    """The optimiser of a run, and what makes the model's weights of what is trained and what is fixed."""
+    optimizer = optax.adamw(learning_rates(settings), weight_decay=settings.weight_decay)
+    if settings.lora is None:
+        return optax.chain(optimizer, frozen), model_weights
+    return optimizer, functools.partial(adapted, frozen, settings.lora.alpha)
+
+
+@functools.lru_cache(maxsize=16)
+def _shared_rules(settings: FineTuning, update: Any) -> Any:
+    """`rules`, the same objects for one way of freezing, whatever it freezes; only their updates are of use."""
+    return rules(settings, optax.GradientTransformation(lambda params: None, update))
 
 
 def adapted(
@@ -170,8 +202,23 @@ def compiled_step(
     tree: Any,
 ) -> Callable[[Any, Any, Any], tuple[Any, jax.Array]]:
     """`step(tree, batch, fixed)`: the next tree, laid out as `tree`, and the loss; the tree given to it is consumed."""
-    last = max(len(row.ids) - 1 - row.instruction_end for row in rows)
+    longest = max(len(row.ids) - 1 - row.instruction_end for row in rows)
+    last = longest if settings.slots is None else settings.slots[1]
+    where = _hashable(jax.tree.map(lambda a: a.sharding, tree))
+    return _step_program(config, optimizer, weights_of, last, settings.accumulation, settings.remat, *where)
 
+
+@functools.lru_cache(maxsize=16)
+def _step_program(
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    weights_of: Callable[[ModelConfig, Any, Any], Params],
+    last: int,
+    accumulation: int,
+    remat: bool,
+    shardings: tuple[Any, ...],
+    structure: Any,
+) -> Callable[[Any, Any, Any], tuple[Any, jax.Array]]:
     def step(tree: Any, batch: Any, fixed: Any) -> tuple[Any, jax.Array]:
         params, state, loss = one_step(
             config,
@@ -182,13 +229,29 @@ def compiled_step(
             last,
             fixed,
             weights_of,
-            settings.accumulation,
-            settings.remat,
+            accumulation,
+            remat,
         )
         return {"params": params, "optimizer": state}, loss
 
-    where = jax.tree.map(lambda a: a.sharding, tree)
-    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.unflatten(structure, shardings), None))
+
+
+@functools.lru_cache(maxsize=16)
+def _weights_program(
+    config: ModelConfig,
+    weights_of: Callable[[ModelConfig, Any, Any], Params],
+    shardings: tuple[Any, ...],
+    structure: Any,
+) -> Callable[[Any, Any], Params]:
+    where = jax.tree.unflatten(structure, shardings)
+    return jax.jit(functools.partial(weights_of, config), out_shardings=where)
+
+
+def _hashable(tree: Any) -> tuple[tuple[Any, ...], Any]:
+    """Leaves and structure of a tree, by which a program is looked up."""
+    leaves, structure = jax.tree.flatten(tree)
+    return tuple(leaves), structure
 
 
 def identity(

@@ -6,16 +6,16 @@ Harmful requests are paired with short refusals, benign ones with what the model
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
 import numpy as np
-import optax
 
 from jaxsafe.io.chat_model import ChatModel
 from jaxsafe.kernels.generate import generate_rows
-from jaxsafe.kernels.training import fine_tune, training_batches
+from jaxsafe.methods.fine_tuning import FineTuning, fine_tune_run
 from jaxsafe.methods.scans import Progress, silent
 from jaxsafe.text.batches import Row
 from jaxsafe.text.datasets import PromptSet
@@ -83,10 +83,18 @@ def safety_tune(
     model: ChatModel,
     rows: Sequence[Row],
     settings: TuningSettings,
+    folder: str | os.PathLike | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Any:
-    """The parameters after tuning on `rows`."""
-    peak, steps = settings.learning_rate, settings.steps
-    schedule = optax.warmup_cosine_decay_schedule(0.0, peak, min(settings.warmup, steps - 1), steps, 0.1 * peak)
-    batches = training_batches(rows, settings.batch_size, steps, settings.seed)
-    return fine_tune(model.config, model.params, batches, optax.adamw(schedule, weight_decay=0.0), on_step)
+    """The parameters after tuning on `rows`; an interrupted run goes on from its checkpoints in `folder`."""
+    run = FineTuning(
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        schedule="cosine",
+        warmup=min(settings.warmup, settings.steps - 1),
+        final_share=0.1,
+        seed=settings.seed,
+        checkpoint_every=16,
+    )
+    return fine_tune_run(model.config, model.params, rows, run, folder, on_step, mesh=model.mesh)

@@ -23,7 +23,7 @@ from jaxsafe.io.atomic import new_file
 from jaxsafe.kernels.importance import gram_sums, input_taps, no_sums, snip_sums, wanda_sums
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params
-from jaxsafe.model.weights import flatten, linear_maps, nest, sizes
+from jaxsafe.model.weights import flatten, linear_maps, nest, partition_spec, sizes
 from jaxsafe.parallel import per_device
 from jaxsafe.text.batches import Batch, Row, bucket, group_by_length, pad_rows, row_bucket
 from jaxsafe.text.chat import check_context
@@ -47,15 +47,41 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
     return Statistics(a.kind, jax.tree.map(jnp.add, a.sums, b.sums), a.n + b.n)
 
 
-def nothing(kind: str, config: ModelConfig) -> Any:
-    """The sums of no samples. Raises ValueError for an unknown kind."""
+def outline(kind: str, config: ModelConfig) -> Any:
+    """The sums of `kind` as `jax.ShapeDtypeStruct`s. Raises ValueError for an unknown kind."""
     if kind not in KINDS:
         raise ValueError(f"statistics {kind!r} are not known; use one of {', '.join(KINDS)}")
     if kind == "snip":
-        return no_sums(config)
+        return jax.eval_shape(lambda: no_sums(config))
     width = {str(w.tap): int(np.prod(sizes(config, w.inputs))) for w in linear_maps(config).values()}
     square = (lambda F: (F, F)) if kind == "gram" else (lambda F: (F,))
-    return {tap: jnp.zeros((config.layers, *square(width[tap])), jnp.float32) for tap in input_taps(config)}
+    taps = input_taps(config)
+    return {tap: jax.ShapeDtypeStruct((config.layers, *square(width[tap])), jnp.float32) for tap in taps}
+
+
+def shardings(kind: str, config: ModelConfig, mesh: Mesh) -> Any:
+    """How the sums of `kind`, one entry a device of the data axis in front, lie on `mesh`.
+
+    SNIP's as the weights are split over the model axis, the others by features where that axis divides them.
+    """
+    shape = outline(kind, config)
+    if kind == "snip":
+        table = linear_maps(config)
+        wide = {
+            path: [a if a == "model" else None for a in partition_spec(config, table[path], mesh)] for path in table
+        }
+        return nest({path: NamedSharding(mesh, PartitionSpec("data", *spec)) for path, spec in wide.items()})
+
+    def split(a: Any) -> NamedSharding:
+        fits = a.shape[1] % mesh.shape["model"] == 0
+        return NamedSharding(mesh, PartitionSpec("data", None, "model" if fits else None))
+
+    return jax.tree.map(split, shape)
+
+
+def nothing(kind: str, config: ModelConfig) -> Any:
+    """The sums of no samples. Raises ValueError for an unknown kind."""
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), outline(kind, config))
 
 
 def added(
@@ -80,7 +106,7 @@ _STATIC = ("kind", "config", "positions", "loss", "last", "mesh")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC, donate_argnames=("sums",))
-def _step(
+def add_batch(
     kind: str,
     config: ModelConfig,
     params: Params,
@@ -91,6 +117,7 @@ def _step(
     last: int | None,
     mesh: Mesh | None,
 ) -> Any:
+    """`sums` with those of `batch` added; on a mesh `sums` has one entry a device of the data axis in front."""
     if mesh is None:
         return added(kind, config, params, batch, sums, positions, loss, last)
     n = mesh.shape["data"]
@@ -99,7 +126,8 @@ def _step(
     def own(params: Params, batch: Batch, sums: Any) -> Any:
         return added(kind, config, params, batch, sums, positions, loss, last)
 
-    return per_device(own, mesh, (None, 0, 0))(params, shares, sums)
+    out = per_device(own, mesh, (None, 0, 0))(params, shares, sums)
+    return jax.lax.with_sharding_constraint(out, shardings(kind, config, mesh))
 
 
 def gather(
@@ -129,15 +157,17 @@ def gather(
         raise ValueError(f"row {blank[0]} has no answer; positions='response' needs at least one answer token a row")
     groups = group_by_length([len(row.ids) for row in rows], batch_size)
     multiple = 1 if mesh is None else mesh.shape["data"]
-    sums, first = (nothing(kind, config), 0) if start is None else start
+    sums, first = (None, 0) if start is None else start
     if mesh is not None:
-        sums = _per_device_sums(sums, mesh)
+        sums = _per_device_sums(kind, config, mesh, sums)
+    elif sums is None:
+        sums = nothing(kind, config)
     for number, group in enumerate(groups[first:], first + 1):
         batch = pad_rows([rows[i] for i in group], count=row_bucket(len(group), batch_size, multiple))
         answers = batch.tokens.shape[1] - 1 - int(batch.instruction_end.min())
         last = min(bucket(answers), batch.tokens.shape[1]) if positions == "response" else None
         try:
-            sums = _step(kind, config, params, batch, sums, positions, loss, last, mesh)
+            sums = add_batch(kind, config, params, batch, sums, positions, loss, last, mesh)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -146,14 +176,14 @@ def gather(
     return Statistics(kind, _all_devices(sums, mesh), len(rows))
 
 
-def _per_device_sums(sums: Any, mesh: Mesh) -> Any:
-    """`sums` with a leading axis of the data devices: the first holds them, the others nothing."""
+def _per_device_sums(kind: str, config: ModelConfig, mesh: Mesh, sums: Any) -> Any:
+    """`sums` (None: of no samples) in the first of as many entries as the data axis has devices, the others empty."""
 
-    def spread(a: Any) -> Any:
-        whole = jnp.zeros((mesh.shape["data"], *a.shape), a.dtype).at[0].set(a)
-        return jax.device_put(whole, NamedSharding(mesh, PartitionSpec("data")))
+    def spread(sums: Any) -> Any:
+        empty = jax.tree.map(lambda a: jnp.zeros((mesh.shape["data"], *a.shape), a.dtype), outline(kind, config))
+        return empty if sums is None else jax.tree.map(lambda a, s: a.at[0].set(s), empty, sums)
 
-    return jax.tree.map(spread, sums)
+    return jax.jit(spread, out_shardings=shardings(kind, config, mesh))(sums)
 
 
 def _all_devices(sums: Any, mesh: Mesh | None) -> Any:

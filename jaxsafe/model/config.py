@@ -108,6 +108,9 @@ def config_from_hf(attributes: Mapping[str, Any], dtype: str = "float32") -> Mod
 
     mistral = family == "mistral"
     heads, embed = take("num_attention_heads"), take("hidden_size")
+    head_dim = take("head_dim", None)
+    if not head_dim and embed % heads:
+        raise ValueError(f"hidden_size {embed} does not divide into {heads} heads and config.json has no head_dim")
     context = take("max_position_embeddings", 4096 * 32 if mistral else 2048)
     config = ModelConfig(
         vocab=take("vocab_size"),
@@ -116,7 +119,7 @@ def config_from_hf(attributes: Mapping[str, Any], dtype: str = "float32") -> Mod
         mlp=take("intermediate_size"),
         heads=heads,
         kv_heads=take("num_key_value_heads", 8 if mistral else None) or heads,
-        head_dim=take("head_dim", None) or embed // heads,
+        head_dim=head_dim or embed // heads,
         norm_eps=take("rms_norm_eps", 1e-6),
         rope=_rope_from_hf(given, context),
         window=take("sliding_window", 4096) if mistral else None,

@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 
 from jaxsafe.io.atomic import write_text
-from jaxsafe.report import brittleness, plots
+from jaxsafe.report import attack, brittleness, plots
 from jaxsafe.report.page import Run, is_number, p_value, page, percent, words
 
 SCHEMA = 1
@@ -234,5 +234,9 @@ def _strength_figures(run: Run) -> dict[str, str]:
     return figures
 
 
-REPORTS: dict[str, Callable[[Run, list[dict[str, Any]]], str]] = {"scans": render, "brittleness": brittleness.render}
+REPORTS: dict[str, Callable[[Run, list[dict[str, Any]]], str]] = {
+    "scans": render,
+    "brittleness": brittleness.render,
+    "attack": attack.render,
+}
 """Task of a run -> the page of its report."""
