@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 from rich.table import Table
@@ -44,8 +43,9 @@ from jaxsafe.methods.brittleness import (
 from jaxsafe.methods.brittleness_evaluation import Examination, against, examine, refusals
 from jaxsafe.methods.heads import head_accuracies, ranking
 from jaxsafe.methods.scans_answers import end_last_line
+from jaxsafe.methods.sequential import Change, change_blocks
 from jaxsafe.methods.statistics import data_sha256, gather_once
-from jaxsafe.parallel import banner
+from jaxsafe.parallel import banner, fetch
 from jaxsafe.report.html import write_report
 from jaxsafe.text.batches import Row
 from jaxsafe.text.chat import check_context
@@ -168,6 +168,11 @@ def material_of(config: ConfigDict, model: ChatModel, data: Data, out: pathlib.P
         with clock.stage("heads_s"), command.console.status("probes of heads"):
             return ranking(head_accuracies(model, harmful, benign, config.batch_size, seed=config.seed))
 
+    def sequential(kind: str, change: Change) -> Any:
+        how = config.score_batch_size, config.positions, config.loss
+        with clock.stage("sequential_s"), progress_bar(f"{kind}, block by block", model.config.layers) as done:
+            return change_blocks(kind, model.config, model.params, data.safety, change, *how, done)
+
     return Material(
         model.config,
         model.params,
@@ -178,6 +183,8 @@ def material_of(config: ConfigDict, model: ChatModel, data: Data, out: pathlib.P
         heads=once(heads),
         base=None if base is None else base.params,
         per=config.per,
+        sequential=sequential if config.sequential else None,
+        score=config.score,
     )
 
 
@@ -217,7 +224,7 @@ def sweep_key(config: ConfigDict, model: ChatModel, data: Data, exam: Examinatio
         [s.sha256 for s in (*exam.harmful, *exam.harmless)],
         [dataclasses.asdict(s) for s in exam.settings],
         [exam.judge.name, exam.judge.version, exam.max_new_tokens, exam.fluency_answers, exam.seed],
-        [config.score, config.loss, config.positions, config.per, config.base_model],
+        [config.score, config.loss, config.positions, config.per, config.base_model, config.sequential],
         [list(config.zero_shot), config.zero_shot_limit],
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
@@ -324,7 +331,7 @@ def named(path: str) -> str:
 
 def curve(bases: Any, ranks: Sequence[int]) -> dict[str, list[float]]:
     """The share of a map's output energy in its first ranks, the mean over layers."""
-    shares = {named(path): np.asarray(jnp.mean(share, 0)) for path, share in energy_shares(bases).items()}
+    shares = {named(path): fetch(jnp.mean(share, 0)) for path, share in energy_shares(bases).items()}
     return {name: [float(share[min(k, len(share)) - 1]) for k in ranks] for name, share in shares.items()}
 
 
@@ -335,6 +342,8 @@ def run(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock) -
         raise ValueError(f"config.export {config.export!r} is no point; there are {[p.name for p in grid]}")
     if config.score not in SCORES:
         raise ValueError(f"config.score {config.score!r} is not known; use one of {', '.join(SCORES)}")
+    if config.sequential and (config.score not in ("snip", "wanda") or config.base_model):
+        raise ValueError("config.sequential goes with config.score 'snip' or 'wanda' and without config.base_model")
     roles, harmless = roles_of(config)
     exam = examination(config, model, roles.evaluation, harmless)
     out.mkdir(parents=True, exist_ok=True)
@@ -435,11 +444,12 @@ def load(config: ConfigDict) -> ChatModel:
 
 def main() -> None:
     """Reads the flags and runs the experiment."""
-    config, out, clock = CONFIG.value, pathlib.Path(OUT.value), Clock()
+    config, clock = CONFIG.value, Clock()
     command.console.print(banner())
     with clock.stage("load_s"):
         model = load(config)
-    show(run(config, model, out, clock), out)
+    with command.results(OUT.value) as out:
+        show(run(config, model, out, clock), out)
 
 
 if __name__ == "__main__":

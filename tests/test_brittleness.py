@@ -1,6 +1,7 @@
 """The brittleness experiment: what a point removes, its random control, and a run from pairs to report and export."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -14,7 +15,7 @@ from jaxsafe.evaluation.judges import judge
 from jaxsafe.io.chat_model import load_chat_model
 from jaxsafe.io.hf import save_hf
 from jaxsafe.io.masks import load_mask
-from jaxsafe.kernels.importance import snip_scores
+from jaxsafe.kernels.importance import snip_scores, wanda_scores
 from jaxsafe.kernels.lowrank import act_svd
 from jaxsafe.kernels.selection import sparsity
 from jaxsafe.methods.attribution_data import draw, own_answers, pairs_from_file
@@ -31,6 +32,7 @@ from jaxsafe.methods.brittleness import (
     points,
 )
 from jaxsafe.methods.brittleness_evaluation import Examination, against, examine, refusals
+from jaxsafe.methods.sequential import change_blocks
 from jaxsafe.methods.statistics import gather
 from jaxsafe.model.weights import flatten, linear_maps
 from jaxsafe.text.datasets import load_prompts
@@ -107,6 +109,25 @@ def test_a_point_zeroes_its_mask_and_its_control_as_many_elsewhere(material, poi
     assert any(
         (np.asarray(where) != np.asarray(flatten(original)[path])).any() for path, where in flatten(control).items()
     )
+
+
+@pytest.mark.parametrize("point", [Point("bottom", (0.25,)), Point("top_ranks", (4,))])
+def test_one_sided_points_can_go_block_by_block(material, point):
+    found = gather("wanda", CONFIG, PARAMS, SIDES["safety"])
+    at_once = dataclasses.replace(material, safety=lambda: wanda_scores(CONFIG, PARAMS, found.sums, found.n))
+    in_turn = dataclasses.replace(
+        at_once,
+        sequential=lambda kind, change: change_blocks(kind, CONFIG, PARAMS, SIDES["safety"], change),
+        score="wanda",
+    )
+    (new, mask), (plain, _) = (edited(m, point) for m in (in_turn, at_once))
+    assert (mask is None) == point.of_ranks
+    if mask is not None:
+        np.testing.assert_allclose(sparsity(mask), 0.25, atol=0.01)
+    down, other = (np.asarray(p["layers"]["down"]) for p in (new, plain))
+    np.testing.assert_allclose(down[0], other[0], atol=1e-5)
+    assert np.abs(down[-1] - other[-1]).max() > 1e-3, "the last block did not see what the others lost"
+    assert new["embed"] is PARAMS["embed"]
 
 
 @pytest.mark.parametrize("point", [Point("orthogonal", (16, 8)), Point("top_ranks", (4,)), Point("bottom_ranks", (8,))])

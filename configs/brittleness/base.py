@@ -31,6 +31,7 @@ def base() -> ConfigDict:
     config.positions = "response"  # or prompt, all
     config.per = "matrix"  # group of comparison: row, matrix or model
     config.score_batch_size = 8
+    config.sequential = False  # one-sided points: score each block on the model as changed below it
 
     # What is removed: (q, p) shares; r_s, r_u and ranks out of the model's width; one point each.
     config.set_difference = ((0.01, 0.01), (0.02, 0.01), (0.03, 0.02), (0.05, 0.05))

@@ -11,11 +11,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxsafe.kernels.lowrank import random_bases, remove_orthogonal, remove_ranks, removed_ranks
+from jaxsafe.kernels.importance import snip_scores, wanda_scores
+from jaxsafe.kernels.lowrank import act_svd, random_bases, remove_orthogonal, remove_ranks, removed_ranks
 from jaxsafe.kernels.selection import apply_mask, bottom, n_of_m, random_like, set_difference, top
 from jaxsafe.methods.heads import head_mask
+from jaxsafe.methods.sequential import Change
+from jaxsafe.methods.statistics import Statistics
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params
+from jaxsafe.model.weights import flatten, linear_maps, nest
 
 METHODS: Mapping[str, tuple[str, ...]] = {
     "set_difference": ("q", "p"),
@@ -29,6 +33,8 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 }
 """Method -> the numbers that it takes. Fractions are shares, ranks are counted out of the model's width."""
 RANKS = ("orthogonal", "top_ranks", "bottom_ranks")
+ONE_SIDED = ("top", "bottom", "n_of_m", "top_ranks", "bottom_ranks")
+"""Methods that the safety data alone decide, and that can therefore go block by block."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +98,8 @@ class Material:
 
     safety, utility: score trees (higher: matters more); safety_bases, utility_bases: trees of `Basis`; heads: the
     ranking of (layer, head); base: the weights that take the place of removed ones, None for zero; per: the
-    group in which weights are compared.
+    group in which weights are compared. `sequential(kind, change)`, where it is given, applies a change block by
+    block, each scored by `kind` on the model as changed below it; one-sided points of weights score by `score`.
     """
 
     config: ModelConfig
@@ -104,6 +111,8 @@ class Material:
     heads: Callable[[], Any]
     base: Params | None = None
     per: str = "matrix"
+    sequential: Callable[[str, Change], Params] | None = None
+    score: str = "snip"
 
 
 def once(make: Callable[[], Any]) -> Callable[[], Any]:
@@ -120,17 +129,40 @@ def mask_of(material: Material, point: Point) -> dict[str, Any]:
     match point.method:
         case "set_difference":
             mask = set_difference(config, m.safety(), m.utility(), v[0], v[1], m.per)
-        case "top":
-            mask = top(config, m.safety(), v[0], m.per)
-        case "bottom":
-            mask = bottom(config, m.safety(), v[0], m.per)
-        case "n_of_m":
-            mask = n_of_m(config, m.safety(), int(v[0]), int(v[1]))
         case "heads":
             mask = head_mask(config, m.heads()[: int(v[0])])
         case _:
-            raise ValueError(f"{point.method} removes no single weights")
+            mask = one_sided(config, m.safety(), point, m.per)
     return mask if point.control is None else random_like(config, mask, point.control)
+
+
+def one_sided(config: ModelConfig, scores: Any, point: Point, per: str) -> dict[str, Any]:
+    """The weights that a point of "top", "bottom" or "n_of_m" removes by `scores`. Raises ValueError for others."""
+    match point.method, point.values:
+        case "top", (fraction,):
+            return top(config, scores, fraction, per)
+        case "bottom", (fraction,):
+            return bottom(config, scores, fraction, per)
+        case "n_of_m", (n, m):
+            return n_of_m(config, scores, int(n), int(m))
+    raise ValueError(f"{point.method} removes no single weights by one score")
+
+
+def block_by_block(material: Material, point: Point, apply: Callable[[str, Change], Params]) -> Params:
+    """The parameters at a one-sided `point` whose blocks are scored on the model as changed below them.
+
+    Source: Wanda (arXiv 2306.11695) and ActSVD as published (arXiv 2402.05162, appendix B).
+    """
+
+    def strip(config: ModelConfig, params: Params, found: Statistics) -> Params:
+        bases = act_svd(config, params, found.sums)
+        return remove_ranks(config, params, bases, int(point.values[0]), top=point.method == "top_ranks")
+
+    def prune(config: ModelConfig, params: Params, found: Statistics) -> Params:
+        make = snip_scores if material.score == "snip" else wanda_scores
+        return apply_mask(params, one_sided(config, make(config, params, found.sums, found.n), point, material.per))
+
+    return apply("gram", strip) if point.of_ranks else apply(material.score, prune)
 
 
 def edited(material: Material, point: Point) -> tuple[Params, dict[str, Any] | None]:
@@ -141,6 +173,10 @@ def edited(material: Material, point: Point) -> tuple[Params, dict[str, Any] | N
     config, params, m = material.config, material.params, material
     if point.method == "dense":
         return params, None
+    if m.sequential and point.control is None and point.method in ONE_SIDED:
+        new = block_by_block(m, point, m.sequential)
+        old, now = flatten(params), flatten(new)
+        return new, None if point.of_ranks else nest({path: now[path] != old[path] for path in linear_maps(config)})
     if not point.of_ranks:
         mask = mask_of(material, point)
         return apply_mask(params, mask, m.base), mask

@@ -1,0 +1,26 @@
+"""Fine-tuning attacks on Llama-3.1-8B-Instruct; no numbers are published for freezing in it.
+
+python -m launch.attack --config=configs/attack/llama31_8b_instruct.py --config.data=DATA_FOLDER \
+--out=runs/llama31_8b_instruct_attack --config.mesh=data:1,model:8
+
+See llama2_7b_chat.py for files of examples. DATA_FOLDER holds the published AdvBench file.
+
+Hardware, in bfloat16 with float32 masters and moments: 16.1 GB of weights and 96 GB of training state: two 80 GB GPUs
+or sixteen 16 GB chips; LoRA alone (--config.tunings="('lora',)") fits one 80 GB GPU.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.attack.base import base
+
+
+def get_config() -> ConfigDict:
+    """The regions of Llama-2-7B."""
+    config = base()
+    config.model = "meta-llama/Llama-3.1-8B-Instruct"
+    config.freeze_weights = ((0.1, 0.05), (0.3, 0.05), (0.7, 0.05))
+    config.freeze_ranks = (10, 100, 1000)
+    config.lora_learning_rate = 1e-4
+    config.evaluate_every = 2
+    config.checkpoint_every = 10
+    return config
