@@ -101,7 +101,8 @@ class SquareSum:
     weight: jax.Array
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum("btf,bt->f", jnp.square(x.astype(jnp.float32)), self.weight)
+        squares = jnp.square(x.astype(jnp.float32))
+        return jnp.einsum("btf,bt->f", squares, self.weight, precision=jax.lax.Precision.HIGHEST)
 
 
 @flax.struct.dataclass
