@@ -136,6 +136,42 @@ def test_adapters_learn_and_leave_the_rest():
             np.testing.assert_array_equal(bits(flatten(ours)[path]), bits(weight))
 
 
+def test_slots_give_one_shape_and_change_no_number():
+    settings = dataclasses.replace(BRISK, batch_size=9, steps=2)
+    found = [fine_tune_run(CONFIG, params(), ROWS, dataclasses.replace(settings, slots=s)) for s in ((16, 8), (40, 30))]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *found)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.median(np.abs(a - b)), 0, atol=1e-7), *found)
+    for slots in ((15, 8), (16, 7)):
+        with pytest.raises(ValueError, match=r"row \d has \d+ tokens, \d of its answer; slots are"):
+            fine_tune_run(CONFIG, params(), ROWS, dataclasses.replace(settings, slots=slots))
+
+
+def test_weights_on_the_way_are_those_of_a_shorter_run():
+    seen = {}
+    fine_tune_run(CONFIG, params(), ROWS, BRISK, on_weights=lambda done, weights: seen.update({done: weights()}))
+    assert sorted(seen) == [1, 2, 3, 4]
+    assert_same_bits(seen[2], fine_tune_run(CONFIG, params(), ROWS, dataclasses.replace(BRISK, steps=2)))
+    assert_same_bits(seen[4], whole_run()[0])
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(4, 16.0)], ids=["full", "lora"])
+def test_another_seed_mask_or_row_compiles_nothing(lora):
+    settings = dataclasses.replace(BRISK, steps=1, lora=lora, slots=(16, 8))
+    fine_tune_run(CONFIG, params(), ROWS, settings, frozen=freeze(random_mask()))
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+    others = dataclasses.replace(settings, seed=5, checkpoint_every=7)
+    first = fine_tune_run(CONFIG, params(), ROWS, others, frozen=freeze(random_mask(1)))
+    second = fine_tune_run(CONFIG, params(), ROWS[2:], others, frozen=freeze(random_mask(2)))
+    assert compiled == []
+    for mask, ours in ((random_mask(1), first), (random_mask(2), second)):
+        for path, part in flatten(mask).items():
+            same = bits(flatten(ours)[path]) == bits(flatten(params())[path])
+            assert same[part].all() and same[~part].mean() < 0.01
+
+
 # Frozen parts
 
 

@@ -130,6 +130,7 @@ def truncated(copy):
 
 
 CASES = {
+    "no such configuration": (lambda f, t: "--config=nowhere.py", "nowhere.py"),
     "no such model": (lambda f, t: f"--config.model={t}/nowhere/model", "nowhere"),
     "unknown field": (lambda f, t: "--config.alhpa=3", "alhpa"),
     "stray word": (lambda f, t: "go", "go"),
@@ -146,10 +147,10 @@ CASES = {
 def test_bad_input_gets_one_line_and_status_2(folder, tmp_path, case):
     make, said = CASES[case]
     out = tmp_path / "out"
-    arguments = [make(folder, tmp_path), f"--out={out}"]
-    if "config.model" not in arguments[0]:
-        arguments.insert(0, f"--config.model={folder}")
-    done = launched(tmp_path, "--config=configs/scans/smollm2_135m.py", *arguments)
+    wrong = make(folder, tmp_path)
+    right = {"--config": "configs/scans/smollm2_135m.py", "--config.model": folder}
+    right = [f"{flag}={value}" for flag, value in right.items() if not wrong.startswith((f"{flag}=", "--config="))]
+    done = launched(tmp_path, *right, wrong, f"--out={out}")
     lines = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 2, done.stderr
     assert len(lines) == 1 and said in lines[0]
@@ -170,7 +171,7 @@ def test_an_empty_prompt_file_and_a_long_prompt_are_refused(config, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["launch.scans", "launch.brittleness", "launch.quickstart"])
+@pytest.mark.parametrize("module", ["launch.scans", "launch.brittleness", "launch.attack", "launch.quickstart"])
 def test_help(tmp_path, module):
     done = launched(tmp_path, "--help", module=module)
     assert "--out" in done.stdout and "Traceback" not in done.stderr

@@ -28,7 +28,7 @@ from jaxsafe.kernels.steering import (
     unit,
     vocabulary_projection,
 )
-from jaxsafe.parallel import put_rows
+from jaxsafe.parallel import fetch, put_rows
 from jaxsafe.text.batches import Batch, Row, map_batches
 from jaxsafe.text.chat import check_context
 
@@ -239,7 +239,7 @@ def vocabulary(model: ChatModel, directions: Directions, top: int = 10) -> dict[
         components.append(vt[0] if agrees else -vt[0])
         explained.append(float(s[0] ** 2 / (s**2).sum()))
     vectors = jnp.asarray(np.stack([*components, *directions.direction]))
-    values, ids = (np.asarray(a) for a in vocabulary_projection(model.config, model.params, vectors, top))
+    values, ids = fetch(vocabulary_projection(model.config, model.params, vectors, top))
 
     def tokens(row: int) -> list[dict[str, Any]]:
         texts = [model.tokenizer.hf.decode([int(i)]) for i in ids[row]]

@@ -14,6 +14,7 @@ from jaxsafe.evaluation.comparison import Answered
 from jaxsafe.io.chat_model import ChatModel
 from jaxsafe.kernels.steering import Steering
 from jaxsafe.methods.scans import Answers, Decoding, Progress, answer_both, silent
+from jaxsafe.parallel import fetch
 
 
 def run_key(model: ChatModel, steering: Steering, decoding: Decoding) -> str:
@@ -69,11 +70,10 @@ def answer_prompts(
 
     def keep(indices: np.ndarray, answers: Answers) -> None:
         nonlocal tokens
-        n = int((indices >= 0).sum())
-        tokens += int(np.asarray(answers.before.lengths)[:n].sum() + np.asarray(answers.after.lengths)[:n].sum())
-        scores = np.asarray(answers.scores)
+        n, answers = int((indices >= 0).sum()), fetch(answers)
+        tokens += int(answers.before.lengths[:n].sum() + answers.after.lengths[:n].sum())
         texts = {
-            name: model.tokenizer.decode(np.asarray(out.tokens)[:n], np.asarray(out.lengths)[:n])
+            name: model.tokenizer.decode(out.tokens[:n], out.lengths[:n])
             for name, out in (("before", answers.before), ("after", answers.after))
         }
         with path.open("a", encoding="utf-8") as file:
@@ -81,7 +81,7 @@ def answer_prompts(
                 entry: dict[str, Any] = {
                     "key": key,
                     "prompt": left[indices[row]],
-                    "score": float(scores[row]),
+                    "score": float(answers.scores[row]),
                     "before": texts["before"][row],
                     "after": texts["after"][row],
                 }

@@ -18,7 +18,7 @@ from jaxsafe.kernels.generate import Generated, as_arrays, eos_array, sampling_k
 from jaxsafe.kernels.sampling import row_seeds
 from jaxsafe.kernels.steering import Steering, answer_divergence, scans_answer, scans_prefill
 from jaxsafe.methods.scans import Decoding, Directions, affirmative_ids, rerun_slots, steering_of, unsteered
-from jaxsafe.parallel import put_rows
+from jaxsafe.parallel import fetch, put_rows
 from jaxsafe.text.batches import Batch, map_batches
 from jaxsafe.text.chat import check_context
 
@@ -198,7 +198,7 @@ def benign_divergence(
         prefilled = scans_prefill(*start, affirmative, steerings[0].reference, slots)
         kl = []
         for steering in steerings:
-            kl.append(np.asarray(answer_divergence(*start, prefilled, steering, given, again)[0]))
+            kl.append(fetch(answer_divergence(*start, prefilled, steering, given, again)[0]))
             done(int((indices >= 0).sum()))
         return np.stack(kl, axis=1)
 

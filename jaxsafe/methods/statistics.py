@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import save_file
+from safetensors.numpy import save_file
 
 from jaxsafe.io.atomic import new_file
 from jaxsafe.kernels.importance import gram_sums, input_taps, no_sums, snip_sums, wanda_sums
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params
 from jaxsafe.model.weights import flatten, linear_maps, nest, partition_spec, sizes
-from jaxsafe.parallel import per_device
+from jaxsafe.parallel import fetch, per_device
 from jaxsafe.text.batches import Batch, Row, bucket, group_by_length, pad_rows, row_bucket
 from jaxsafe.text.chat import check_context
 
@@ -242,12 +242,14 @@ def gather_once(
 
 def _write(path: pathlib.Path, sums: Any, meta: Mapping[str, Any]) -> None:
     with new_file(path) as temporary:
-        save_file(flatten(sums), temporary, metadata={"statistics": json.dumps(meta)})
+        save_file(flatten(fetch(sums)), temporary, metadata={"statistics": json.dumps(meta)})
 
 
 def _read(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    # What lies on one process's devices could not be given to a program of several.
+    framework = "flax" if jax.process_count() == 1 else "numpy"
     try:
-        with safe_open(path, framework="flax") as file:
+        with safe_open(path, framework=framework) as file:
             meta = json.loads((file.metadata() or {}).get("statistics", "null"))
             if meta is None:
                 raise ValueError(f"{path} holds no statistics")
