@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxsafe.devices import chip_of
@@ -140,6 +141,17 @@ def put_rows(tree: Any, mesh: Mesh | None) -> Any:
         if leaf.shape[0] % n:
             raise ValueError(f"a batch of {leaf.shape[0]} rows does not divide over {n} devices of the data axis")
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("data")))
+
+
+def fetch(tree: Any) -> Any:
+    """`tree` with whole numpy arrays, on every process, wherever its arrays lie; all processes must call it."""
+
+    def one(a: Any) -> Any:
+        if not isinstance(a, jax.Array) or a.is_fully_addressable:
+            return jax.device_get(a)
+        return multihost_utils.process_allgather(a, tiled=True)
+
+    return jax.tree.map(one, tree)
 
 
 def banner() -> str:

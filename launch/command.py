@@ -30,6 +30,9 @@ def complain(error: BaseException) -> int:
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
+        config = flags.FLAGS["config"].value if "config" in flags.FLAGS else ""
+        if config is not None and not isinstance(config, str):
+            config.to_dict()  # a configuration that could not be loaded says so at its first use
     except flags.Error as error:
         sys.exit(complain(error))
     except (AttributeError, KeyError, OSError, TypeError, ValueError, SyntaxError, ImportError) as error:

@@ -11,6 +11,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -40,6 +41,7 @@ from jaxsafe.methods.scans_answers import answer_prompts
 from jaxsafe.methods.scans_calibration import calibrate, choose_classifier, layer_candidates
 from jaxsafe.methods.vectors import load_steering, save_control_vector, save_steering
 from jaxsafe.parallel import banner
+from jaxsafe.plan.costs import utilisation
 from jaxsafe.report.html import write_report
 from jaxsafe.text.chat import check_context
 from jaxsafe.text.datasets import PromptSet
@@ -198,12 +200,13 @@ def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, c
         config.batch_size,
     )
     samples: list[dict[str, Any]] = []
-    tokens = 0
+    tokens, asked = 0, 0
     with clock.stage("answers_s"), progress_bar("answers before and after", sum(map(len, roles.evaluation))) as done:
         log = out / "answers.jsonl"
         for prompts in roles.evaluation:
             answers, new = answer_prompts(model, prepared.steering, prompts.prompts, decoding, log, done)
             tokens += new
+            asked += 2 * sum(len(row.ids) for row in model.rows(prompts.prompts)) if new else 0
             samples += judged(prompts, answers, prepared.threshold, rules)
     affirmative = affirmative_ids(model)
     with clock.stage("perplexity_s"), progress_bar("perplexity", 2 * len(texts)) as done:
@@ -225,7 +228,9 @@ def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, c
         "comparisons": table,
         "average": average(samples),
         "perplexity": {"before": before, "after": after, "n_tokens": n, "text": config.text or "built-in prose"},
-        "timings": clock.seconds | {"new_tokens": tokens, "tokens_per_s": tokens / clock.seconds["answers_s"]},
+        "timings": clock.seconds
+        | {"new_tokens": tokens, "tokens_per_s": tokens / clock.seconds["answers_s"]}
+        | utilisation(model.config, jax.devices(), asked, tokens, config.batch_size, clock.seconds["answers_s"]),
         "files": {"vectors": "vectors.safetensors", "samples": "samples.jsonl"},
         **prepared.record,
     }
@@ -319,12 +324,13 @@ def roles_of(config: ConfigDict, extra: Sequence[PromptSet] = ()) -> Roles:
 
 def main() -> None:
     """Reads the flags and runs the experiment."""
-    config, out, clock = CONFIG.value, pathlib.Path(OUT.value), Clock()
+    config, clock = CONFIG.value, Clock()
     command.console.print(banner())
     roles = roles_of(config)
     with clock.stage("load_s"):
         model = load(config)
-    show(run(config, model, roles, out, clock), out)
+    with command.results(OUT.value) as out:
+        show(run(config, model, roles, out, clock), out)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,10 @@ from jaxsafe.kernels.lowrank import (
     Basis,
     act_svd,
     basis_of,
+    by_layers,
     energy_shares,
     kept,
+    layer_axes,
     random_bases,
     randomised_basis,
     remove_directions,
@@ -252,3 +254,14 @@ def test_the_same_bases_on_eight_devices():
     for path, basis in flatten(found).items():
         want: Basis = flatten(bases("safety"))[path]
         np.testing.assert_allclose(basis.energy, want.energy, rtol=1e-4, atol=1e-5 * float(want.energy.max()))
+
+
+def test_layers_are_split_over_the_devices():
+    mesh = parse_mesh("data:4,model:2")
+    assert [layer_axes(mesh, n) for n in (8, 4, 6, 3)] == [("data", "model"), ("data",), ("model",), ()]
+    rng = np.random.default_rng(0)
+    weight, root = (rng.standard_normal((8, 32, n)).astype(np.float32) for n in (16, 32))
+    gram = root @ root.swapaxes(1, 2)
+    found, want = by_layers(mesh, weight, gram), basis_of(weight, gram)
+    assert {shard.data.shape for shard in found.vectors.addressable_shards} == {(1, 16, 16)}
+    np.testing.assert_allclose(found.energy, want.energy, rtol=1e-4)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -16,6 +17,7 @@ from jaxsafe.io.atomic import new_folder, write_text
 from jaxsafe.io.tensors import Index
 from jaxsafe.model.config import ModelConfig, config_from_hf, config_to_hf
 from jaxsafe.model.weights import flatten, hf_tensors, shapes
+from jaxsafe.parallel import fetch
 
 SHARD_BYTES = 4 * 2**30
 # What belongs to a model besides its weights and travels with it on export.
@@ -87,8 +89,15 @@ def save_hf(
     files of at most `shard_bytes`. The folder appears whole or not at all; one that exists and holds
     anything but an earlier export is refused with FileExistsError. Raises ValueError for a parameter that is
     missing, unknown or of another shape than `config` asks.
+
+    Of several processes, all of which must call it, the first one writes; a tensor at a time is put together.
     """
     _check_shapes(config, params)
+    if jax.process_index() > 0:
+        for _ in _shards(config, params, shard_bytes):
+            pass  # the parts that this process holds go to the first one
+        multihost_utils.sync_global_devices("save_hf")
+        return pathlib.Path(folder)
     with new_folder(folder, _exported) as out:
         for name in COMPANIONS if like is not None else ():
             source = pathlib.Path(str(like)) / name
@@ -99,6 +108,8 @@ def save_hf(
         if card is not None:
             write_text(out / "README.md", card)
         _save_tensors(out, config, params, shard_bytes)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("save_hf")
     return pathlib.Path(folder)
 
 
@@ -134,7 +145,7 @@ def _shards(config: ModelConfig, params: Mapping[str, Any], shard_bytes: int) ->
     size = 0
     for name, array in hf_tensors(config, params):
         # safetensors stores the buffer of a transposed array as if it were contiguous.
-        stored = np.ascontiguousarray(jax.device_get(array))
+        stored = np.ascontiguousarray(fetch(array))
         if shard and size + stored.nbytes > shard_bytes:
             yield shard
             shard, size = {}, 0

@@ -18,7 +18,7 @@ from jaxsafe.model.attention import causal_mask, positions_of
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.taps import Edit
 from jaxsafe.model.transformer import Cache, Params, Transformer, variables
-from jaxsafe.parallel import put_rows
+from jaxsafe.parallel import fetch, put_rows
 from jaxsafe.text.batches import Batch, Row, map_batches
 from jaxsafe.text.chat import check_context
 
@@ -149,7 +149,8 @@ def generate(
     other number may change without recompilation. Raises ValueError where the prompt and the new tokens
     exceed the model's context, and for a sampling number out of range.
     """
-    longest = int(np.asarray(batch.valid).sum(-1).max())
+    valid = fetch(batch.valid)
+    longest = int(valid.sum(-1).max())
     if longest + max_new_tokens > config.context:
         raise ValueError(
             f"{longest} prompt tokens + {max_new_tokens} new ones exceed the model's context of {config.context}"
@@ -159,7 +160,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     check_sampling(sampling)
     if row_numbers is None:
-        tokens, valid = np.asarray(batch.tokens), np.asarray(batch.valid)
+        tokens = fetch(batch.tokens)
         row_numbers = row_seeds([Row(tuple(t[v].tolist()) or (0,), 0) for t, v in zip(tokens, valid, strict=True)])
     keys = sampling_keys(seed, row_numbers)
     eos_ids = jnp.asarray(eos_array(eos))

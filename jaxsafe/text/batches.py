@@ -11,6 +11,8 @@ import flax.struct
 import jax
 import numpy as np
 
+from jaxsafe.parallel import fetch
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -117,7 +119,7 @@ def map_batches(
         count = row_bucket(len(indices), batch_size, multiple)
         named = np.concatenate([indices, np.full(count - len(indices), -1)])
         try:
-            out = jax.device_get(call(pad_rows([rows[i] for i in indices], count=count), named))
+            out = fetch(call(pad_rows([rows[i] for i in indices], count=count), named))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or len(indices) <= multiple:
                 raise

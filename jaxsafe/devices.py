@@ -1,0 +1,57 @@
+"""Published peaks of accelerators, for roofline times.
+
+Sources: Google Cloud, "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" (system architecture pages); NVIDIA, "H100 Tensor
+Core GPU datasheet" (SXM, dense).
+"""
+
+import dataclasses
+
+GB = 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One chip: bfloat16 FLOP/s, memory in bytes, memory bandwidth and interconnect bandwidth in bytes/s.
+
+    `interconnect` is what a chip can send to its neighbours; it receives as much at the same time. `topology` is the
+    number of axes of the torus that a slice is cut from (0: a switch joins all). `kind` is how JAX names the chip.
+    Memory counts a published GB as 10^9 bytes, which leaves about the share that the runtime keeps for itself.
+    """
+
+    name: str
+    flops: float
+    memory: float
+    bandwidth: float
+    interconnect: float
+    topology: int
+    kind: str
+
+    @property
+    def axis_bandwidth(self) -> float:
+        """Bytes/s that a chip sends along one axis of its torus."""
+        return self.interconnect / max(self.topology, 1)
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v4", 275e12, 32 * GB, 1228 * GB, 300 * GB, 3, "TPU v4"),
+        Chip("v5e", 197e12, 16 * GB, 819 * GB, 200 * GB, 2, "TPU v5 lite"),
+        Chip("v5p", 459e12, 95 * GB, 2765 * GB, 600 * GB, 3, "TPU v5"),
+        Chip("v6e", 918e12, 32 * GB, 1640 * GB, 400 * GB, 2, "TPU v6 lite"),
+        Chip("h100", 989e12, 80 * GB, 3350 * GB, 450 * GB, 0, "NVIDIA H100"),
+    )
+}
+
+
+def chip(name: str) -> Chip:
+    """The chip of this name. Raises ValueError for one that is not known."""
+    if name.lower() not in CHIPS:
+        raise ValueError(f"device {name!r} is not known; use one of {', '.join(CHIPS)}")
+    return CHIPS[name.lower()]
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that JAX calls `device_kind`; None for one whose peaks are not in the table."""
+    known = sorted(CHIPS.values(), key=lambda c: -len(c.kind))
+    return next((c for c in known if device_kind.startswith(c.kind)), None)

@@ -1,0 +1,1 @@
+"""What a job takes of every device, worked out before it runs: from a configuration alone, without weights."""

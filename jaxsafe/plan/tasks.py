@@ -1,0 +1,220 @@
+"""The programs of each task, as the kernels run them, on shapes in place of arrays.
+
+B rows of a batch, T slots of a prompt or a sample, L layers, I inputs and O outputs of a linear map
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxsafe.kernels.generate import as_arrays, decode, prefill
+from jaxsafe.kernels.lowrank import by_layers, layer_axes
+from jaxsafe.kernels.sampling import Sampling
+from jaxsafe.kernels.training import one_step
+from jaxsafe.methods.statistics import add_batch, outline
+from jaxsafe.methods.statistics import shardings as sum_shardings
+from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.weights import flatten, linear_maps, nest, shapes, shardings, sizes
+from jaxsafe.plan.costs import decomposition_flops, flops
+from jaxsafe.text.batches import Batch
+
+Groups = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What a task is given, in rows of `length` slots, on all devices together.
+
+    `batch` rows are answered at a time with `new_tokens` each; of `samples` in all, `sample_batch` are scored or
+    learned from at a time, and half of a sample's slots are its answer.
+    """
+
+    batch: int = 32
+    length: int = 256
+    new_tokens: int = 256
+    samples: int = 128
+    sample_batch: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled function of a task.
+
+    groups: what it holds in memory besides its temporaries, {"parameters": shapes with shardings, ...}
+    touched: how often a run reads or writes the whole of each group, at the least
+    flops: of a run, on every device
+    compile: gives the compiled function
+    runs: how often it runs
+    exact: whether its products are of full float32 precision
+    covered: arrays of the groups that the compiler counts among temporaries or results
+    turn: of a function with a loop of unknown length, whether this is one turn of it (True) or the rest (False)
+    """
+
+    name: str
+    groups: Groups
+    touched: Mapping[str, float]
+    flops: float
+    compile: Callable[[], Any]
+    runs: int = 1
+    exact: bool = False
+    covered: Any = ()
+    turn: bool | None = None
+
+
+def parameters(config: ModelConfig, mesh: Mesh, dtype: str | None = None) -> dict[str, Any]:
+    """The parameter tree on `mesh` as `jax.ShapeDtypeStruct`s."""
+    where = flatten(shardings(config, mesh))
+    return nest({path: _array(s.shape, dtype or s.dtype, where[path]) for path, s in flatten(shapes(config)).items()})
+
+
+def generation(config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Program, ...]:
+    """One batch of prompts answered, by one function: the prefill, and every decode step."""
+    B, T, new = work.batch, work.length, work.new_tokens
+    heads = "model" if config.kv_heads % mesh.shape["model"] == 0 else None
+    rows, everywhere = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("data",), ()))
+    shape = config.layers, B, config.kv_heads, T + new - 1, config.head_dim
+    cache = (_array(shape, config.dtype, NamedSharding(mesh, PartitionSpec(None, "data", heads))),) * 2
+    groups = {"parameters": parameters(config, mesh), "cache": cache}
+
+    def run(params: Any, batch: Batch, keys: Any, eos: Any) -> Any:
+        logits, cache = prefill(config, params, batch.tokens, batch.valid, None, new - 1)
+        sampling = as_arrays(Sampling())
+        return decode(config, params, logits, cache, batch.tokens, batch.valid, None, sampling, keys, eos, new)
+
+    @functools.cache
+    def compiled() -> Any:
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), B))
+        drawn = _array((B,), keys.dtype, rows), _array((1,), jnp.int32, everywhere)
+        return jax.jit(run).lower(groups["parameters"], _batch(mesh, B, T), *drawn).compile()
+
+    prompt, mean = T / (T + new), (T + new / 2) / (T + new)
+    once = flops(config, mesh, B, T, T, B), flops(config, mesh, B, 1, T + new // 2, B)
+    both = functools.partial(Program, groups=groups, compile=compiled, covered=cache)
+    return (
+        both("prefill", touched={"parameters": 1, "cache": prompt}, flops=once[0], turn=False),
+        both("decode step", touched={"parameters": 1, "cache": mean}, flops=once[1], runs=new - 1, turn=True),
+    )
+
+
+def scoring(kind: str, config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Program, ...]:
+    """The sums of `kind` over all samples, batch after batch."""
+    B, T = work.sample_batch, work.length
+    place, data = sum_shardings(kind, config, mesh), mesh.shape["data"]
+    sums = jax.tree.map(lambda a, s: _array((data, *a.shape), a.dtype, s), outline(kind, config), place)
+    groups = {"parameters": parameters(config, mesh), "sums": sums}
+    snip = kind == "snip"
+    last = T // 2
+
+    def compiled() -> Any:
+        args = kind, config, groups["parameters"], _batch(mesh, B, T), sums, "response", "mean", last, mesh
+        return add_batch.lower(*args).compile()
+
+    # SNIP goes forward and back to the inputs of every map, and forms a row's gradients once more; a row's
+    # gradient is added to the sums before the next one is formed.
+    forward = flops(config, mesh, B, T, T, (last + 1) * B if snip else 0)
+    once = forward if kind == "wanda" else 3 * forward
+    touched = {"parameters": 2.0, "sums": 2.0 * B / data} if snip else {"parameters": 1.0, "sums": 2.0}
+    if kind == "gram":
+        once = forward + _gram_flops(config, mesh, B * last)
+    return (Program(f"{kind} sums", groups, touched, once, compiled, math.ceil(work.samples / B)),)
+
+
+def decomposition(config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Program, ...]:
+    """The Gram sums, then a decomposition of every linear map, layers split over the devices."""
+    grams = scoring("gram", config, mesh, work)
+    # The sums of all data devices have been added up by then.
+    whole = jax.tree.map(
+        lambda a: _array(a.shape[1:], a.dtype, NamedSharding(mesh, PartitionSpec(*a.sharding.spec[1:]))),
+        grams[0].groups["sums"],
+    )
+    maps = linear_maps(config)
+    axes = layer_axes(mesh, config.layers)
+    own = NamedSharding(mesh, PartitionSpec(axes))
+    edges = {p: tuple(math.prod(sizes(config, a)) for a in (w.inputs, w.outputs)) for p, w in maps.items()}
+    bases = {p: _array((config.layers, O, min(I, O)), jnp.float32, own) for p, (I, O) in edges.items()}
+    groups = {"parameters": grams[0].groups["parameters"], "sums": whole, "bases": bases}
+    # The map that needs most: the others' temporaries are smaller.
+    path = max(edges, key=lambda p: edges[p][0] * edges[p][1] + edges[p][0] ** 2)
+    weight = groups["parameters"]["layers"][path.split("/")[-1]]
+    flat = _array((config.layers, *edges[path]), config.dtype, _matrix_sharding(mesh, weight, maps[path]))
+
+    def compiled() -> Any:
+        return by_layers.lower(mesh, flat, whole[str(maps[path].tap)]).compile()
+
+    layers = config.layers / math.prod(mesh.shape[a] for a in axes)
+    work_flops = layers * sum(decomposition_flops(I, O) for I, O in edges.values())
+    touched = {"parameters": 1, "sums": 7 / 4, "bases": 4}
+    made = bases[path], _array((config.layers, min(edges[path])), jnp.float32, own)
+    return *grams, Program("decompositions", groups, touched, work_flops, compiled, exact=True, covered=made)
+
+
+def fine_tuning(config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Program, ...]:
+    """Steps of AdamW on all weights; float32 masters, each layer computed again in the backward pass."""
+    B, T = work.sample_batch, work.length
+    optimizer = optax.adamw(1e-5)
+    masters = parameters(config, mesh, "float32")
+    # Of the state, moments lie as their parameters and counts everywhere.
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda a, like: _array(a.shape, a.dtype, like.sharding),
+        jax.eval_shape(optimizer.init, masters),
+        masters,
+        transform_non_params=lambda a: _array(a.shape, a.dtype, everywhere),
+    )
+    groups = {"parameters": masters, "optimiser state": state}
+    where = jax.tree.map(lambda a: a.sharding, (masters, state))
+    step = functools.partial(one_step, config, optimizer, last=T // 2, remat=True)
+
+    def compiled() -> Any:
+        jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*where, None))
+        return jitted.lower(masters, state, _batch(mesh, B, T)).compile()
+
+    # Forward, once more for the backward pass, and the backward pass of twice as much.
+    once = 4 * flops(config, mesh, B, T, T, (T // 2 + 1) * B)
+    # Masters are cast, updated; the cast weights are read by three passes and the gradient written and read.
+    touched = {"parameters": 2 + 0.5 * 4 + 2, "optimiser state": 2}
+    return (Program("training step", groups, touched, once, compiled, math.ceil(work.samples / B)),)
+
+
+TASKS: dict[str, Callable[[ModelConfig, Mesh, Work], tuple[Program, ...]]] = {
+    "generation": generation,
+    "snip": functools.partial(scoring, "snip"),
+    "act_svd": decomposition,
+    "fine_tuning": fine_tuning,
+}
+
+
+def device_bytes(tree: Any) -> float:
+    """Bytes of one device's share of a tree of shapes with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return float(sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves))
+
+
+def _array(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+
+def _batch(mesh: Mesh, B: int, T: int) -> Batch:
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    return Batch(_array((B, T), jnp.int32, rows), _array((B, T), bool, rows), _array((B,), jnp.int32, rows))
+
+
+def _matrix_sharding(mesh: Mesh, weight: Any, row: Any) -> NamedSharding:
+    """The sharding of a stacked weight when its inputs and its outputs are each flattened to one axis."""
+    spec = tuple(weight.sharding.spec)
+    return NamedSharding(mesh, PartitionSpec(spec[0], spec[1], spec[1 + len(row.inputs)]))
+
+
+def _gram_flops(config: ModelConfig, mesh: Mesh, tokens: int) -> float:
+    """Operations of one device for the outer products of `tokens` inputs, at every tap of every layer."""
+    taps = outline("gram", config)
+    split = {tap: mesh.shape["model"] if a.shape[1] % mesh.shape["model"] == 0 else 1 for tap, a in taps.items()}
+    return sum(2.0 * tokens * math.prod(a.shape) / split[tap] for tap, a in taps.items()) / mesh.shape["data"]

@@ -1,0 +1,100 @@
+"""What a launch script starts with: how soon, the compilation cache, a trace, and the processes of a run."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from tiny import tiny_config, tiny_params
+
+from jaxsafe.io.hf import save_hf
+from jaxsafe.model.weights import count_parameters, shapes
+from jaxsafe.plan.costs import utilisation
+from launch import command
+
+ROOT = pathlib.Path(__file__).parents[1]
+IMPORTS = """
+import time
+import jax
+start = time.perf_counter()
+import jaxsafe
+print(time.perf_counter() - start)
+"""
+SCRIPT = """
+import jax, jax.numpy as jnp
+from launch import command
+
+def main():
+    @jax.jit
+    def tower(x):
+        with jax.named_scope("attention"):
+            return jnp.linalg.norm(jnp.sin(x) @ x)
+    tower(jnp.ones((64, 64))).block_until_ready()
+    print(jax.config.jax_compilation_cache_dir)
+    print(jax.config.jax_enable_compilation_cache)
+
+command.run(main)
+"""
+
+
+def python(code, *arguments, **environment):
+    variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    words = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(words, env=variables, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_the_import_costs_little():
+    # Half a second at most on an idle machine; the bound is for a busy one.
+    assert float(python(IMPORTS).stdout) < 1.5
+
+
+def test_compiled_programs_are_kept_and_a_trace_is_written(tmp_path):
+    trace = tmp_path / "trace"
+    done = python(SCRIPT, f"--profile={trace}", JAXSAFE_CACHE=str(tmp_path / "cache"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(tmp_path / "cache" / "compiled"), "True"]
+    (found,) = trace.rglob("*.xplane.pb")
+    assert b"tower" in found.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--num_processes=2"], "go together; give all three"),
+        (["--coordinator=localhost:1", "--process_id=0"], "go together; give all three"),
+        (["--distributed"], "no cluster was found"),
+    ],
+)
+def test_processes_that_cannot_meet_are_refused_in_one_line(flags, said, tmp_path):
+    done = python(SCRIPT, *flags, JAXSAFE_CACHE=str(tmp_path))
+    assert done.returncode == 2, done.stderr
+    assert said in done.stderr.splitlines()[-1] and done.stderr.splitlines()[-1].startswith("error:")
+
+
+def test_a_mesh_is_chosen_and_what_it_does_not_divide_is_told_once(tmp_path, capsys):
+    config = tiny_config()
+    save_hf(tmp_path / "model", config, tiny_params(config))
+    chosen = command.mesh_of("", str(tmp_path / "model"), None)
+    assert dict(chosen.shape) == {"data": 8, "model": 1}
+    assert capsys.readouterr().err.splitlines() == ["mesh data 8, model 1"]
+    asked = command.mesh_of("data:2,model:4", str(tmp_path / "model"), None)
+    assert dict(asked.shape) == {"data": 2, "model": 4}
+    assert capsys.readouterr().err.splitlines() == [
+        "mesh data 2, model 4",
+        "every device holds whole what is not divided: kv_heads 2 by model 4",
+    ]
+
+
+class Chip:
+    device_kind = "TPU v4"
+
+
+def test_shares_of_known_peaks():
+    config = tiny_config()
+    count = count_parameters(shapes(config)) - config.vocab * config.embed
+    found = utilisation(config, [Chip(), Chip()], prompt_tokens=300, new_tokens=100, batch=10, seconds=2.0)
+    assert found["model_flops_share"] == pytest.approx(2 * count * 400 / (2 * 2 * 275e12))
+    assert found["bandwidth_share"] == pytest.approx(4 * count * 10 / (2 * 2 * 1228e9))
+    assert utilisation(config, jax.devices(), 300, 100, 10, 2.0) == {}
