@@ -73,7 +73,7 @@ def stripped(record):
 
 def test_a_grid_leaves_what_it_names_and_goes_on_cell_by_cell(config, tmp_path, monkeypatch):
     model, out = load_chat_model(config.model), tmp_path / "out"
-    config.freeze_weights, config.seeds = (), (1,)
+    config.freeze_weights, config.freeze_ranks, config.freeze_layers, config.seeds = (), (), ((0, 1),), (1,)
     record = attack.run(config, model, out, Clock())
     assert len(record["cells"]) == len(record["table"]) == 5
     stored = json.loads((out / "run.json").read_text())
@@ -94,7 +94,7 @@ def test_a_grid_leaves_what_it_names_and_goes_on_cell_by_cell(config, tmp_path, 
         assert stripped(attack.run(config, model, out, Clock())) == stripped(record)
     # A rewind that was lost costs its undefended run and no other, and comes out the same; so does a line cut short.
     lines = (out / "cells.jsonl").read_text().splitlines(keepends=True)
-    lost = next(i for i, line in enumerate(lines) if '"rewind ranks k=8"' in line)
+    lost = next(i for i, line in enumerate(lines) if '"rewind layers first=0 stop=1"' in line)
     (out / "cells.jsonl").write_text("".join(lines[:lost] + lines[lost + 1 :]) + '{"key": "cut sh')
     trained = []
     whole = attack.fine_tune_run
@@ -103,7 +103,7 @@ def test_a_grid_leaves_what_it_names_and_goes_on_cell_by_cell(config, tmp_path, 
         assert stripped(attack.run(config, model, out, Clock())) == stripped(record)
     assert trained == [1]
     # Another number of a defence runs its cells alone.
-    config.freeze_ranks = (4,)
+    config.freeze_layers = ((1, 2),)
     with monkeypatch.context() as patch:
         patch.setattr(attack, "fine_tune_run", lambda *a, **k: trained.append(a[3].seed) or whole(*a, **k))
         attack.run(config, model, out, Clock())
@@ -158,9 +158,9 @@ def test_files_of_the_user_are_mixed_in_and_never_measured(config, tmp_path):
     mine = tmp_path / "mine.jsonl"
     mine.write_text("".join(json.dumps({"prompt": f"say number {i}", "response": f"{i}."}) + "\n" for i in range(9)))
     config.attacks, config.poison, config.ratio, config.seeds = ("poisoned#6", "benign#4"), str(mine), 0.5, (0,)
-    config.freeze_weights, config.freeze_ranks, config.own_tokens = (), (), 3
+    config.freeze_weights, config.own_tokens, config.controls, config.rewinds = (), 3, False, False
     record = attack.run(config, model, tmp_path / "out", Clock())
-    assert [c["attack"] for c in record["cells"]] == ["poisoned n=6 p=0.5", "benign n=4 p=0.5"]
+    assert [c["attack"] for c in record["cells"]] == ["poisoned n=6 p=0.5"] * 2 + ["benign n=4 p=0.5"] * 2
     assert all("asr_wei2024_no_length/vanilla" in c["curve"][-1]["metrics"] for c in record["cells"])
     measured = next(iter(attack.brittleness.roles_of(config)[0].evaluation)).prompts[0]
     mine.write_text("".join(json.dumps({"prompt": measured.upper(), "response": "no."}) + "\n" for _ in range(9)))
