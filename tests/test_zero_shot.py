@@ -123,7 +123,9 @@ def test_generations(pair):
     ]
     requests = asked("generate_until", [(c, dict(s)) for c in contexts for s in settings])
     ours = pair.ours.generate_until(requests)
-    assert ours == pair.theirs.generate_until(requests)
+    # A context at a time: of a batch, lm-eval looks for the begin-of-text token in the first context alone.
+    theirs = [pair.theirs.generate_until(requests[4 * i : 4 * i + 4]) for i in range(len(contexts))]
+    assert ours == [text for texts in theirs for text in texts]
     first = 4 * alone.index(free)
     assert ours[first : first + 3] == [free, free.split(letters[3])[0], free.split(letters[1])[0]]
     assert ours[3::4] != ours[::4] == alone
