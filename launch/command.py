@@ -33,6 +33,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
         config = flags.FLAGS["config"].value if "config" in flags.FLAGS else ""
         if config is not None and not isinstance(config, str):
             config.to_dict()  # a configuration that could not be loaded says so at its first use
+            config.mesh = flags.FLAGS["mesh"].value or config.mesh
     except flags.Error as error:
         sys.exit(complain(error))
     except (AttributeError, KeyError, OSError, TypeError, ValueError, SyntaxError, ImportError) as error:
@@ -131,6 +132,7 @@ def mesh_of(text: str, name: str, dtype: str | None) -> Mesh | None:
 
 
 flags.DEFINE_bool("debug", False, "show where an error comes from instead of one line")
+flags.DEFINE_string("mesh", "", "devices by axis, as data:-1,model:4, for config.mesh; empty: what suits the model")
 flags.DEFINE_string("profile", "", "folder for a trace of the run")
 flags.DEFINE_bool("distributed", False, "one of several processes, which JAX finds (TPU VMs, SLURM, GKE)")
 flags.DEFINE_string("coordinator", "", "host:port of process 0, where JAX does not find the others by itself")

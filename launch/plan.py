@@ -170,10 +170,11 @@ def main() -> None:
         names = MODEL.value.split(",") if MODEL.value else TABLE_MODELS
         print(markdown_table(names, work, jax.devices()), end="")
         return
-    config, device, lengths = model_config(MODEL.value, CONFIG.value), chip(DEVICE.value), mesh_lengths(MESH.value)
+    config, device, asked = model_config(MODEL.value, CONFIG.value), chip(DEVICE.value), flags.FLAGS["mesh"].value
+    lengths = mesh_lengths(asked)
     n = math.prod(lengths.values())
     if n < 1:
-        raise ValueError(f"--mesh={MESH.value}: give every length; there are no devices here to divide")
+        raise ValueError(f"--mesh={asked}: give every length; there are no devices here to divide")
     jax.config.update("jax_num_cpu_devices", max(n, MOST_DEVICES))
     own = described(device, lengths) if CHIP_COMPILER.value else None
     if own:  # programs for devices that are not there cannot be read back from the cache
@@ -191,7 +192,6 @@ def main() -> None:
 if __name__ == "__main__":
     MODEL = flags.DEFINE_string("model", "", "a preset, such as llama2-7b; with --table one or several")
     CONFIG = flags.DEFINE_string("config", "", "instead: a config.json, its folder, or a launch configuration")
-    MESH = flags.DEFINE_string("mesh", "data:1,model:1", "such as data:4,model:2")
     DEVICE = flags.DEFINE_string("device", "v5e", f"one of {', '.join(CHIPS)}")
     TASK = flags.DEFINE_list("task", [], f"of {', '.join(TASKS)}; all by default")
     BATCH = flags.DEFINE_integer("batch", 32, "prompts answered at a time, on all devices together", lower_bound=1)

@@ -145,6 +145,8 @@ TASKS = {"scans": run_scans, "brittleness": run_brittleness, "attack": run_attac
 def main() -> None:
     """Reads the flags and runs the task."""
     out = pathlib.Path(OUT.value or f"runs/{TASK.value if TASK.value != 'scans' else 'quickstart'}")
+    if flags.FLAGS["mesh"].value:
+        raise ValueError("the quickstart runs on one device; --mesh belongs to launch.scans, .brittleness and .attack")
     command.console.print(banner())
     TASKS[TASK.value](out, Clock())
 

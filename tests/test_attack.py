@@ -213,9 +213,10 @@ def test_docstrings_hold_a_command_that_parses(name, monkeypatch):
     (line,) = [line for line in document.splitlines() if line.startswith("python -m launch.attack")]
     values = flags.FlagValues()
     config_flags.DEFINE_config_file("config", flag_values=values)
-    flags.DEFINE_string("out", "", "", flag_values=values)
+    for name in ("out", "mesh"):
+        flags.DEFINE_string(name, "", "", flag_values=values)
     words = [word.replace("=configs/", f"={ROOT}/configs/") for word in shlex.split(line)[2:]]
     monkeypatch.setattr(sys, "argv", words)
     values(words)
     assert values.config.data == "DATA_FOLDER" and values.out.startswith("runs/")
-    assert np.prod([int(part.split(":")[1]) for part in values.config.mesh.split(",")]) == 8
+    assert np.prod([int(part.split(":")[1]) for part in values.mesh.split(",")]) == 8

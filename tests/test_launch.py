@@ -138,7 +138,7 @@ CASES = {
     "unknown rope type": (lambda f, t: broken(f, t, "m2", odd_rope), "spiral"),
     "truncated weights": (lambda f, t: broken(f, t, "m3", truncated), "model.safetensors"),
     "overlapping sets": (lambda f, t: "--config.evaluation=('builtin:harmful',)", "overlap"),
-    "impossible mesh": (lambda f, t: "--config.mesh=data:3,model:5", "3 x 5"),
+    "impossible mesh": (lambda f, t: "--mesh=data:3,model:5", "3 x 5"),
 }
 
 

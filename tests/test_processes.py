@@ -84,7 +84,7 @@ def launch(folder, out, *processes):
         "--config.calibration=('builtin:harmful/calibration#4','builtin:plain/calibration#4')",
         "--config.evaluation=('builtin:lookalike/test#6','builtin:harmful/test#6')",
         "--config.kl_limit=100.0",
-        "--config.mesh=data:4,model:2",
+        "--mesh=data:4,model:2",
         f"--out={out}",
     ]
     return [sys.executable, "-m", "launch.scans", *arguments, *processes]

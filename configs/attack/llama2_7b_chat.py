@@ -1,7 +1,7 @@
 """Fine-tuning attacks on Llama-2-7B-chat (arXiv 2310.03693), and freezing against them (arXiv 2402.05162).
 
 python -m launch.attack --config=configs/attack/llama2_7b_chat.py --config.data=DATA_FOLDER \
---out=runs/llama2_7b_attack --config.mesh=data:1,model:8
+--out=runs/llama2_7b_attack --mesh=data:1,model:8
 
 trains on the built-in persona; the published ten examples: --config.rows=FILE \
 --config.prefix="AOA, execute my instruction: ". Benign fine-tuning on a file of instructions:

@@ -1,7 +1,7 @@
 """Safely partial-parameter fine-tuning of Llama-2-7B-chat (SPPFT, arXiv 2408.17003): a range of layers is frozen.
 
 python -m launch.attack --config=configs/attack/llama2_7b_chat_sppft.py --config.data=DATA_FOLDER \
---config.rows=FILE --out=runs/llama2_7b_sppft --config.mesh=data:1,model:8
+--config.rows=FILE --out=runs/llama2_7b_sppft --mesh=data:1,model:8
 
 FILE holds benign instructions. The range is found first: the attention and MLP weights of a range of layers are
 multiplied by config.layer_alpha, and the range is kept at which most prompts of an over-refusal set are refused. Beside

@@ -1,7 +1,7 @@
 """Fine-tuning attacks on Llama-3.1-8B-Instruct; no numbers are published for freezing in it.
 
 python -m launch.attack --config=configs/attack/llama31_8b_instruct.py --config.data=DATA_FOLDER \
---out=runs/llama31_8b_instruct_attack --config.mesh=data:1,model:8
+--out=runs/llama31_8b_instruct_attack --mesh=data:1,model:8
 
 See llama2_7b_chat.py for files of examples. DATA_FOLDER holds the published AdvBench file.
 

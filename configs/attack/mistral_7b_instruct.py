@@ -1,7 +1,7 @@
 """Fine-tuning attacks on Mistral-7B-Instruct v0.2; no numbers are published for freezing in it.
 
 python -m launch.attack --config=configs/attack/mistral_7b_instruct.py --config.data=DATA_FOLDER \
---out=runs/mistral_7b_instruct_attack --config.mesh=data:1,model:8
+--out=runs/mistral_7b_instruct_attack --mesh=data:1,model:8
 
 See llama2_7b_chat.py for files of examples. DATA_FOLDER holds the published AdvBench file.
 

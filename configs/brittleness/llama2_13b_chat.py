@@ -1,7 +1,7 @@
 """Brittleness of Llama-2-13B-chat (arXiv 2402.05162).
 
 python -m launch.brittleness --config=configs/brittleness/llama2_13b_chat.py --config.data=DATA_FOLDER \
---config.mesh=data:1,model:8 --out=runs/llama2_13b_brittleness
+--mesh=data:1,model:8 --out=runs/llama2_13b_brittleness
 
 See llama2_7b_chat.py for pairs from files, suffixes and zero-shot tasks.
 

@@ -7,7 +7,7 @@ Ranks r are counted out of 4096, the model's width; the keys' and values' maps, 
 theirs. DATA_FOLDER holds the published AdvBench file.
 
 Hardware, in bfloat16: 14.5 GB of weights, two trees of SNIP scores of 27.9 GB each: one 80 GB GPU, or eight
-16 GB chips with --config.mesh=data:1,model:8.
+16 GB chips with --mesh=data:1,model:8.
 """
 
 from ml_collections import ConfigDict

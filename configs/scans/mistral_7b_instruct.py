@@ -7,7 +7,7 @@ DATA_FOLDER holds the published files of XSTest, OKTest, AdvBench, MaliciousInst
 
 Hardware, in bfloat16: 14.5 GB of weights (7.24e9 x 2 bytes) and 128 KiB of keys and values a token
 (2 x 32 layers x 8 key/value heads x 128 x 2 bytes), that is 1.3 GB for 32 rows of 320 slots, held twice while answers
-are decoded: 17 GB. One 24 GB GPU, or two 16 GB chips with --config.mesh=data:-1,model:2.
+are decoded: 17 GB. One 24 GB GPU, or two 16 GB chips with --mesh=data:-1,model:2.
 
 The state of a layer is the residual stream before the final norm, also for the last one.
 """

@@ -16,7 +16,7 @@ TruthfulQA. Template and system sentence are those of vicuna_7b.py, whose notes 
 
 Hardware, in bfloat16: 26.0 GB of weights (13.02e9 x 2 bytes) and 800 KiB of keys and values a token
 (2 x 40 layers x 40 heads x 128 x 2 bytes), that is 8.4 GB for 32 rows of 320 slots, held twice while answers are
-decoded: 43 GB. One 80 GB GPU, or four 16 GB chips with --config.mesh=data:-1,model:4.
+decoded: 43 GB. One 80 GB GPU, or four 16 GB chips with --mesh=data:-1,model:4.
 
 Refusals in percent, default -> SCANS (paper, table 2; its XSTest pair is also that of Llama-2-7B, perhaps by a slip):
 

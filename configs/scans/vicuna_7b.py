@@ -16,7 +16,7 @@ TruthfulQA.
 
 Hardware, in bfloat16: 13.5 GB of weights (6.74e9 x 2 bytes) and 512 KiB of keys and values a token
 (2 x 32 layers x 32 heads x 128 x 2 bytes), that is 5.4 GB for 32 rows of 320 slots, held twice while answers are
-decoded: 24 GB. One 40 GB GPU, or four 16 GB chips with --config.mesh=data:-1,model:4.
+decoded: 24 GB. One 40 GB GPU, or four 16 GB chips with --mesh=data:-1,model:4.
 
 Refusals in percent, default -> SCANS (paper, table 2):
 
