@@ -1,8 +1,10 @@
 """Eight simulated devices, exact matrix products, strict dtypes and shapes."""
 
 import os
+from collections.abc import Iterator
 
 import jax
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The programs are tiny: less time goes to running than to optimising them.
@@ -11,3 +13,10 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "allow")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """Unloads the programs of a finished file: thousands of them would use up the memory maps of a process."""
+    yield
+    jax.clear_caches()

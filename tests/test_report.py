@@ -449,7 +449,7 @@ def test_failed_writing_leaves_the_old_report(tmp_path, monkeypatch):
     ("text", "message"),
     [
         ('{"schema": 2, "task": "scans"}', "schema 2; this version reads schema 1"),
-        ('{"schema": 1, "task": "attack"}', "task 'attack'"),
+        ('{"schema": 1, "task": "baking"}', "task 'baking'"),
         ('{"schema": 1', "is not JSON"),
         ("[]", "holds a list"),
     ],
