@@ -170,7 +170,7 @@ def main() -> None:
         names = MODEL.value.split(",") if MODEL.value else TABLE_MODELS
         print(markdown_table(names, work, jax.devices()), end="")
         return
-    config, device, asked = model_config(MODEL.value, CONFIG.value), chip(DEVICE.value), flags.FLAGS["mesh"].value
+    config, device, asked = model_config(MODEL.value, CONFIG.value), chip(DEVICE.value), flags.FLAGS["mesh"].value or ""
     lengths = mesh_lengths(asked)
     n = math.prod(lengths.values())
     if n < 1:
