@@ -71,6 +71,7 @@ def stripped(record):
     return {name: record[name] for name in ("before", "cells", "table")}
 
 
+@pytest.mark.slow
 def test_a_grid_leaves_what_it_names_and_goes_on_cell_by_cell(config, tmp_path, monkeypatch):
     model, out = load_chat_model(config.model), tmp_path / "out"
     config.freeze_weights, config.freeze_ranks, config.freeze_layers, config.seeds = (), (), ((0, 1),), (1,)

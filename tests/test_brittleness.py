@@ -221,6 +221,7 @@ def config(folder, tmp_path):
     return c
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_it_names_and_a_second_makes_nothing_again(config, tmp_path, monkeypatch):
     model = load_chat_model(config.model)
     out = tmp_path / "out"
