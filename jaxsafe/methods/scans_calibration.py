@@ -71,7 +71,8 @@ def choose_classifier(cosines: np.ndarray, harmful: Sequence[bool], shortest: in
     def scores(r: Range) -> np.ndarray:
         return (totals[:, r[1]] - totals[:, r[0]]) / (r[1] - r[0])
 
-    best = max(ranges, key=lambda r: (roc_auc_score(labels, scores(r)), r[1] - r[0]))
+    # Rounded, since sums of equal areas differ in their last bits and would decide between equals.
+    best = max(ranges, key=lambda r: (round(roc_auc_score(labels, scores(r)), 12), r[1] - r[0]))
     return best, best_threshold(scores(best), labels.tolist())
 
 
