@@ -3,7 +3,6 @@
 python -m launch.attack --config=configs/attack/llama2_7b_chat.py --out=runs/llama2_attack --config.data=DATA_FOLDER
 """
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -24,6 +23,7 @@ from jaxsafe.evaluation.judges import judge
 from jaxsafe.evaluation.record import data_record, environment, model_record, plain, write_run
 from jaxsafe.io.atomic import write_text
 from jaxsafe.io.chat_model import ChatModel
+from jaxsafe.io.journal import add_entry, read_journal
 from jaxsafe.kernels.lora import LoRA
 from jaxsafe.methods.attack_grid import (
     Cell,
@@ -53,7 +53,6 @@ from jaxsafe.methods.finetuning_attacks import (
     training_rows,
 )
 from jaxsafe.methods.partial_tuning import LayerScan, safety_layers
-from jaxsafe.methods.scans_answers import end_last_line
 from jaxsafe.methods.statistics import data_sha256
 from jaxsafe.model.transformer import Params
 from jaxsafe.parallel import banner
@@ -62,7 +61,7 @@ from jaxsafe.text.batches import Row, bucket
 from jaxsafe.text.datasets import PromptSet, check_disjoint
 from jaxsafe.text.roles import Roles, assign_roles
 from launch import brittleness, command
-from launch.progress import Clock, progress_bar
+from launch.progress import Clock, progress_bar, reached
 
 FIND = "find"
 Found = dict[str, dict[str, Any]]
@@ -196,13 +195,9 @@ class Experiment:
 
     def key(self, rows: Rows, cell: Cell | None) -> str:
         """Digest of everything that a cell's result follows from; None is the model before any attack."""
-        exam = self.asked(rows)
         content: list[Any] = [
             self._fingerprint,
-            data_sha256(exam.texts),
-            [s.sha256 for s in (*exam.harmful, *exam.harmless)],
-            [dataclasses.asdict(s) for s in exam.settings],
-            [exam.judge.name, exam.judge.version, exam.max_new_tokens, exam.fluency_answers, exam.seed],
+            *self.asked(rows).content,
         ]
         if cell is not None:
             run = dataclasses.asdict(self.tuning(cell, rows))
@@ -228,14 +223,8 @@ class Experiment:
 
     @functools.cached_property
     def _lines(self) -> dict[str, dict[str, Any]]:
-        """Finished cells by key; a last line cut short is passed over."""
-        log, found = self.out / "cells.jsonl", {}
-        for text in log.read_text(encoding="utf-8").splitlines() if log.is_file() else []:
-            with contextlib.suppress(json.JSONDecodeError):
-                entry = json.loads(text)
-                found[entry["key"]] = entry
-        end_last_line(log)
-        return found
+        """Finished cells by key."""
+        return {entry["key"]: entry for entry in read_journal(self.out / "cells.jsonl")}
 
     def read(self, rows: Rows, cell: Cell | None) -> dict[str, Any] | None:
         """The line of a cell that is finished."""
@@ -245,8 +234,7 @@ class Experiment:
         """Adds the line of a cell to cells.jsonl."""
         described = {} if cell is None else about(cell)
         entry = plain({"key": self.key(rows, cell), "cell": described | dict(found), "samples": list(samples)})
-        with (self.out / "cells.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        add_entry(self.out / "cells.jsonl", entry)
         self._lines[entry["key"]] = entry
 
 
@@ -305,12 +293,12 @@ def attacked(experiment: Experiment, rows: Rows, group: Sequence[Cell], missing:
     curve = Curve(folder and folder.with_suffix(".json"))
     kept, last_loss = experiment.region(first), math.nan
     with progress_bar(title[:48], settings.steps) as done:
-        reached = 0
+        tell = reached(done)
 
         def stepped(step: int, loss: float) -> None:
-            nonlocal reached, last_loss
-            done(step + 1 - reached)
-            reached, last_loss = step + 1, loss
+            nonlocal last_loss
+            tell(step + 1)
+            last_loss = loss
 
         def look(step: int, weights: Callable[[], Params]) -> None:
             if first in missing and (step == settings.steps or (every and step % every == 0)):
@@ -442,26 +430,20 @@ def show(record: Mapping[str, Any], out: pathlib.Path) -> None:
         table.add_column(column, justify="left" if column in ("attack", "defence") else "right", overflow="fold")
     for label, point in record["before"].items():
         asr: Any = next((v for k, v in point["metrics"].items() if k.startswith("asr_")), {})
-        table.add_row(f"before {label}", "", "", _percent(asr), "", "", f"{point['perplexity']:.1f}")
+        table.add_row(f"before {label}", "", "", command.percent(asr), "", "", f"{point['perplexity']:.1f}")
     for row in record["table"]:
         table.add_row(
             f"{row['attack']}, {row['tuning']}",
             row["defence"],
             f"{100 * row['share']:.2g}%",
-            _percent(row["asr"]),
-            _percent(row.get("against_none") or {}),
-            _percent(row["refusal"]),
+            command.percent(row["asr"]),
+            command.percent(row.get("against_none") or {}),
+            command.percent(row["refusal"]),
             "-" if row["perplexity"] is None else f"{row['perplexity']:.1f}",
         )
     command.console.print(table)
     for name in ("report.html", "run.json", "samples.jsonl", "cells.jsonl"):
         command.console.print(f"  {out / name}", soft_wrap=True)
-
-
-def _percent(rate: Mapping[str, Any]) -> str:
-    if rate.get("value") is None:
-        return "-"
-    return f"{100 * rate['value']:.0f}% [{100 * rate['ci_low']:.0f}, {100 * rate['ci_high']:.0f}]"
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from jaxsafe.io.atomic import write_text
 from jaxsafe.io.chat_model import ChatModel, load_chat_model
 from jaxsafe.io.hf import save_hf
 from jaxsafe.io.hub import resolve
+from jaxsafe.io.journal import add_entry, read_journal
 from jaxsafe.io.masks import save_mask
 from jaxsafe.kernels.importance import snip_scores, wanda_scores
 from jaxsafe.kernels.lowrank import act_svd, energy_shares, subspace_similarity
@@ -42,7 +43,6 @@ from jaxsafe.methods.brittleness import (
 )
 from jaxsafe.methods.brittleness_evaluation import Examination, against, examine, refusals
 from jaxsafe.methods.heads import head_accuracies, ranking
-from jaxsafe.methods.scans_answers import end_last_line
 from jaxsafe.methods.sequential import Change, change_blocks
 from jaxsafe.methods.statistics import data_sha256, gather_once
 from jaxsafe.parallel import banner, fetch
@@ -220,27 +220,11 @@ def sweep_key(config: ConfigDict, model: ChatModel, data: Data, exam: Examinatio
         model.fingerprint(),
         data_sha256(data.safety),
         data_sha256(data.utility),
-        data_sha256(exam.texts),
-        [s.sha256 for s in (*exam.harmful, *exam.harmless)],
-        [dataclasses.asdict(s) for s in exam.settings],
-        [exam.judge.name, exam.judge.version, exam.max_new_tokens, exam.fluency_answers, exam.seed],
+        *exam.content,
         [config.score, config.loss, config.positions, config.per, config.base_model, config.sequential],
         [list(config.zero_shot), config.zero_shot_limit],
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-
-
-def read_points(path: pathlib.Path, key: str) -> dict[str, dict[str, Any]]:
-    """The finished points of a sweep by name; a last line cut short is passed over."""
-    found = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if entry["key"] == key:
-            found[entry["point"]["id"]] = entry
-    return found
 
 
 def sweep(
@@ -254,8 +238,7 @@ def sweep(
     clock: Clock,
 ) -> dict[str, dict[str, Any]]:
     """Every point's record and samples, {id: {"point", "samples"}}; finished ones are read from `log`."""
-    found = read_points(log, key)
-    end_last_line(log)
+    found = {entry["point"]["id"]: entry for entry in read_journal(log) if entry["key"] == key}
     for number, point in enumerate(grid, 1):
         if point.name in found:
             continue
@@ -274,10 +257,9 @@ def sweep(
             changed = dataclasses.replace(model, params=params)
             result, samples = examine(changed, model, exam, done)
             result["metrics"] |= zero_shot_metrics(config, changed)
-        entry = {"key": key, "point": record | result, "samples": samples}
-        with log.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain(entry)) + "\n")
-        found[point.name] = plain(entry)
+        entry = plain({"key": key, "point": record | result, "samples": samples})
+        add_entry(log, entry)
+        found[point.name] = entry
     return {point.name: found[point.name] for point in grid}
 
 
@@ -412,8 +394,8 @@ def show(record: Mapping[str, Any], out: pathlib.Path) -> None:
         table.add_row(
             point["id"],
             removed,
-            _percent(asr),
-            _percent(refused),
+            command.percent(asr),
+            command.percent(refused),
             _number(point["perplexity"]),
             _number(fluency),
         )
@@ -428,12 +410,6 @@ def _ranks(value: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
-
-
-def _percent(rate: Mapping[str, Any]) -> str:
-    if rate.get("value") is None:
-        return "-"
-    return f"{100 * rate['value']:.0f}% [{100 * rate['ci_low']:.0f}, {100 * rate['ci_high']:.0f}]"
 
 
 def load(config: ConfigDict) -> ChatModel:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,18 @@ def progress_bar(what: str, total: int) -> Iterator[Any]:
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=command.console) as progress:
         task = progress.add_task(what, total=total)
         yield lambda n: progress.advance(task, n)
+
+
+def reached(done: Callable[[int], Any]) -> Callable[[int], None]:
+    """Tells `done` of n more steps when it hears that so many are finished in all, as a resumed run does."""
+    before = 0
+
+    def tell(finished: int) -> None:
+        nonlocal before
+        done(finished - before)
+        before = finished
+
+    return tell
 
 
 @dataclasses.dataclass

@@ -17,10 +17,14 @@ prevented by freezing those weights and ranks, or by winding them back, beside r
 """
 
 import dataclasses
+import functools
 import pathlib
 import shutil
+from collections.abc import Callable
+from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from configs.attack import smollm2_135m as attack_config
 from configs.brittleness import smollm2_135m as brittleness_config
@@ -33,7 +37,7 @@ from jaxsafe.parallel import banner
 from jaxsafe.text.datasets import PromptSet, load_prompts
 from jaxsafe.text.prompt_files import KNOWN
 from launch import attack, brittleness, command, scans
-from launch.progress import Clock, progress_bar
+from launch.progress import Clock, progress_bar, reached
 
 BASE = "smollm2-135m-instruct"
 CARD = """---
@@ -74,14 +78,8 @@ def tune(
         rows = tuning_rows(base, harmful.prompts, benign.prompts, builtin_refusals(), settings, done)
     checkpoints = folder.with_name(f"{folder.name}-checkpoints")
     with clock.stage("safety_tuning_s"), progress_bar("safety tuning", settings.steps) as done:
-        reached = 0
-
-        def stepped(step: int, loss: float) -> None:
-            nonlocal reached
-            done(step + 1 - reached)
-            reached = step + 1
-
-        params = safety_tune(base, rows, settings, checkpoints, stepped)
+        tell = reached(done)
+        params = safety_tune(base, rows, settings, checkpoints, lambda step, loss: tell(step + 1))
     card = CARD.format(steps=settings.steps, harmful=len(harmful), benign=len(benign))
     save_hf(folder, base.config, params, like=like, card=card)
     shutil.rmtree(checkpoints, ignore_errors=True)
@@ -117,29 +115,21 @@ def run_scans(out: pathlib.Path, clock: Clock) -> None:
     scans.show(scans.run(config, model, roles, out, clock), out)
 
 
-def run_brittleness(out: pathlib.Path, clock: Clock) -> None:
-    """Scores, ranks and their removal on the tuned model."""
-    config = brittleness_config.get_config()
+def run_experiment(experiment: Any, config: ConfigDict, out: pathlib.Path, clock: Clock) -> None:
+    """What the launch script `experiment` does, on the tuned model."""
     config.seed = SEED.value
     if EVAL_DATA.value:
-        raise ValueError("--eval_data belongs to --task=scans; use launch.brittleness with config.evaluation")
+        raise ValueError(f"--eval_data belongs to --task=scans; use {experiment.__name__} with config.evaluation")
     model = tuned_model(TuningSettings(seed=SEED.value), clock)
     config.model = str(model.tokenizer.path)
-    brittleness.show(brittleness.run(config, model, out, clock), out)
+    experiment.show(experiment.run(config, model, out, clock), out)
 
 
-def run_attack(out: pathlib.Path, clock: Clock) -> None:
-    """Fine-tuning attacks on the tuned model, and defences against them."""
-    config = attack_config.get_config()
-    config.seed = SEED.value
-    if EVAL_DATA.value:
-        raise ValueError("--eval_data belongs to --task=scans; use launch.attack with config.evaluation")
-    model = tuned_model(TuningSettings(seed=SEED.value), clock)
-    config.model = str(model.tokenizer.path)
-    attack.show(attack.run(config, model, out, clock), out)
-
-
-TASKS = {"scans": run_scans, "brittleness": run_brittleness, "attack": run_attack}
+TASKS: dict[str, Callable[[pathlib.Path, Clock], None]] = {
+    "scans": run_scans,
+    "brittleness": functools.partial(run_experiment, brittleness, brittleness_config.get_config()),
+    "attack": functools.partial(run_experiment, attack, attack_config.get_config()),
+}
 
 
 def main() -> None:

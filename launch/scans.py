@@ -278,7 +278,7 @@ def show(record: dict[str, Any], out: pathlib.Path) -> None:
     for column in ("prompts", "n", "before", "after", "p (McNemar)"):
         table.add_column(column, justify="left" if column == "prompts" else "right")
     for row in record["comparisons"]:
-        before, after = (_percent(row[when]) for when in ("before", "after"))
+        before, after = (command.percent(row[when], 1) for when in ("before", "after"))
         table.add_row(row["label"], str(row["before"]["n"]), before, after, f"{row['mcnemar']['p_value']:.2g}")
     p = record["perplexity"]
     change = f"{100 * (p['after'] / p['before'] - 1):+.1f}%"
@@ -294,12 +294,6 @@ def show(record: dict[str, Any], out: pathlib.Path) -> None:
     )
     for name in ("report.html", "run.json", "samples.jsonl", "vectors.safetensors"):
         command.console.print(f"  {out / name}", soft_wrap=True)
-
-
-def _percent(rate: dict[str, Any]) -> str:
-    if rate["value"] is None:
-        return "-"
-    return f"{100 * rate['value']:.1f}% [{100 * rate['ci_low']:.0f}, {100 * rate['ci_high']:.0f}]"
 
 
 def load(config: ConfigDict) -> ChatModel:

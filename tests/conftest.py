@@ -1,6 +1,7 @@
 """Eight simulated devices, exact matrix products, strict dtypes and shapes."""
 
 import os
+import pathlib
 from collections.abc import Iterator
 
 import jax
@@ -20,3 +21,16 @@ def _forget_programs() -> Iterator[None]:
     """Unloads the programs of a finished file: thousands of them would use up the memory maps of a process."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A tiny chat model as a Hugging Face folder."""
+    from tiny import tiny_config, tiny_params, tiny_tokenizer
+
+    from jaxsafe.io.hf import save_hf
+
+    tokenizer = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer(tokenizer)
+    config = tiny_config(context=600)
+    return save_hf(tmp_path_factory.mktemp("models") / "tiny", config, tiny_params(config), like=tokenizer)

@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 from absl import flags
 from ml_collections import config_flags
-from tiny import tiny_config, tiny_params, tiny_tokenizer
 
 from configs.attack.base import base
 from configs.attack.smollm2_135m import get_config
 from jaxsafe.io.chat_model import load_chat_model
-from jaxsafe.io.hf import save_hf
 from jaxsafe.text.datasets import BUILTIN
 from jaxsafe.text.prompt_files import KNOWN
 from jaxsafe.text.roles import parse_spec
@@ -25,23 +23,6 @@ from launch.progress import Clock
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs/attack").glob("*.py") if p.stem not in ("__init__", "base"))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_programs():
-    """The programs are tiny: less time goes to running than to optimising them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny chat model as a Hugging Face folder."""
-    tokenizer = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer(tokenizer)
-    config = tiny_config(context=600)
-    return save_hf(tmp_path_factory.mktemp("models") / "tiny", config, tiny_params(config), like=tokenizer)
 
 
 @pytest.fixture

@@ -47,14 +47,6 @@ WEIGHTS, RANKS, LAYERS = Defence("weights", (0.3, 0.1)), Defence("ranks", (8,)),
 REGIONS = [Defence(d.part, d.values, random) for d in (WEIGHTS, RANKS, LAYERS) for random in (False, True)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def quick_programs():
-    """The programs are tiny: less time goes to running than to optimising them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def material():
     def score(side):

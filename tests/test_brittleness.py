@@ -6,14 +6,13 @@ import json
 
 import numpy as np
 import pytest
-from tiny import PROMPTS, random_rows, tiny_chat_model, tiny_config, tiny_params, tiny_tokenizer
+from tiny import PROMPTS, random_rows, tiny_chat_model, tiny_config, tiny_params
 
 from configs.brittleness.smollm2_135m import get_config
 from jaxsafe.evaluation.attack_settings import setting
 from jaxsafe.evaluation.fluency import text_rows
 from jaxsafe.evaluation.judges import judge
 from jaxsafe.io.chat_model import load_chat_model
-from jaxsafe.io.hf import save_hf
 from jaxsafe.io.masks import load_mask
 from jaxsafe.kernels.importance import snip_scores, wanda_scores
 from jaxsafe.kernels.lowrank import act_svd
@@ -195,14 +194,6 @@ def test_examination_counts_every_answer(tmp_path):
 def test_against_counts_both_directions():
     found = against([True, True, False, None], [False, True, True, True])
     assert (found["stopped_refusing"], found["started_refusing"], found["n"], found["n_unscored"]) == (1, 1, 3, 1)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    tokenizer = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer(tokenizer)
-    config = tiny_config(context=600)
-    return save_hf(tmp_path_factory.mktemp("models") / "tiny", config, tiny_params(config), like=tokenizer)
 
 
 @pytest.fixture

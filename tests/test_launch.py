@@ -10,26 +10,15 @@ import sys
 
 import numpy as np
 import pytest
-from tiny import tiny_config, tiny_params, tiny_tokenizer
 
 from configs.scans.smollm2_135m import get_config
 from jaxsafe.evaluation.record import plain
 from jaxsafe.io.chat_model import load_chat_model
-from jaxsafe.io.hf import save_hf
 from jaxsafe.methods import scans_answers
 from launch.progress import Clock
 from launch.scans import roles_of, run
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny chat model as a Hugging Face folder."""
-    tokenizer = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer(tokenizer)
-    config = tiny_config(context=600)
-    return save_hf(tmp_path_factory.mktemp("models") / "tiny", config, tiny_params(config), like=tokenizer)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 from test_hf import write_folder
-from test_transformer import QUICK, SCALED, TINY, InMemory, hf_weights, logits_of, padded, random_params
+from test_transformer import SCALED, TINY, InMemory, hf_weights, logits_of, padded, random_params
 from two_processes import LENGTHS
 
 from jaxsafe.io.hub import load_hf
@@ -31,7 +31,7 @@ CONFIGS = {
     "odd vocabulary, one kv head": dataclasses.replace(TINY, kv_heads=1, window=9, tied=True),
     "odd heads": dataclasses.replace(TINY, heads=3, kv_heads=3, embed=30, mlp=50),
 }
-captured = jax.jit(capture, static_argnames=("config", "taps"), compiler_options=QUICK)
+captured = jax.jit(capture, static_argnames=("config", "taps"))
 
 
 # The mesh

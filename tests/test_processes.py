@@ -10,21 +10,11 @@ import sys
 import numpy as np
 import pytest
 from processes import numbers
-from tiny import tiny_config, tiny_params, tiny_tokenizer
 
-from jaxsafe.io.hf import SafetensorsFolder, save_hf
+from jaxsafe.io.hf import SafetensorsFolder
 from jaxsafe.parallel import parse_mesh
 
 HERE = pathlib.Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A tiny chat model as a Hugging Face folder."""
-    tokenizer = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer(tokenizer)
-    config = tiny_config(context=600)
-    return save_hf(tmp_path_factory.mktemp("models") / "tiny", config, tiny_params(config), like=tokenizer)
 
 
 def free_port():

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_transformer import QUICK, SCALED, TINY, hf_weights, logits_of, padded, random_params, replace
+from test_transformer import SCALED, TINY, hf_weights, logits_of, padded, random_params, replace
 
 from jaxsafe.kernels.capture import capture
 from jaxsafe.model.attention import causal_mask, positions_of
@@ -21,7 +21,7 @@ from jaxsafe.model.weights import shapes
 EVERY = (*TAPS, FINAL)
 TRAINED = dataclasses.replace(SCALED, attn_bias=True, mlp_bias=True, tied=True)
 LINEAR_WINDOW = replace(TINY, rope={"kind": "linear", "factor": 3.0, "theta": 500.0}, window=9, norm_eps=1e-6)
-captured = jax.jit(capture, static_argnames=("config", "taps"), compiler_options=QUICK)
+captured = jax.jit(capture, static_argnames=("config", "taps"))
 
 
 # The slow reference: one row at a time, without padding; weights by their Hugging Face names
@@ -261,7 +261,7 @@ def test_an_edit_keeps_to_its_layer_rows_and_positions():
 
 def test_one_program_for_all_edits_of_a_tap():
     params, rows = random_params(TINY), padded(TINY, [10, 4])
-    f = jax.jit(lambda e: forward(TINY, params, *rows, {"resid": e}), compiler_options=QUICK)
+    f = jax.jit(lambda e: forward(TINY, params, *rows, {"resid": e}))
     zero = jnp.zeros((TINY.layers, TINY.embed))
     for e in (
         edit(add=zero),
@@ -304,7 +304,7 @@ def test_the_gradient_of_an_edit_is_that_of_the_activation():
 
         return (reference(TINY, tensors, tokens[0, 3:], change)[0] * probe).sum()
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def gradient(start):
         def loss(add):
             logits = forward(TINY, params, tokens, valid, {"resid": edit(add=add, start=start)})

@@ -33,8 +33,6 @@ whole = jax.jit(forward, static_argnames=("config", "last"))
 nll = jax.jit(answer_nll, static_argnames=("config", "last"))
 mean_loss = jax.jit(answer_loss, static_argnames=("config", "last"))
 OPTIMIZER = optax.adamw(5e-3, weight_decay=0.1)
-# The programs are tiny: less time goes to running than to optimising them.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +74,7 @@ def gradients(config, params, batch, **how):
     def loss(params):
         return answer_nll(config, params, batch, **how)[0].sum()
 
-    return jax.jit(jax.value_and_grad(loss), compiler_options=QUICK).lower(params).compile()
+    return jax.jit(jax.value_and_grad(loss)).lower(params).compile()
 
 
 @pytest.mark.parametrize("block", [4, 7])
@@ -120,7 +118,7 @@ def test_the_gradient_of_parts_is_that_of_the_whole(params):
     def gradient(params, parts):
         return value_and_gradient(loss, params, pad_rows(ROWS), parts)
 
-    compiled = jax.jit(gradient, static_argnums=1, compiler_options=QUICK)
+    compiled = jax.jit(gradient, static_argnums=1)
     ours, wanted = compiled(params, 2), compiled(params, 1)
     np.testing.assert_allclose(ours[0], wanted[0], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), ours[1], wanted[1])

@@ -1,7 +1,6 @@
 """The forward pass: parity with transformers, every field of the configuration in use, rows and padding, the cache."""
 
 import dataclasses
-import functools
 
 import flax.errors
 import jax
@@ -18,9 +17,7 @@ from jaxsafe.model.weights import count_parameters, flatten, shapes
 
 LLAMA3 = Rope(10_000.0, "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
 TINY = ModelConfig(vocab=101, layers=3, embed=32, mlp=48, heads=4, kv_heads=2, head_dim=16)
-# The programs are tiny: less time goes to running than to optimising them.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-logits_of = jax.jit(forward, static_argnums=0, static_argnames="last", compiler_options=QUICK)
+logits_of = jax.jit(forward, static_argnums=0, static_argnames="last")
 
 
 def hf_weights(config, seed=0):
@@ -212,7 +209,7 @@ def test_init_has_the_shapes_of_the_table(changes):
 
 
 def test_init_is_random_by_seed():
-    made = jax.jit(lambda seed: init(TINY, seed), compiler_options=QUICK)
+    made = jax.jit(lambda seed: init(TINY, seed))
     first, again, other = (made(seed)["layers"]["q"] for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).max() > 0.01
@@ -275,7 +272,7 @@ def test_cached_equals_uncached():
     whole = np.asarray(logits_of(config, params, tokens, valid))
     positions, model = positions_of(jnp.asarray(valid)), Transformer(config)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def step(part, places, cache, slot):
         mask = causal_mask(slot + jnp.arange(part.shape[1]), jnp.asarray(valid), config.window)
         return model.apply({"params": params}, part, places, mask, cache, slot)

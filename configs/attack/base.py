@@ -9,7 +9,7 @@ def base() -> ConfigDict:
     # The model: a folder, a GGUF file, a hub name, or smollm2-135m-instruct.
     config.model = ""
     config.dtype = "bfloat16"
-    config.mesh = ""  # e.g. "data:-1,model:4"; empty: one device
+    config.mesh = ""  # e.g. "data:-1,model:4"; empty: chosen for the devices
     config.chat_template = config_dict.placeholder(str)  # Jinja, for a model that ships none
     config.system = config_dict.placeholder(str)  # None: as the chat template has it
     config.raw = False

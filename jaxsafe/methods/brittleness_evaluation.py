@@ -10,6 +10,7 @@ from jaxsafe.evaluation.fluency import answer_perplexity, answer_rows, repetitio
 from jaxsafe.evaluation.judges import Judge
 from jaxsafe.evaluation.metrics import mcnemar, rate
 from jaxsafe.io.chat_model import ChatModel
+from jaxsafe.methods.statistics import data_sha256
 from jaxsafe.text.batches import Row
 from jaxsafe.text.datasets import PromptSet
 
@@ -39,6 +40,16 @@ class Examination:
         """How many answers a point gives."""
         harmful = sum(map(len, self.harmful)) * sum(s.width for s in self.settings)
         return harmful + sum(map(len, self.harmless))
+
+    @property
+    def content(self) -> list[Any]:
+        """What results depend on besides the model, in values of JSON, for a digest."""
+        return [
+            data_sha256(self.texts),
+            [s.sha256 for s in (*self.harmful, *self.harmless)],
+            [dataclasses.asdict(s) for s in self.settings],
+            [self.judge.name, self.judge.version, self.max_new_tokens, self.fluency_answers, self.seed],
+        ]
 
 
 def examine(

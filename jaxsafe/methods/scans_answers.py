@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxsafe.evaluation.comparison import Answered
 from jaxsafe.io.chat_model import ChatModel
+from jaxsafe.io.journal import add_entry, read_journal
 from jaxsafe.kernels.steering import Steering
 from jaxsafe.methods.scans import Answers, Decoding, Progress, answer_both, silent
 from jaxsafe.parallel import fetch
@@ -27,23 +28,9 @@ def run_key(model: ChatModel, steering: Steering, decoding: Decoding) -> str:
 
 
 def read_log(path: pathlib.Path, key: str) -> dict[str, Answered]:
-    """The answers that `path` holds under `key`, by prompt; a last line cut short is passed over."""
-    found: dict[str, Answered] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if entry["key"] == key:
-            found[entry["prompt"]] = Answered(entry["score"], entry["before"], entry["after"])
-    return found
-
-
-def end_last_line(path: pathlib.Path) -> None:
-    """Ends a line that was cut short, so that what is appended stands on lines of its own."""
-    if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
-        with path.open("a", encoding="utf-8") as file:
-            file.write("\n")
+    """The answers that `path` holds under `key`, by prompt."""
+    entries = [entry for entry in read_journal(path) if entry["key"] == key]
+    return {entry["prompt"]: Answered(entry["score"], entry["before"], entry["after"]) for entry in entries}
 
 
 def answer_prompts(
@@ -63,7 +50,6 @@ def answer_prompts(
     path.parent.mkdir(parents=True, exist_ok=True)
     key = run_key(model, steering, decoding)
     found = read_log(path, key)
-    end_last_line(path)
     left = [p for p in dict.fromkeys(prompts) if p not in found]
     done(len(prompts) - len(left))
     tokens = 0
@@ -76,17 +62,16 @@ def answer_prompts(
             name: model.tokenizer.decode(out.tokens[:n], out.lengths[:n])
             for name, out in (("before", answers.before), ("after", answers.after))
         }
-        with path.open("a", encoding="utf-8") as file:
-            for row in range(n):
-                entry: dict[str, Any] = {
-                    "key": key,
-                    "prompt": left[indices[row]],
-                    "score": float(answers.scores[row]),
-                    "before": texts["before"][row],
-                    "after": texts["after"][row],
-                }
-                file.write(json.dumps(entry) + "\n")
-                found[entry["prompt"]] = Answered(entry["score"], entry["before"], entry["after"])
+        for row in range(n):
+            entry: dict[str, Any] = {
+                "key": key,
+                "prompt": left[indices[row]],
+                "score": float(answers.scores[row]),
+                "before": texts["before"][row],
+                "after": texts["after"][row],
+            }
+            add_entry(path, entry)
+            found[entry["prompt"]] = Answered(entry["score"], entry["before"], entry["after"])
         done(n)
 
     if left:
