@@ -67,13 +67,18 @@ def default_mesh(config: ModelConfig, devices: Sequence[Any], memory: float | No
     """The mesh for a model where none is asked for; None for a single device.
 
     `memory` is a device's, in bytes. The model axis is the shortest on which a device's share of the weights and of
-    a cache of `CACHED` tokens takes at most `FILLED` of it, and 1 where the memory is not known.
+    a cache of `CACHED` tokens takes at most `FILLED` of it, and 1 where the memory is not known. Raises ValueError
+    where the weights alone are more than all devices hold.
     """
     if len(devices) == 1:
         return None
     item = jnp.dtype(config.dtype).itemsize
     cache = 2 * config.layers * CACHED * config.kv_heads * config.head_dim
-    need = item * (count_parameters(shapes(config)) + cache)
+    weights_bytes = item * count_parameters(shapes(config))
+    need = weights_bytes + item * cache
+    if memory is not None and weights_bytes > len(devices) * memory:
+        held = f"{len(devices)} devices of {memory / 1e9:.3g} GB hold {len(devices) * memory / 1e9:.3g} GB"
+        raise ValueError(f"the weights in {config.dtype} take {weights_bytes / 1e9:.3g} GB; {held}; use more devices")
     lengths = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
     fitting = [n for n in lengths if memory is None or need / n <= FILLED * memory]
     model = fitting[0] if fitting else lengths[-1]

@@ -56,12 +56,13 @@ from jaxsafe.methods.partial_tuning import LayerScan, safety_layers
 from jaxsafe.methods.statistics import data_sha256
 from jaxsafe.model.transformer import Params
 from jaxsafe.parallel import banner
+from jaxsafe.plan.costs import Tokens
 from jaxsafe.report.html import write_report
 from jaxsafe.text.batches import Row, bucket
 from jaxsafe.text.datasets import PromptSet, check_disjoint
 from jaxsafe.text.roles import Roles, assign_roles
 from launch import brittleness, command
-from launch.progress import Clock, progress_bar, reached
+from launch.progress import Clock, progress_bar, reached, use_line
 
 FIND = "find"
 Found = dict[str, dict[str, Any]]
@@ -163,7 +164,10 @@ def layer_scan(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: C
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """What every cell shares. `material` and `scored` (a digest) are made at the first need."""
+    """What every cell shares. `material` and `scored` (a digest) are made at the first need.
+
+    `checkpoints_folder` is seen by all processes, `out` is each one's own.
+    """
 
     config: ConfigDict
     model: ChatModel
@@ -171,6 +175,7 @@ class Experiment:
     material: Callable[[], Material]
     scored: Callable[[], str]
     out: pathlib.Path
+    checkpoints_folder: pathlib.Path
     clock: Clock
 
     def asked(self, rows: Rows) -> Examination:
@@ -215,7 +220,12 @@ class Experiment:
 
     def checkpoints(self, rows: Rows, cell: Cell) -> pathlib.Path | None:
         """Where the run of a cell keeps its checkpoints, None where it keeps none."""
-        return self.out / "checkpoints" / self.key(rows, cell) if self.config.checkpoint_every else None
+        return self.checkpoints_folder / self.key(rows, cell) if self.config.checkpoint_every else None
+
+    def curve(self, rows: Rows, cell: Cell) -> "Curve":
+        """What the run of a cell has found so far, kept where checkpoints are."""
+        path = self.out / "curves" / f"{self.key(rows, cell)}.json"
+        return Curve(path if self.config.checkpoint_every else None)
 
     @functools.cached_property
     def _fingerprint(self) -> str:
@@ -290,14 +300,17 @@ def attacked(experiment: Experiment, rows: Rows, group: Sequence[Cell], missing:
     model, first, every = experiment.model, group[0], experiment.config.evaluate_every
     exam, settings, clock = experiment.asked(rows), experiment.tuning(first, rows), experiment.clock
     folder = experiment.checkpoints(rows, first)
-    curve = Curve(folder and folder.with_suffix(".json"))
+    curve = experiment.curve(rows, first)
     kept, last_loss = experiment.region(first), math.nan
+    data = rows.by_seed[first.seed]
+    mean = sum(len(row.ids) for row in data) / len(data)
     with progress_bar(title[:48], settings.steps) as done:
         tell = reached(done)
 
         def stepped(step: int, loss: float) -> None:
             nonlocal last_loss
             tell(step + 1)
+            clock.count("training_s", Tokens(learned=round(settings.batch_size * mean)))
             last_loss = loss
 
         def look(step: int, weights: Callable[[], Params]) -> None:
@@ -307,8 +320,7 @@ def attacked(experiment: Experiment, rows: Rows, group: Sequence[Cell], missing:
                 told = complied(samples, exam.settings[0])
                 curve.add({"step": step, "loss": last_loss, "complied": told, **result}, samples)
 
-        with clock.stage("runs_s"):
-            data = rows.by_seed[first.seed]
+        with clock.stage("training_s"):
             tuned = fine_tune_run(
                 model.config, model.params, data, settings, folder, stepped, frozen(kept), model.mesh, look
             )
@@ -324,9 +336,10 @@ def attacked(experiment: Experiment, rows: Rows, group: Sequence[Cell], missing:
         told = complied(samples, exam.settings[0])
         end = {"step": settings.steps, "loss": None, "complied": told, **result}
         experiment.write(rows, cell, {"share": back.share, "curve": [end]}, samples)
-    if folder is not None:
+    if folder is not None and jax.process_index() == 0:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.with_suffix(".json").unlink(missing_ok=True)
+    if curve.path is not None:
+        curve.path.unlink(missing_ok=True)
 
 
 def carried_out(experiment: Experiment, grid: Sequence[Sequence[Cell]], rows: Mapping[Attack, Rows]) -> Found:
@@ -369,15 +382,18 @@ def material_of(
     return once(lambda: brittleness.material_of(config, model, data(), out, clock)), once(scored)
 
 
-def run(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock) -> dict[str, Any]:
-    """The whole experiment; what it found is in `out` and in the returned record."""
+def run(
+    config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock, checkpoints: pathlib.Path | None = None
+) -> dict[str, Any]:
+    """The whole experiment; what it found is in `out` and in the returned record.
+
+    `checkpoints`, by default `out/checkpoints`, must be the same folder for all processes.
+    """
     attacks, tunings = attacks_of(config), tunings_of(config)
     if not attacks or not tunings or not config.seeds:
         raise ValueError("the grid is empty: config.attacks, config.tunings and config.seeds need one entry each")
     if config.score not in brittleness.SCORES:
         raise ValueError(f"config.score {config.score!r} is not known; use one of {', '.join(brittleness.SCORES)}")
-    if config.checkpoint_every and jax.process_count() > 1:
-        raise ValueError("config.checkpoint_every needs a folder that all processes write to; set it to 0 on several")
     roles, harmless = brittleness.roles_of(config)
     measured = (*roles.evaluation, *harmless)
     exam = brittleness.examination(config, model, roles.evaluation, harmless)
@@ -390,7 +406,8 @@ def run(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock) -
 
     guards = guards_of(config, scan)
     out.mkdir(parents=True, exist_ok=True)
-    experiment = Experiment(config, model, exam, *material_of(config, model, out, clock), out, clock)
+    material = material_of(config, model, out, clock)
+    experiment = Experiment(config, model, exam, *material, out, checkpoints or out / "checkpoints", clock)
     grid = runs(attacks, tunings, guards, config.seeds)
     lines = carried_out(experiment, grid, rows)
     record = environment() | {
@@ -406,7 +423,7 @@ def run(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock) -
         "cells": [lines[cell.name]["cell"] for group in grid for cell in group],
         "table": [row for attack in attacks for row in summary(attack, tunings, guards, config.seeds, lines)],
         "layers": [dataclasses.asdict(found) for found in scans],
-        "timings": clock.seconds,
+        "timings": clock.record(model.config, config.batch_size),
         "files": {"cells": "cells.jsonl", "samples": "samples.jsonl"},
     }
     samples = [{"cell": entry["cell"]["id"], **sample} for entry in lines.values() for sample in entry["samples"]]
@@ -442,6 +459,7 @@ def show(record: Mapping[str, Any], out: pathlib.Path) -> None:
             "-" if row["perplexity"] is None else f"{row['perplexity']:.1f}",
         )
     command.console.print(table)
+    command.console.print(use_line(record["timings"]), soft_wrap=True)
     for name in ("report.html", "run.json", "samples.jsonl", "cells.jsonl"):
         command.console.print(f"  {out / name}", soft_wrap=True)
 
@@ -453,7 +471,7 @@ def main() -> None:
     with clock.stage("load_s"):
         model = brittleness.load(config)
     with command.results(OUT.value) as out:
-        show(run(config, model, out, clock), out)
+        show(run(config, model, out, clock, pathlib.Path(OUT.value) / "checkpoints"), out)
 
 
 if __name__ == "__main__":

@@ -41,18 +41,19 @@ from jaxsafe.methods.brittleness import (
     once,
     points,
 )
-from jaxsafe.methods.brittleness_evaluation import Examination, against, examine, refusals
+from jaxsafe.methods.brittleness_evaluation import Examination, against, examine, refusals, tokens_of
 from jaxsafe.methods.heads import head_accuracies, ranking
 from jaxsafe.methods.sequential import Change, change_blocks
 from jaxsafe.methods.statistics import data_sha256, gather_once
 from jaxsafe.parallel import banner, fetch
+from jaxsafe.plan.costs import Tokens
 from jaxsafe.report.html import write_report
 from jaxsafe.text.batches import Row
 from jaxsafe.text.chat import check_context
 from jaxsafe.text.datasets import PromptSet
 from jaxsafe.text.roles import Roles, assign_roles
 from launch import command
-from launch.progress import Clock, progress_bar
+from launch.progress import Clock, progress_bar, use_line
 
 SCORES = ("snip", "wanda", "magnitude", "weight_difference", "random")
 SIDES = ("safety", "utility")
@@ -123,6 +124,9 @@ def material_of(config: ConfigDict, model: ChatModel, data: Data, out: pathlib.P
 
     def statistics(kind: str, side: str, rows: list[Row]) -> Any:
         path = out / "scores" / f"{kind}_{side}.safetensors"
+        if not path.is_file():
+            n = sum(len(row.ids) for row in rows)
+            clock.count(f"{kind}_s", Tokens(learned=n) if kind == "snip" else Tokens(read=n))
         with clock.stage(f"{kind}_s"), progress_bar(f"{kind}, {side}", len(rows)) as done:
             return gather_once(
                 path,
@@ -256,6 +260,7 @@ def sweep(
         with clock.stage("points_s"), bar as done:
             changed = dataclasses.replace(model, params=params)
             result, samples = examine(changed, model, exam, done)
+            clock.count("points_s", tokens_of(model, exam, samples))
             result["metrics"] |= zero_shot_metrics(config, changed)
         entry = plain({"key": key, "point": record | result, "samples": samples})
         add_entry(log, entry)
@@ -350,7 +355,7 @@ def run(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock) -
         "judge": {"name": exam.judge.name, "version": exam.judge.version},
         "points": compared(grid, found, exam.settings[0]),
         **overlaps(config, material, grid),
-        "timings": clock.seconds,
+        "timings": clock.record(model.config, config.batch_size),
         "files": {"points": "points.jsonl", "samples": "samples.jsonl"},
     }
     samples = [{"point": name, **s} for name, entry in found.items() for s in entry["samples"]]
@@ -400,6 +405,7 @@ def show(record: Mapping[str, Any], out: pathlib.Path) -> None:
             _number(fluency),
         )
     command.console.print(table)
+    command.console.print(use_line(record["timings"]), soft_wrap=True)
     for name in ("report.html", "run.json", "samples.jsonl", "points.jsonl"):
         command.console.print(f"  {out / name}", soft_wrap=True)
 

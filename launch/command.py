@@ -108,7 +108,8 @@ def profiled(folder: str) -> Iterator[None]:
 def results(out: str) -> Iterator[pathlib.Path]:
     """The folder that this process writes to: `out` for process 0.
 
-    The others, who take the same steps, work in a copy that is thrown away; all must see `out` when they begin.
+    The others, who take the same steps, work in a copy that is thrown away; all must see `out` when they begin, and
+    write their parts of checkpoints to it.
     """
     if jax.process_count() == 1:
         yield pathlib.Path(out)
@@ -116,7 +117,7 @@ def results(out: str) -> Iterator[pathlib.Path]:
     with tempfile.TemporaryDirectory() as scratch:
         own = pathlib.Path(out) if jax.process_index() == 0 else pathlib.Path(scratch) / "out"
         if jax.process_index() > 0 and pathlib.Path(out).is_dir():
-            shutil.copytree(out, own)
+            shutil.copytree(out, own, ignore=shutil.ignore_patterns("checkpoints"))
         multihost_utils.sync_global_devices("results")  # what process 0 writes from now on is in no copy
         yield own
         multihost_utils.sync_global_devices("finished")

@@ -42,8 +42,8 @@ MOST_DEVICES = 256
 def model_config(name: str, config: str) -> ModelConfig:
     """The shape of the preset `name`, or of the file or folder `config`.
 
-    Raises ValueError unless exactly one is given, and FileNotFoundError for a launch configuration whose model is
-    neither a preset nor a folder.
+    Raises ValueError unless exactly one is given, and for a launch configuration whose model is neither a preset nor
+    a folder; FileNotFoundError where nothing is at `config`.
     """
     if bool(name) == bool(config):
         raise ValueError("give --model (a preset) or --config (a config.json, its folder, or a launch configuration)")
@@ -51,10 +51,12 @@ def model_config(name: str, config: str) -> ModelConfig:
         return preset(name)
     path = pathlib.Path(config)
     if path.suffix == ".py":
+        if not path.is_file():
+            raise FileNotFoundError(f"--config={config}: no such file")
         chosen = runpy.run_path(str(path))["get_config"]()
         found = of_model(chosen.model)
         return dataclasses.replace(found, dtype=chosen.dtype or found.dtype)
-    return read_config(path if path.is_dir() else path.parent, "bfloat16")
+    return read_config(path, "bfloat16")
 
 
 def of_model(name: str) -> ModelConfig:

@@ -2,13 +2,15 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jaxsafe.model.config import ModelConfig
+from jaxsafe.plan.costs import Tokens, utilisation
 from launch import command
 
 
@@ -35,9 +37,15 @@ def reached(done: Callable[[int], Any]) -> Callable[[int], None]:
 
 @dataclasses.dataclass
 class Clock:
-    """Seconds by stage, for the record of a run; "compile_s" is part of the stages in which it fell."""
+    """Seconds by stage and the tokens that each went over, for the record of a run.
+
+    What a stage within another takes counts for the inner one alone; "compile_s" is part of the stages in which it
+    fell.
+    """
 
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    tokens: dict[str, Tokens] = dataclasses.field(default_factory=dict)
+    _within: float = 0.0
 
     def __post_init__(self) -> None:
         def hear(event: str, duration_secs: float, **_: Any) -> None:
@@ -49,6 +57,33 @@ class Clock:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Adds the time spent inside to `name`."""
-        start = time.perf_counter()
+        start, outer, self._within = time.perf_counter(), self._within, 0.0
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        took = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + took - self._within
+        self._within = outer + took
+
+    def count(self, name: str, tokens: Tokens) -> None:
+        """Adds what the stage `name` went over."""
+        self.tokens[name] = self.tokens.get(name, Tokens()) + tokens
+
+    def record(self, config: ModelConfig, batch: int) -> dict[str, Any]:
+        """The seconds, and "use": what `utilisation` tells of each stage; answers came in batches of `batch`."""
+        use = {
+            name: utilisation(config, jax.devices(), tokens, batch, self.seconds[name])
+            for name, tokens in self.tokens.items()
+            if tokens
+        }
+        return {**self.seconds, "use": use}
+
+
+def use_line(timings: Mapping[str, Any]) -> str:
+    """What a run tells of its speed, a stage after the other; empty where nothing was run."""
+    return "; ".join(_use(name.removesuffix("_s").replace("_", " "), use) for name, use in timings["use"].items())
+
+
+def _use(stage: str, use: Mapping[str, float]) -> str:
+    new = f" ({use['new_tokens_per_s']:.0f} new)" if "new_tokens_per_s" in use else ""
+    shares = {"model FLOPs": "model_flops_share", "bandwidth": "bandwidth_share"}
+    parts = [f"{100 * use[key]:.2g}% of peak {what}" for what, key in shares.items() if key in use]
+    return ", ".join([f"{stage} {use['tokens_per_s']:.0f} tokens/s{new}", *parts])

@@ -34,6 +34,7 @@ from jaxsafe.io.hf import save_hf
 from jaxsafe.io.hub import cache_dir, resolve
 from jaxsafe.methods.safety_tuning import TuningSettings, builtin_refusals, safety_tune, tuning_rows
 from jaxsafe.parallel import banner
+from jaxsafe.plan.costs import Tokens
 from jaxsafe.text.datasets import PromptSet, load_prompts
 from jaxsafe.text.prompt_files import KNOWN
 from launch import attack, brittleness, command, scans
@@ -78,8 +79,13 @@ def tune(
         rows = tuning_rows(base, harmful.prompts, benign.prompts, builtin_refusals(), settings, done)
     checkpoints = folder.with_name(f"{folder.name}-checkpoints")
     with clock.stage("safety_tuning_s"), progress_bar("safety tuning", settings.steps) as done:
-        tell = reached(done)
-        params = safety_tune(base, rows, settings, checkpoints, lambda step, loss: tell(step + 1))
+        tell, mean = reached(done), sum(len(row.ids) for row in rows) / len(rows)
+
+        def stepped(step: int, loss: float) -> None:
+            tell(step + 1)
+            clock.count("safety_tuning_s", Tokens(learned=round(settings.batch_size * mean)))
+
+        params = safety_tune(base, rows, settings, checkpoints, stepped)
     card = CARD.format(steps=settings.steps, harmful=len(harmful), benign=len(benign))
     save_hf(folder, base.config, params, like=like, card=card)
     shutil.rmtree(checkpoints, ignore_errors=True)

@@ -11,7 +11,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -41,13 +40,13 @@ from jaxsafe.methods.scans_answers import answer_prompts
 from jaxsafe.methods.scans_calibration import calibrate, choose_classifier, layer_candidates
 from jaxsafe.methods.vectors import load_steering, save_control_vector, save_steering
 from jaxsafe.parallel import banner
-from jaxsafe.plan.costs import utilisation
+from jaxsafe.plan.costs import Tokens
 from jaxsafe.report.html import write_report
 from jaxsafe.text.chat import check_context
 from jaxsafe.text.datasets import PromptSet
 from jaxsafe.text.roles import Roles, assign_roles, labelled
 from launch import command
-from launch.progress import Clock, progress_bar
+from launch.progress import Clock, progress_bar, use_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,13 +199,13 @@ def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, c
         config.batch_size,
     )
     samples: list[dict[str, Any]] = []
-    tokens, asked = 0, 0
     with clock.stage("answers_s"), progress_bar("answers before and after", sum(map(len, roles.evaluation))) as done:
         log = out / "answers.jsonl"
         for prompts in roles.evaluation:
             answers, new = answer_prompts(model, prepared.steering, prompts.prompts, decoding, log, done)
-            tokens += new
-            asked += 2 * sum(len(row.ids) for row in model.rows(prompts.prompts)) if new else 0
+            if new:  # both answers share one prefill
+                read = sum(len(row.ids) for row in model.rows(prompts.prompts))
+                clock.count("answers_s", Tokens(read=read, written=new))
             samples += judged(prompts, answers, prepared.threshold, rules)
     affirmative = affirmative_ids(model)
     with clock.stage("perplexity_s"), progress_bar("perplexity", 2 * len(texts)) as done:
@@ -228,9 +227,7 @@ def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, c
         "comparisons": table,
         "average": average(samples),
         "perplexity": {"before": before, "after": after, "n_tokens": n, "text": config.text or "built-in prose"},
-        "timings": clock.seconds
-        | {"new_tokens": tokens, "tokens_per_s": tokens / clock.seconds["answers_s"]}
-        | utilisation(model.config, jax.devices(), asked, tokens, config.batch_size, clock.seconds["answers_s"]),
+        "timings": clock.record(model.config, config.batch_size),
         "files": {"vectors": "vectors.safetensors", "samples": "samples.jsonl"},
         **prepared.record,
     }
@@ -289,9 +286,10 @@ def show(record: dict[str, Any], out: pathlib.Path) -> None:
     strength = f"alpha_rel {choice['alpha_rel']}" if choice["alpha"] is None else f"alpha {choice['alpha']}"
     command.console.print(
         f"steered layers {choice['layers'][0]} to {choice['layers'][1] - 1} with {strength}; "
-        f"harmful from score {choice['threshold']:.3f} on; {record['timings']['tokens_per_s']:.0f} new tokens/s",
+        f"harmful from score {choice['threshold']:.3f} on",
         soft_wrap=True,
     )
+    command.console.print(use_line(record["timings"]), soft_wrap=True)
     for name in ("report.html", "run.json", "samples.jsonl", "vectors.safetensors"):
         command.console.print(f"  {out / name}", soft_wrap=True)
 

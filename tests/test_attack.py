@@ -121,9 +121,9 @@ def test_adapters_layers_and_checkpoints(config, tmp_path, monkeypatch):
     monkeypatch.setattr(attack, "examine", dies)
     with pytest.raises(KeyboardInterrupt):
         attack.run(config, model, out, Clock())
-    assert len(list((out / "checkpoints").iterdir())) == 2
+    assert len(list((out / "checkpoints").iterdir())) == len(list((out / "curves").iterdir())) == 1
     record = attack.run(config, model, out, Clock())
-    assert not list((out / "checkpoints").iterdir())
+    assert not list((out / "checkpoints").iterdir()) and not list((out / "curves").iterdir())
     monkeypatch.setattr(attack, "examine", whole)
     alone = attack.run(config, model, tmp_path / "alone", Clock())
     assert stripped(record) == stripped(alone)

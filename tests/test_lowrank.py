@@ -234,6 +234,15 @@ def test_random_bases_span_the_same_space_in_other_directions():
     q = "layers/q"
     np.testing.assert_array_equal(flatten(drawn)[q].vectors, flatten(again)[q].vectors)
     assert not np.allclose(flatten(drawn)[q].vectors, flatten(other)[q].vectors)
+    # Another basis of the same span, which other rounding may give, makes no other draw.
+    rng = np.random.default_rng(0)
+    R = flatten(bases("safety"))[q].vectors.shape[2]
+    turn, _ = np.linalg.qr(rng.standard_normal((R, R)))
+    turned = jax.tree.map(lambda a: a, bases("safety"))
+    turned["layers"]["q"] = Basis(flatten(turned)[q].vectors @ turn.astype(np.float32), flatten(turned)[q].energy)
+    third = flatten(random_bases(CONFIG, turned, 1))[q].vectors[:, :, : R // 3]
+    first = flatten(drawn)[q].vectors[:, :, : R // 3]
+    np.testing.assert_allclose(third @ third.mT, first @ first.mT, atol=1e-4)
 
 
 def test_given_directions_are_removed():

@@ -179,7 +179,7 @@ def test_peaks_of_chips():
 
 
 @pytest.mark.parametrize(
-    ("gigabytes", "lengths"), [(None, (8, 1)), (80, (8, 1)), (32, (8, 1)), (16, (4, 2)), (8, (2, 4)), (1, (1, 8))]
+    ("gigabytes", "lengths"), [(None, (8, 1)), (80, (8, 1)), (32, (8, 1)), (16, (4, 2)), (8, (2, 4)), (2.5, (1, 8))]
 )
 def test_the_model_axis_is_as_short_as_memory_allows(gigabytes, lengths):
     # 16 GB of weights, and 4.3 GB of cache for 32,768 tokens.
@@ -187,6 +187,11 @@ def test_the_model_axis_is_as_short_as_memory_allows(gigabytes, lengths):
     mesh = default_mesh(preset("llama3.1-8b"), jax.devices(), memory)
     assert tuple(mesh.shape.values()) == lengths
     assert default_mesh(WIDE, jax.devices()[:1], memory) is None
+
+
+def test_devices_that_cannot_hold_the_weights_are_refused_with_the_sizes():
+    with pytest.raises(ValueError, match=r"bfloat16 take 16\.1 GB; 8 devices of 1 GB hold 8 GB"):
+        default_mesh(preset("llama3.1-8b"), jax.devices(), 1e9)
 
 
 def test_axes_that_do_not_divide_are_named():
@@ -220,6 +225,12 @@ def test_a_configuration_file_is_read_as_it_is(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config_to_hf(WIDE)))
     for path in (tmp_path, tmp_path / "config.json"):
         assert model_config("", str(path)) == dataclasses.replace(WIDE, dtype="bfloat16")
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(config_to_hf(dataclasses.replace(WIDE, layers=9))))
+    assert model_config("", str(other)).layers == 9
+    for missing in ("nope.json", "nope.py"):
+        with pytest.raises(FileNotFoundError, match=f"{missing}: no such file"):
+            model_config("", str(tmp_path / missing))
     with pytest.raises(ValueError, match="give --model"):
         model_config("llama2-7b", str(tmp_path))
 

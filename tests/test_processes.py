@@ -1,14 +1,12 @@
 """Two processes of four devices each give what one process of eight gives, and one of them writes it."""
 
 import json
-import os
 import pathlib
-import socket
-import subprocess
 import sys
 
 import numpy as np
 import pytest
+from launches import attack, brittleness, finished, found, free_port, scans, started, wait_until, write_pairs
 from processes import numbers
 
 from jaxsafe.io.hf import SafetensorsFolder
@@ -17,25 +15,13 @@ from jaxsafe.parallel import parse_mesh
 HERE = pathlib.Path(__file__).parent
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        return free.getsockname()[1]
+FOUR = {"JAX_NUM_CPU_DEVICES": "4"}
 
 
-def both(commands, environment, timeout=280):
-    """Runs the commands at once; their standard outputs. Fails with what they complained of."""
-    paths = os.pathsep.join([str(HERE.parent), str(HERE)])
-    variables = os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1"} | environment
-    options = {"env": variables, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": HERE.parent}
-    workers = [subprocess.Popen(command, **options) for command in commands]
-    try:
-        said = [worker.communicate(timeout=timeout) for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(error for _, error in said)
-    return said
+def by_hand(command, port):
+    """The two commands of a job of two processes."""
+    common = [*command, f"--coordinator=localhost:{port}", "--num_processes=2"]
+    return [[*common, f"--process_id={i}"] for i in range(2)]
 
 
 @pytest.mark.slow
@@ -43,7 +29,7 @@ def test_kernels_give_the_numbers_of_one_process(folder, tmp_path):
     port, out = free_port(), tmp_path / "two"
     out.mkdir()
     command = [sys.executable, str(HERE / "processes.py")]
-    both([[*command, str(i), str(port), str(folder), str(out)] for i in range(2)], {})
+    finished(*(started([*command, str(i), str(port), str(folder), str(out)]) for i in range(2)))
     (tmp_path / "one" / "process0").mkdir(parents=True)
     alone = numbers(folder, tmp_path / "one" / "process0", parse_mesh("data:4,model:2"))
     for i in range(2):
@@ -62,36 +48,14 @@ def test_kernels_give_the_numbers_of_one_process(folder, tmp_path):
         assert not np.array_equal(export.read(name, whole), before.read(name, whole)), name
 
 
-def launch(folder, out, *processes):
-    arguments = [
-        "--config=configs/scans/smollm2_135m.py",
-        f"--config.model={folder}",
-        "--config.batch_size=8",
-        "--config.max_new_tokens=4",
-        "--config.calibration_tokens=3",
-        "--config.passages=2",
-        "--config.anchors=('builtin:harmful/anchor#4','builtin:plain/anchor#4')",
-        "--config.calibration=('builtin:harmful/calibration#4','builtin:plain/calibration#4')",
-        "--config.evaluation=('builtin:lookalike/test#6','builtin:harmful/test#6')",
-        "--config.kl_limit=100.0",
-        "--mesh=data:4,model:2",
-        f"--out={out}",
-    ]
-    return [sys.executable, "-m", "launch.scans", *arguments, *processes]
-
-
 @pytest.mark.slow
-def test_a_launch_script_on_two_processes(folder, tmp_path):
-    port = free_port()
-    by_hand = [f"--coordinator=localhost:{port}", "--num_processes=2"]
-    commands = [launch(folder, tmp_path / "two", *by_hand, f"--process_id={i}") for i in range(2)]
-    environment = {"JAXSAFE_CACHE": str(tmp_path / "cache")}
-    said = both(commands, environment | {"JAX_NUM_CPU_DEVICES": "4"})
+def test_a_launch_script_on_two_processes(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXSAFE_CACHE", str(tmp_path / "cache"))
+    command = [*scans(folder), "--mesh=data:4,model:2"]
+    two = by_hand([*command, f"--out={tmp_path / 'two'}"], free_port())
+    said = finished(*(started(each, **FOUR) for each in two))
     assert "process 0 of 2, 8 x " in said[0][1] and "process 1" not in said[1][1]
-    eight = os.environ | environment | {"JAX_NUM_CPU_DEVICES": "8"}
-    command = launch(folder, tmp_path / "one")
-    alone = subprocess.run(command, cwd=HERE.parent, env=eight, capture_output=True, text=True, check=False)
-    assert alone.returncode == 0, alone.stderr
+    finished(started([*command, f"--out={tmp_path / 'one'}"], JAX_NUM_CPU_DEVICES="8"))
     two, one = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("two", "one"))
     assert two["comparisons"] == one["comparisons"]
     thresholds = [run["choice"].pop("threshold") for run in (two, one)]
@@ -99,3 +63,47 @@ def test_a_launch_script_on_two_processes(folder, tmp_path):
     assert two["device"].startswith("8 x ")
     assert np.isclose(two["perplexity"]["after"], one["perplexity"]["after"], rtol=1e-4)
     assert {p.name for p in (tmp_path / "two").iterdir()} == {p.name for p in (tmp_path / "one").iterdir()}
+
+
+@pytest.mark.slow
+def test_a_job_that_loses_a_process_ends_and_goes_on(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXSAFE_CACHE", str(tmp_path / "cache"))
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    command = attack(folder, write_pairs(tmp_path / "pairs.jsonl"))
+    command += ["--mesh=data:4,model:2", "--config.tuning_batch_size=4"]
+    first, second = (started(each, **FOUR) for each in by_hand([*command, f"--out={out}"], free_port()))
+    wait_until(lambda: any(out.glob("checkpoints/*/3")), first, second)
+    second.kill()
+    _, said = first.communicate(timeout=200)
+    second.communicate()
+    assert first.returncode != 0 and "another task died" in said
+    assert not (out / "run.json").exists()
+    finished(*(started(each, **FOUR) for each in by_hand([*command, f"--out={out}"], free_port())))
+    finished(started([*command, f"--out={alone}"], JAX_NUM_CPU_DEVICES="8"))
+    same(found(out)["cells"], found(alone)["cells"])
+
+
+@pytest.mark.slow
+def test_brittleness_on_two_processes(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXSAFE_CACHE", str(tmp_path / "cache"))
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    command = brittleness(folder, write_pairs(tmp_path / "pairs.jsonl"))
+    command += ["--mesh=data:4,model:2", "--config.score_batch_size=8"]
+    finished(*(started(each, **FOUR) for each in by_hand([*command, f"--out={out}"], free_port())))
+    finished(started([*command, f"--out={alone}"], JAX_NUM_CPU_DEVICES="8"))
+    same(found(out)["points"], found(alone)["points"])
+
+
+def same(a, b):
+    """Checks that two records agree, numbers but for their last digits."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        a, b = list(a.values()), [b[key] for key in a]
+    if isinstance(a, list):
+        assert len(a) == len(b)
+        for one, other in zip(a, b, strict=True):
+            same(one, other)
+    elif isinstance(a, float):
+        assert np.isclose(a, b, rtol=2e-3), (a, b)
+    else:
+        assert a == b

@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import jax
 import pytest
@@ -11,8 +12,9 @@ from tiny import tiny_config, tiny_params
 
 from jaxsafe.io.hf import save_hf
 from jaxsafe.model.weights import count_parameters, shapes
-from jaxsafe.plan.costs import utilisation
+from jaxsafe.plan.costs import Tokens, utilisation
 from launch import command
+from launch.progress import Clock, use_line
 
 ROOT = pathlib.Path(__file__).parents[1]
 IMPORTS = """
@@ -94,7 +96,23 @@ class Chip:
 def test_shares_of_known_peaks():
     config = tiny_config()
     count = count_parameters(shapes(config)) - config.vocab * config.embed
-    found = utilisation(config, [Chip(), Chip()], prompt_tokens=300, new_tokens=100, batch=10, seconds=2.0)
-    assert found["model_flops_share"] == pytest.approx(2 * count * 400 / (2 * 2 * 275e12))
+    tokens = Tokens(read=200, written=60) + Tokens(read=100, learned=50, written=40)
+    found = utilisation(config, [Chip(), Chip()], tokens, batch=10, seconds=2.0)
+    assert found["tokens_per_s"] == 225 and found["new_tokens_per_s"] == 50
+    assert found["model_flops_share"] == pytest.approx((2 * 400 + 6 * 50) * count / (2 * 2 * 275e12))
     assert found["bandwidth_share"] == pytest.approx(4 * count * 10 / (2 * 2 * 1228e9))
-    assert utilisation(config, jax.devices(), 300, 100, 10, 2.0) == {}
+    assert utilisation(config, jax.devices(), Tokens(learned=8), 10, 2.0) == {"tokens_per_s": 4}
+
+
+def test_time_within_another_stage_counts_once():
+    clock = Clock()
+    with clock.stage("outer"):
+        time.sleep(0.02)
+        for _ in range(2):
+            with clock.stage("inner"):
+                time.sleep(0.1)
+    assert 0.02 <= clock.seconds["outer"] < 0.1 and clock.seconds["inner"] >= 0.2
+    clock.count("inner", Tokens(read=10, written=5))
+    timings = clock.record(tiny_config(), 4)
+    assert use_line(timings).startswith("inner ") and "new)" in use_line(timings)
+    assert timings["use"].keys() == {"inner"}

@@ -56,11 +56,17 @@ class SafetensorsFolder:
 
 
 def read_config(folder: str | os.PathLike, dtype: str | None = None) -> ModelConfig:
-    """The `ModelConfig` of `folder/config.json`; `dtype` None keeps the checkpoint's (float16 becomes float32).
+    """The `ModelConfig` of `folder/config.json`, or of `folder` where that is itself such a file.
 
-    Raises FileNotFoundError and ValueError, naming the file and the attribute.
+    `dtype` None keeps the checkpoint's (float16 becomes float32). Raises FileNotFoundError and ValueError, naming the
+    file and the attribute.
     """
-    path = pathlib.Path(folder) / "config.json"
+    path = pathlib.Path(folder)
+    if path.suffix == ".json" and not path.is_dir():
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file; give a config.json or the folder of one")
+    else:
+        path /= "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"no config.json in {folder}; a Hugging Face model folder has one")
     try:

@@ -216,17 +216,18 @@ def random_bases(config: ModelConfig, bases: Mapping[str, Any], seed: int) -> di
     Inside that span, since what lies outside of it never meets the data: the control of rank removal.
     """
     out = {}
-    for i, (path, basis) in enumerate(flatten(bases).items()):
-        key = jax.random.fold_in(jax.random.key(seed), i)
-        out[path] = _rotated(basis, key)
+    for i, path in enumerate(sorted(flat := flatten(bases))):
+        out[path] = _rotated(flat[path], jax.random.fold_in(jax.random.key(seed), i))
     return nest(out)
 
 
 @jax.jit
 def _rotated(basis: Basis, key: jax.Array) -> Basis:
-    L, _, R = basis.vectors.shape
-    A = jax.random.normal(key, (L, R, R))
-    _, Q = _eigh(A + A.swapaxes(1, 2))  # the eigenvectors of such a matrix are uniform over rotations
+    L, O, R = basis.vectors.shape
+    # N D N^T on the span: its eigenvectors are uniform over rotations, and the same for any basis of the span.
+    N = jnp.einsum("lor,lok->lrk", basis.vectors, jax.random.normal(key, (L, O, R)), precision=_EXACT)
+    D = jnp.where(jnp.arange(R) % 2, -1.0, 1.0)
+    _, Q = _eigh(jnp.einsum("lrk,k,lsk->lrs", N, D, N, precision=_EXACT))
     return Basis(jnp.einsum("lor,lrk->lok", basis.vectors, Q, precision=_EXACT), jnp.ones_like(basis.energy))
 
 

@@ -11,6 +11,7 @@ from jaxsafe.evaluation.judges import Judge
 from jaxsafe.evaluation.metrics import mcnemar, rate
 from jaxsafe.io.chat_model import ChatModel
 from jaxsafe.methods.statistics import data_sha256
+from jaxsafe.plan.costs import Tokens
 from jaxsafe.text.batches import Row
 from jaxsafe.text.datasets import PromptSet
 
@@ -89,6 +90,20 @@ def examine(
         },
     }
     return result, samples
+
+
+def tokens_of(model: ChatModel, exam: Examination, samples: Sequence[Sample]) -> Tokens:
+    """What an examination that gave `samples` went over; answers count as their text is tokenised again."""
+
+    def read(prompts: PromptSet, setting: Setting) -> int:
+        texts = [text for prompt in prompts.prompts for text in setting.texts(prompt)]
+        return setting.samples * sum(len(row.ids) for row in under(model, setting).rows(texts))
+
+    asked = [(prompts, setting) for setting in exam.settings for prompts in exam.harmful]
+    asked += [(prompts, exam.settings[0]) for prompts in exam.harmless]
+    texts = sum(len(row.ids) for row in exam.texts)
+    written = sum(len(model.tokenizer.plain_ids(s["text"])) for s in samples)
+    return Tokens(read=texts + sum(read(*each) for each in asked), written=written)
 
 
 def refusals(samples: Sequence[Mapping[str, Any]], setting: Setting) -> list[bool | None]:
