@@ -24,8 +24,8 @@ from benchmarks.measure import Call, alternate, begin, emit, seconds
 from jaxsafe.io.chat_model import ChatModel, load_chat_model
 from jaxsafe.kernels.generate import Generated, as_arrays, eos_array, sampling_keys
 from jaxsafe.kernels.sampling import Sampling, row_seeds
-from jaxsafe.kernels.steering import Steering, scans_generate
-from jaxsafe.methods.scans import affirmative_ids, find_directions, read_prompts, rerun_slots, steering_of
+from jaxsafe.kernels.steering import Steering, rerun_slots, scans_generate
+from jaxsafe.methods.scans import affirmative_ids, find_directions, read_prompts, steering_of
 from jaxsafe.parallel import put_rows
 from jaxsafe.text.batches import Batch, Row, map_batches
 from jaxsafe.text.datasets import load_prompts

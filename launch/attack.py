@@ -21,6 +21,7 @@ from rich.table import Table
 from jaxsafe.evaluation.attack_settings import Setting, setting
 from jaxsafe.evaluation.judges import judge
 from jaxsafe.evaluation.record import data_record, environment, model_record, plain, write_run
+from jaxsafe.evaluation.utilisation import Tokens
 from jaxsafe.io.atomic import write_text
 from jaxsafe.io.chat_model import ChatModel
 from jaxsafe.io.journal import add_entry, read_journal
@@ -56,7 +57,6 @@ from jaxsafe.methods.partial_tuning import LayerScan, safety_layers
 from jaxsafe.methods.statistics import data_sha256
 from jaxsafe.model.transformer import Params
 from jaxsafe.parallel import banner
-from jaxsafe.plan.costs import Tokens
 from jaxsafe.report.html import write_report
 from jaxsafe.text.batches import Row, bucket
 from jaxsafe.text.datasets import PromptSet, check_disjoint

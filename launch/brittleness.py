@@ -20,6 +20,7 @@ from jaxsafe.evaluation.fluency import text_rows
 from jaxsafe.evaluation.judges import judge
 from jaxsafe.evaluation.perplexity import builtin_prose, load_passages
 from jaxsafe.evaluation.record import data_record, environment, model_record, plain, write_run
+from jaxsafe.evaluation.utilisation import Tokens
 from jaxsafe.io.atomic import write_text
 from jaxsafe.io.chat_model import ChatModel, load_chat_model
 from jaxsafe.io.hf import save_hf
@@ -46,7 +47,6 @@ from jaxsafe.methods.heads import head_accuracies, ranking
 from jaxsafe.methods.sequential import Change, change_blocks
 from jaxsafe.methods.statistics import data_sha256, gather_once
 from jaxsafe.parallel import banner, fetch
-from jaxsafe.plan.costs import Tokens
 from jaxsafe.report.html import write_report
 from jaxsafe.text.batches import Row
 from jaxsafe.text.chat import check_context

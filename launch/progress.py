@@ -9,8 +9,8 @@ from typing import Any
 import jax
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jaxsafe.evaluation.utilisation import Tokens, utilisation
 from jaxsafe.model.config import ModelConfig
-from jaxsafe.plan.costs import Tokens, utilisation
 from launch import command
 
 

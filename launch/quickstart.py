@@ -29,12 +29,12 @@ from ml_collections import ConfigDict
 from configs.attack import smollm2_135m as attack_config
 from configs.brittleness import smollm2_135m as brittleness_config
 from configs.scans import smollm2_135m as scans_config
+from jaxsafe.evaluation.utilisation import Tokens
 from jaxsafe.io.chat_model import ChatModel, load_chat_model
 from jaxsafe.io.hf import save_hf
 from jaxsafe.io.hub import cache_dir, resolve
 from jaxsafe.methods.safety_tuning import TuningSettings, builtin_refusals, safety_tune, tuning_rows
 from jaxsafe.parallel import banner
-from jaxsafe.plan.costs import Tokens
 from jaxsafe.text.datasets import PromptSet, load_prompts
 from jaxsafe.text.prompt_files import KNOWN
 from launch import attack, brittleness, command, scans

@@ -19,8 +19,9 @@ from rich.table import Table
 from jaxsafe.evaluation.comparison import average, comparisons, judged, metrics
 from jaxsafe.evaluation.judges import judge
 from jaxsafe.evaluation.metrics import best_threshold, classification, roc
-from jaxsafe.evaluation.perplexity import builtin_prose, halves, load_passages, perplexity
+from jaxsafe.evaluation.perplexity import builtin_prose, halves, load_passages, perplexities
 from jaxsafe.evaluation.record import data_record, environment, model_record, plain, write_run
+from jaxsafe.evaluation.utilisation import Tokens
 from jaxsafe.io.chat_model import ChatModel, load_chat_model
 from jaxsafe.kernels.sampling import Sampling
 from jaxsafe.kernels.steering import Steering
@@ -40,7 +41,6 @@ from jaxsafe.methods.scans_answers import answer_prompts
 from jaxsafe.methods.scans_calibration import calibrate, choose_classifier, layer_candidates
 from jaxsafe.methods.vectors import load_steering, save_control_vector, save_steering
 from jaxsafe.parallel import banner
-from jaxsafe.plan.costs import Tokens
 from jaxsafe.report.html import write_report
 from jaxsafe.text.chat import check_context
 from jaxsafe.text.datasets import PromptSet
@@ -208,9 +208,9 @@ def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, c
                 clock.count("answers_s", Tokens(read=read, written=new))
             samples += judged(prompts, answers, prepared.threshold, rules)
     affirmative = affirmative_ids(model)
-    with clock.stage("perplexity_s"), progress_bar("perplexity", 2 * len(texts)) as done:
-        before, n = perplexity(model, unsteered(prepared.steering), affirmative, texts, config.batch_size, done)
-        after, _ = perplexity(model, prepared.steering, affirmative, texts, config.batch_size, done)
+    with clock.stage("perplexity_s"), progress_bar("perplexity", len(texts)) as done:
+        both = unsteered(prepared.steering), prepared.steering
+        (before, after), n = perplexities(model, both, affirmative, texts, config.batch_size, done)
 
     table = comparisons(samples)
     record = environment() | {

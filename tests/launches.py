@@ -29,24 +29,31 @@ def scans(folder):
     )
 
 
+def examined(folder, pairs):
+    """What the two experiments on weights share."""
+    return {
+        "model": folder,
+        "safety_pairs": pairs,
+        "utility_pairs": pairs,
+        "evaluation": ("builtin:harmful/test#5",),
+        "harmless": ("builtin:plain/test#3",),
+        "batch_size": 8,
+        "max_new_tokens": 4,
+        "passages": 2,
+        "fluency_answers": 4,
+    }
+
+
 def brittleness(folder, pairs):
     """The command of a short `launch.brittleness` on the file `pairs`, without --out."""
     return script(
         "brittleness",
-        model=folder,
-        safety_pairs=pairs,
-        utility_pairs=pairs,
+        **examined(folder, pairs),
         samples=24,
         score_batch_size=1,
         set_difference=((0.3, 0.1),),
         orthogonal=((8, 8),),
         controls=1,
-        evaluation=("builtin:harmful/test#5",),
-        harmless=("builtin:plain/test#3",),
-        batch_size=8,
-        max_new_tokens=4,
-        passages=2,
-        fluency_answers=4,
     )
 
 
@@ -54,9 +61,7 @@ def attack(folder, pairs):
     """The command of a short `launch.attack` on the file `pairs`, without --out."""
     return script(
         "attack",
-        model=folder,
-        safety_pairs=pairs,
-        utility_pairs=pairs,
+        **examined(folder, pairs),
         freeze_weights=((0.3, 0.1),),
         freeze_ranks=(),
         attacks=("identity_shift#6",),
@@ -66,12 +71,6 @@ def attack(folder, pairs):
         seeds=(0,),
         evaluate_every=4,
         checkpoint_every=1,
-        evaluation=("builtin:harmful/test#5",),
-        harmless=("builtin:plain/test#3",),
-        batch_size=8,
-        max_new_tokens=4,
-        passages=2,
-        fluency_answers=4,
     )
 
 

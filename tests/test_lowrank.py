@@ -223,26 +223,40 @@ def test_energy_shares_rise_to_one():
         np.testing.assert_allclose(shares[:, -1], 1, atol=1e-5)
 
 
-def test_random_bases_span_the_same_space_in_other_directions():
-    drawn = random_bases(CONFIG, bases("safety"), 1)
-    for path, basis in flatten(drawn).items():
+@pytest.mark.parametrize("ranks", [1, 8, 16, 20, 32])
+def test_random_directions_lie_in_the_span_and_are_orthonormal(ranks):
+    for path, basis in flatten(random_bases(CONFIG, bases("safety"), 1, ranks)).items():
         V, U = (np.asarray(b.vectors[0], np.float64) for b in (basis, flatten(bases("safety"))[path]))
-        np.testing.assert_allclose(V @ V.T, U @ U.T, atol=1e-4)
-        assert abs(V[:, 0] @ U[:, 0]) < 0.95
-    again = random_bases(CONFIG, bases("safety"), 1)
-    other = random_bases(CONFIG, bases("safety"), 2)
-    q = "layers/q"
-    np.testing.assert_array_equal(flatten(drawn)[q].vectors, flatten(again)[q].vectors)
-    assert not np.allclose(flatten(drawn)[q].vectors, flatten(other)[q].vectors)
-    # Another basis of the same span, which other rounding may give, makes no other draw.
-    rng = np.random.default_rng(0)
-    R = flatten(bases("safety"))[q].vectors.shape[2]
-    turn, _ = np.linalg.qr(rng.standard_normal((R, R)))
+        count = kept(CONFIG, U.shape[1], CONFIG.embed - ranks)
+        assert V.shape == U.shape and not V[:, count:].any()
+        np.testing.assert_allclose(V[:, :count].T @ V[:, :count], np.eye(count), atol=1e-4)
+        np.testing.assert_allclose(U @ (U.T @ V), V, atol=1e-4)
+        if 0 < count < U.shape[1] / 2:
+            assert np.linalg.norm(U[:, :count].T @ V[:, :count], 2) < 0.99
+
+
+@pytest.mark.parametrize("ranks", [8, 24])
+def test_a_draw_follows_from_its_seed_and_from_the_span_alone(ranks):
+    q, rng = "layers/q", np.random.default_rng(0)
+
+    def projection(bases, seed=1):
+        V = flatten(random_bases(CONFIG, bases, seed, ranks))[q].vectors
+        return np.asarray(V @ V.mT)
+
+    basis = flatten(bases("safety"))[q]
+    turn, _ = np.linalg.qr(rng.standard_normal((basis.vectors.shape[2],) * 2))
     turned = jax.tree.map(lambda a: a, bases("safety"))
-    turned["layers"]["q"] = Basis(flatten(turned)[q].vectors @ turn.astype(np.float32), flatten(turned)[q].energy)
-    third = flatten(random_bases(CONFIG, turned, 1))[q].vectors[:, :, : R // 3]
-    first = flatten(drawn)[q].vectors[:, :, : R // 3]
-    np.testing.assert_allclose(third @ third.mT, first @ first.mT, atol=1e-4)
+    turned["layers"]["q"] = Basis(basis.vectors @ turn.astype(np.float32), basis.energy)
+    np.testing.assert_allclose(projection(turned), projection(bases("safety")), atol=1e-4)
+    assert not np.allclose(projection(bases("safety"), 2), projection(bases("safety")), atol=0.1)
+
+
+def test_random_directions_prefer_none():
+    drawn = [flatten(random_bases(CONFIG, bases("safety"), seed, 8))["layers/q"].vectors for seed in range(200)]
+    basis = flatten(bases("safety"))["layers/q"].vectors
+    # The mean projection of uniform directions is k / R times the identity.
+    met = np.mean([np.square(np.einsum("lor,lok->lrk", basis, V)).sum(2) for V in drawn], axis=0)
+    np.testing.assert_allclose(met, 8 / 32, atol=0.06)
 
 
 def test_given_directions_are_removed():

@@ -10,9 +10,9 @@ import jax
 import pytest
 from tiny import tiny_config, tiny_params
 
+from jaxsafe.evaluation.utilisation import Tokens, utilisation
 from jaxsafe.io.hf import save_hf
 from jaxsafe.model.weights import count_parameters, shapes
-from jaxsafe.plan.costs import Tokens, utilisation
 from launch import command
 from launch.progress import Clock, use_line
 

@@ -24,6 +24,7 @@ from jaxsafe.kernels.steering import (
     score,
     start_positions,
     steered_chunk,
+    steered_nll,
     steering_edit,
     unit,
 )
@@ -352,3 +353,22 @@ def test_no_strength_diverges_by_nothing():
     off = steering.replace(strength=jnp.zeros(3))
     answers = scans_answer(*start, prefilled, off, *decoding(case.rows), NEW, again)
     np.testing.assert_array_equal(answer_divergence(*start, prefilled, off, answers, again)[0], 0)
+
+
+@BEGUN_CASES
+def test_the_likelihood_of_answers_is_that_of_one_steered_pass_a_row(case):
+    steering = steering_for(case)
+    start, prefilled, again = prefilled_of(case, steering)
+    config, params, _ = start
+    nll, counts = steered_nll(*start, prefilled, steering, again, block=2)
+    plain, _ = steered_nll(*start, prefilled, steering.replace(strength=jnp.zeros(3)), again)
+    for b, (row, gate) in enumerate(zip(case.rows, slow_gates(case, steering), strict=True)):
+        alone = pad_rows([row])
+        edits = steering_edit(steering, jnp.array([gate], jnp.float32), start_positions(alone))
+        answer = range(row.instruction_end + 1, len(row.ids))
+        assert counts[b] == len(answer)
+        for found, edit_ in ((nll, edits), (plain, None)):
+            logits = log_softmax(whole(config, params, alone.tokens, alone.valid, edit_)[0])
+            wanted = -sum(logits[len(logits) - len(row.ids) + i - 1, row.ids[i]] for i in answer)
+            np.testing.assert_allclose(found[b], wanted, rtol=1e-4, atol=1e-5)
+    assert not np.allclose(nll, plain)

@@ -29,6 +29,6 @@ def get_config() -> ConfigDict:
     config.alpha_grid = (0.01, 0.02, 0.03)
     config.calibration_tokens = 12
     config.max_new_tokens = 32
-    config.batch_size = 50
+    config.batch_size = 100
     config.passages = 24
     return config

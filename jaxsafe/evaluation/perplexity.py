@@ -1,9 +1,5 @@
-"""Perplexity of a text as a chat model's answer, plain or steered by SCANS.
+"""Perplexity of a text as a chat model's answer, plain or steered by SCANS."""
 
-B batch
-"""
-
-import functools
 import math
 import os
 import pathlib
@@ -12,17 +8,13 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxsafe.io.chat_model import ChatModel
-from jaxsafe.kernels.steering import Steering, gates, layer_cosines, prefill_and_change, start_positions, steering_edit
-from jaxsafe.kernels.training import answer_nll
-from jaxsafe.model.config import ModelConfig
-from jaxsafe.model.transformer import Params
+from jaxsafe.kernels.steering import Steering, rerun_slots, scans_prefill, steered_nll
 from jaxsafe.parallel import put_rows
-from jaxsafe.text.batches import Batch, Row, map_batches
+from jaxsafe.text.batches import Batch, Row, bucket, map_batches
 from jaxsafe.text.chat import check_context
 
 
@@ -63,34 +55,31 @@ def halves(model: ChatModel, texts: Sequence[str]) -> list[Row]:
     return rows
 
 
-@functools.partial(jax.jit, static_argnames=("config", "last"))
-def _nll(
-    config: ModelConfig, params: Params, batch: Batch, affirmative: jax.Array, steering: Steering, last: int
-) -> tuple[jax.Array, jax.Array]:
-    _, _, change = prefill_and_change(config, params, batch, affirmative, affirmative.shape[0])
-    gate = gates(layer_cosines(change, steering.reference), steering)
-    return answer_nll(config, params, batch, steering_edit(steering, gate, start_positions(batch)), last)
-
-
-def perplexity(
+def perplexities(
     model: ChatModel,
-    steering: Steering,
+    steerings: Sequence[Steering],
     affirmative: Any,
     texts: Sequence[str],
     batch_size: int = 16,
     done: Callable[[int], None] = lambda count: None,
-) -> tuple[float, int]:
-    """exp of the mean negative log-likelihood of the texts' second halves, and the number of tokens counted.
+) -> tuple[list[float], int]:
+    """exp of the mean negative log-likelihood of the texts' second halves under each steering, and the tokens counted.
 
-    Each text is classified and steered as a prompt would be; a `steering` of no strength gives the model's own.
+    Each text is classified and steered as a prompt would be; a steering of no strength gives the model's own. The
+    steerings must share their `reference`: one pass over a text serves all of them.
     """
     rows = halves(model, texts)
+    affirmative = jnp.asarray(affirmative)
     check_context(rows, model.config.context, len(affirmative))
 
     def call(batch: Batch, indices: np.ndarray) -> Any:
-        last = int(batch.tokens.shape[1] - 1 - batch.instruction_end.min())
+        again = min(bucket(rerun_slots(batch)), batch.tokens.shape[1])
         placed = put_rows(batch, model.mesh)
-        return _nll(model.config, model.params, placed, jnp.asarray(affirmative), steering, last)
+        start = (model.config, model.params, placed)
+        prefilled = scans_prefill(*start, affirmative, steerings[0].reference, len(affirmative))
+        nll, count = zip(*(steered_nll(*start, prefilled, steering, again) for steering in steerings), strict=True)
+        return jnp.stack(nll, axis=1), count[0]
 
     nll, count = map_batches(call, rows, batch_size, model.row_multiple, done)
-    return math.exp(float(nll.sum()) / int(count.sum())), int(count.sum())
+    n = int(count.sum())
+    return [math.exp(float(total) / n) for total in nll.sum(0)], n

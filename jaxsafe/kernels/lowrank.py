@@ -107,11 +107,7 @@ def _row_space(W: jax.Array) -> jax.Array:
     values, E = _eigh(jnp.einsum("lio,ljo->lij", W, W, precision=_EXACT))
     floor = 1e-6 * values[:, -1:]
     scale = jnp.where(values > floor, jax.lax.rsqrt(jnp.maximum(values, floor)), 0)
-    Q = jnp.einsum("lio,lir->lor", W, E * scale[:, None, :], precision=_EXACT)
-    for _ in range(3):
-        gram = jnp.einsum("lor,los->lrs", Q, Q, precision=_EXACT)
-        Q = 1.5 * Q - 0.5 * jnp.einsum("lor,lrs->los", Q, gram, precision=_EXACT)
-    return Q
+    return _orthonormal(jnp.einsum("lio,lir->lor", W, E * scale[:, None, :], precision=_EXACT), 3)
 
 
 def _eigh(A: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -210,25 +206,44 @@ def remove_directions(config: ModelConfig, params: Params, vectors: Mapping[str,
     return _edited(config, params, given, lambda path, W: -onto(W, given[path]))
 
 
-def random_bases(config: ModelConfig, bases: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Orthonormal bases like `bases` in random directions of the space that they span, all of equal energy.
+def random_bases(config: ModelConfig, bases: Mapping[str, Any], seed: int, ranks: int) -> dict[str, Any]:
+    """Bases like `bases` whose first `ranks` directions are random ones of the space that they span, the others zero.
 
-    Inside that span, since what lies outside of it never meets the data: the control of rank removal.
+    Inside that span, since what lies outside of it never meets the data: the control of rank removal. A map of fewer
+    ranks than the model's width gets the same share (see `kept`). All directions have equal energy; each draw is
+    uniform, and the same for any orthonormal basis of the span.
     """
     out = {}
     for i, path in enumerate(sorted(flat := flatten(bases))):
-        out[path] = _rotated(flat[path], jax.random.fold_in(jax.random.key(seed), i))
+        count = int(kept(config, flat[path].vectors.shape[-1], config.embed - ranks))
+        out[path] = _drawn(flat[path], jax.random.fold_in(jax.random.key(seed), i), count)
     return nest(out)
 
 
-@jax.jit
-def _rotated(basis: Basis, key: jax.Array) -> Basis:
+@functools.partial(jax.jit, static_argnames="count")
+def _drawn(basis: Basis, key: jax.Array, count: int) -> Basis:
     L, O, R = basis.vectors.shape
-    # N D N^T on the span: its eigenvectors are uniform over rotations, and the same for any basis of the span.
-    N = jnp.einsum("lor,lok->lrk", basis.vectors, jax.random.normal(key, (L, O, R)), precision=_EXACT)
-    D = jnp.where(jnp.arange(R) % 2, -1.0, 1.0)
-    _, Q = _eigh(jnp.einsum("lrk,k,lsk->lrs", N, D, N, precision=_EXACT))
-    return Basis(jnp.einsum("lor,lrk->lok", basis.vectors, Q, precision=_EXACT), jnp.ones_like(basis.energy))
+    few = count <= R // 2
+    N = jax.random.normal(key, (L, O, count if few else R))
+    N = jnp.einsum("lor,lok->lrk", basis.vectors, N, precision=_EXACT)  # in the coordinates of the basis
+    if few:
+        Q = _orthonormal(N / (math.sqrt(R) + math.sqrt(count)))
+    else:  # N is then too near to a singular matrix; the eigenvectors of N D N^T are uniform as well
+        D = jnp.where(jnp.arange(R) % 2, -1.0, 1.0)
+        Q = _eigh(jnp.einsum("lrk,k,lsk->lrs", N, D, N, precision=_EXACT))[1][:, :, :count]
+    vectors = jnp.einsum("lor,lrk->lok", basis.vectors, Q, precision=_EXACT)
+    return Basis(jnp.pad(vectors, [(0, 0), (0, 0), (0, R - count)]), jnp.ones_like(basis.energy))
+
+
+def _orthonormal(A: jax.Array, steps: int = 16) -> jax.Array:
+    """The orthonormal factor of the polar decomposition of A [L, R, K], whose singular values are below 1.7.
+
+    By Newton-Schulz steps, matrix products all: 16 bring a singular value of 0.01 to 1 within float32's precision.
+    """
+    for _ in range(steps):
+        gram = jnp.einsum("lrk,lrm->lkm", A, A, precision=_EXACT)
+        A = 1.5 * A - 0.5 * jnp.einsum("lrk,lkm->lrm", A, gram, precision=_EXACT)
+    return A
 
 
 def overlap(a: Basis, b: Basis, k: Any) -> jax.Array:

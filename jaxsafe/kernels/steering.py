@@ -9,12 +9,14 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxsafe.kernels.generate import Generated, decode, extend
 from jaxsafe.kernels.sampling import Sampling
+from jaxsafe.kernels.training import token_nll
 from jaxsafe.model.attention import causal_mask, positions_of
 from jaxsafe.model.config import ModelConfig
-from jaxsafe.model.taps import At, at, collection, edit, readings
+from jaxsafe.model.taps import FINAL, At, at, collection, edit, readings
 from jaxsafe.model.transformer import Cache, Params, Transformer, unembed, unembedding, variables
 from jaxsafe.text.batches import Batch
 
@@ -140,6 +142,27 @@ def scans_prefill(
     return Prefilled(cache, layer_cosines(change, reference))
 
 
+def rerun_slots(batch: Batch) -> int:
+    """How many last slots reach back to every row's instruction end."""
+    return int(batch.tokens.shape[1] - np.asarray(batch.instruction_end).min())
+
+
+def chunk_inputs(
+    config: ModelConfig, batch: Batch, cache: Cache, tokens: jax.Array, again: int
+) -> tuple[jax.Array, jax.Array, jax.Array, Cache, int]:
+    """What the model is given to run the prompts' last `again` slots again, and the `tokens` [B, X] behind them."""
+    B, T = batch.tokens.shape
+    X = tokens.shape[1]
+    filled = jnp.concatenate([batch.valid, jnp.ones((B, cache.length - T), bool)], axis=1)
+    return (
+        jnp.concatenate([batch.tokens[:, T - again :], tokens], axis=1),
+        positions_of(filled)[:, T - again : T + X],
+        causal_mask(jnp.arange(T - again, T + X), filled, config.window),
+        cache,
+        T - again,
+    )
+
+
 def steered_chunk(
     config: ModelConfig,
     params: Params,
@@ -151,18 +174,8 @@ def steered_chunk(
     last: int,
 ) -> tuple[jax.Array, Cache]:
     """Logits [B, last, V] of the prompts' last `again` slots and the `tokens` [B, X] behind them, under `edits`."""
-    B, T = batch.tokens.shape
-    X = tokens.shape[1]
-    filled = jnp.concatenate([batch.valid, jnp.ones((B, cache.length - T), bool)], axis=1)
-    out: Any = Transformer(config).apply(
-        variables(params, edits),
-        jnp.concatenate([batch.tokens[:, T - again :], tokens], axis=1),
-        positions_of(filled)[:, T - again : T + X],
-        causal_mask(jnp.arange(T - again, T + X), filled, config.window),
-        cache,
-        T - again,
-        last=last,
-    )
+    given = chunk_inputs(config, batch, cache, tokens, again)
+    out: Any = Transformer(config).apply(variables(params, edits), *given, last=last)
     return out
 
 
@@ -243,6 +256,33 @@ def answer_divergence(
     kl = jnp.sum(jnp.exp(before) * (before - after), axis=-1)
     counted = jnp.arange(N)[None] < answers.lengths[:, None]
     return jnp.sum(jnp.where(counted, kl, 0), axis=1), answers.lengths
+
+
+@functools.partial(jax.jit, static_argnames=("config", "again", "block"))
+def steered_nll(
+    config: ModelConfig,
+    params: Params,
+    batch: Batch,
+    prefilled: Prefilled,
+    steering: Steering,
+    again: int,
+    block: int = 64,
+) -> tuple[jax.Array, jax.Array]:
+    """Summed negative log-likelihood (nats) of each row's steered answer, float32 [B], and its tokens, int32 [B].
+
+    The rows of `batch`, prefilled as they are, hold their answers behind the instruction end, to which the last
+    `again` slots (static) reach back. Logits of `block` slots (static) exist at a time.
+    """
+    edits = steering_edit(steering, gates(prefilled.cosines, steering), start_positions(batch))
+    given = chunk_inputs(config, batch, prefilled.cache, batch.tokens[:, :0], again)
+    options: dict[str, Any] = {"last": 0, "capture_intermediates": at(FINAL), "mutable": ["intermediates"]}
+    _, state = Transformer(config).apply(variables(params, edits), *given, **options)
+    states = readings(state["intermediates"])[FINAL]
+    # A slot predicts the token of the next one, and the last slot nothing.
+    first = batch.tokens.shape[1] - again + 1
+    target, counted = (jnp.pad(a[:, first:], [(0, 0), (0, 1)]) for a in (batch.tokens, batch.response))
+    nll = token_nll(config, params, states, target, block)
+    return jnp.sum(jnp.where(counted, nll, 0), axis=1), counted.sum(axis=1)
 
 
 def vocabulary_projection(config: ModelConfig, params: Params, vectors: jax.Array, top: int) -> tuple[Any, Any]:

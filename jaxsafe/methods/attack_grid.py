@@ -164,10 +164,10 @@ def region(material: Material, defence: Defence, seed: int) -> Region:
         case "weights":
             return Region(mask=mask_of(material, Point("set_difference", defence.values, _control(defence, seed))))
         case "ranks":
-            bases = material.safety_bases()
+            bases, ranks = material.safety_bases(), int(defence.values[0])
             if defence.random:
-                bases = random_bases(config, bases, seed)
-            return Region(bases=leading(config, bases, int(defence.values[0])))
+                bases = random_bases(config, bases, seed, ranks)
+            return Region(bases=leading(config, bases, ranks))
         case "layers":
             first, stop = (int(v) for v in defence.values)
             if defence.random:

@@ -180,11 +180,13 @@ def edited(material: Material, point: Point) -> tuple[Params, dict[str, Any] | N
     if not point.of_ranks:
         mask = mask_of(material, point)
         return apply_mask(params, mask, m.base), mask
-    safety = m.safety_bases() if point.control is None else random_bases(config, m.safety_bases(), point.control)
+    safety, first = m.safety_bases(), int(point.values[0])
+    if point.control is not None:
+        needed = first if point.method == "top_ranks" else config.embed - first
+        safety = random_bases(config, safety, point.control, needed)
     if point.method == "orthogonal":
-        r_s, r_u = (int(v) for v in point.values)
-        return remove_orthogonal(config, params, safety, m.utility_bases(), r_s, r_u), None
-    return remove_ranks(config, params, safety, int(point.values[0]), top=point.method == "top_ranks"), None
+        return remove_orthogonal(config, params, safety, m.utility_bases(), first, int(point.values[1])), None
+    return remove_ranks(config, params, safety, first, top=point.method == "top_ranks"), None
 
 
 def mean_ranks(config: ModelConfig, point: Point) -> float | None:

@@ -9,9 +9,9 @@ from jaxsafe.evaluation.comparison import Sample
 from jaxsafe.evaluation.fluency import answer_perplexity, answer_rows, repetition
 from jaxsafe.evaluation.judges import Judge
 from jaxsafe.evaluation.metrics import mcnemar, rate
+from jaxsafe.evaluation.utilisation import Tokens
 from jaxsafe.io.chat_model import ChatModel
 from jaxsafe.methods.statistics import data_sha256
-from jaxsafe.plan.costs import Tokens
 from jaxsafe.text.batches import Row
 from jaxsafe.text.datasets import PromptSet
 

@@ -95,6 +95,6 @@ def safety_tune(
         warmup=min(settings.warmup, settings.steps - 1),
         final_share=0.1,
         seed=settings.seed,
-        checkpoint_every=16,
+        checkpoint_every=24,
     )
     return fine_tune_run(model.config, model.params, rows, run, folder, on_step, mesh=model.mesh)

@@ -22,6 +22,7 @@ from jaxsafe.kernels.sampling import Sampling, check_sampling, row_seeds
 from jaxsafe.kernels.steering import (
     Steering,
     anchor_states,
+    rerun_slots,
     scans_answer,
     scans_prefill,
     score,
@@ -180,11 +181,6 @@ def layer_mask(layers: int, range_: tuple[int, int]) -> np.ndarray:
 def unsteered(steering: Steering) -> Steering:
     """`steering` with no strength: the same programs then answer as the model itself does."""
     return steering.replace(strength=jnp.zeros_like(steering.strength))  # type: ignore[attr-defined]
-
-
-def rerun_slots(batch: Batch) -> int:
-    """How many last slots reach back to every row's instruction end."""
-    return int(batch.tokens.shape[1] - np.asarray(batch.instruction_end).min())
 
 
 def answer_both(

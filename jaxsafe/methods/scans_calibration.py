@@ -16,8 +16,8 @@ from jaxsafe.evaluation.metrics import best_threshold, rate
 from jaxsafe.io.chat_model import ChatModel
 from jaxsafe.kernels.generate import Generated, as_arrays, eos_array, sampling_keys
 from jaxsafe.kernels.sampling import row_seeds
-from jaxsafe.kernels.steering import Steering, answer_divergence, scans_answer, scans_prefill
-from jaxsafe.methods.scans import Decoding, Directions, affirmative_ids, rerun_slots, steering_of, unsteered
+from jaxsafe.kernels.steering import Steering, answer_divergence, rerun_slots, scans_answer, scans_prefill
+from jaxsafe.methods.scans import Decoding, Directions, affirmative_ids, steering_of, unsteered
 from jaxsafe.parallel import fetch, put_rows
 from jaxsafe.text.batches import Batch, map_batches
 from jaxsafe.text.chat import check_context
