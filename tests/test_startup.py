@@ -116,3 +116,14 @@ def test_time_within_another_stage_counts_once():
     timings = clock.record(tiny_config(), 4)
     assert use_line(timings).startswith("inner ") and "new)" in use_line(timings)
     assert timings["use"].keys() == {"inner"}
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_start_tells_all_four_times(folder):
+    command = [sys.executable, "-m", "benchmarks.startup", f"--model={folder}"]
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = dict(line.strip("| ").split(" | ") for line in done.stdout.splitlines()[2:])
+    assert list(rows) == ["import jax", "import jaxsafe", "first token, first run", "first token, second run"]
+    assert 0 < float(rows["import jax"]) < float(rows["first token, second run"])

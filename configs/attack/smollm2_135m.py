@@ -36,6 +36,6 @@ def get_config() -> ConfigDict:
     config.judge = "scans"
     config.max_new_tokens = 16
     config.batch_size = 40
-    config.passages = 6
-    config.fluency_answers = 20
+    config.passages = 4
+    config.fluency_answers = 12
     return config

@@ -2,7 +2,7 @@
 
     python -m launch.quickstart
 
-runs this on the model after safety tuning (about twelve minutes on two CPU cores), and
+runs this on the model after safety tuning (about ten minutes on two CPU cores), and
 
     python -m launch.scans --config=configs/scans/smollm2_135m.py --out=runs/smollm2
 
