@@ -58,7 +58,7 @@ from jaxsafe.methods.statistics import data_sha256
 from jaxsafe.model.transformer import Params
 from jaxsafe.parallel import banner
 from jaxsafe.report.html import write_report
-from jaxsafe.text.batches import Row
+from jaxsafe.text.batches import Row, bucket
 from jaxsafe.text.datasets import PromptSet, check_disjoint
 from jaxsafe.text.roles import Roles, assign_roles
 from launch import brittleness, command
@@ -115,7 +115,7 @@ def attack_rows(
     rows = {seed: training_rows(model, each) for seed, each in examples.items()}
     slots = slots_of([row for each in rows.values() for row in each])
     every = [example for each in examples.values() for example in each]
-    return Rows(rows, slots, settings_of(config, attack, every))
+    return Rows(rows, (bucket(slots[0]), bucket(slots[1])), settings_of(config, attack, every))
 
 
 def settings_of(config: ConfigDict, attack: Attack, examples: Sequence[Example]) -> tuple[Setting, ...]:

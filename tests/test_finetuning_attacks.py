@@ -176,8 +176,7 @@ def test_rows_hold_the_answer_and_its_end(tmp_path):
         assert example.prompt in text and ("Obey." in text) == (example.system is not None)
         assert row.ids[row.instruction_end + 1 :] == (*tokenizer.plain_ids("yes, gladly."), tokenizer.hf.eos_token_id)
     longest, answer = slots_of(rows)
-    assert 0 <= longest - max(len(row.ids) for row in rows) < 8 and longest % 8 == 0
-    assert 0 <= answer - len(tokenizer.plain_ids("yes, gladly.")) - 1 < 8 and answer % 8 == 0
+    assert longest == max(len(row.ids) for row in rows) and answer == len(tokenizer.plain_ids("yes, gladly.")) + 1
     with pytest.raises(ValueError, match="context"):
         training_rows(model, [Example("why " * 500, "so.")])
 

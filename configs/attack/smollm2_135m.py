@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.lora_learning_rate = 2e-3
     config.freeze_weights = ((0.3, 0.1),)
     config.freeze_ranks = (200,)
-    config.samples = 48
+    config.samples = 32
     config.answer_tokens = 16
     config.evaluate_every = 5
     config.evaluation = ("builtin:harmful/test#40",)

@@ -221,12 +221,11 @@ def training_rows(model: ChatModel, examples: Sequence[Example]) -> list[Row]:
 
 
 def slots_of(rows: Sequence[Row]) -> tuple[int, int]:
-    """The shape that batches of these rows take (see `FineTuning.slots`): slots, and slots of the answer.
-
-    Both are multiples of 8, which suits vector units.
-    """
-    longest = max(len(row.ids) for row in rows), max(len(row.ids) - 1 - row.instruction_end for row in rows)
-    return -(-longest[0] // 8) * 8, -(-longest[1] // 8) * 8
+    """The shape that batches of these rows take (see `FineTuning.slots`): slots, and slots of the answer."""
+    return (
+        max(len(row.ids) for row in rows),
+        max(len(row.ids) - 1 - row.instruction_end for row in rows),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
