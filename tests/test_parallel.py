@@ -2,10 +2,7 @@
 
 import dataclasses
 import functools
-import os
 import pathlib
-import socket
-import subprocess
 import sys
 
 import jax
@@ -14,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
+from launches import finished, free_port, started
 from test_hf import write_folder
 from test_transformer import SCALED, TINY, InMemory, hf_weights, logits_of, padded, random_params
 from two_processes import LENGTHS
@@ -215,27 +213,8 @@ def test_two_processes(tmp_path):
     """Two processes of four devices each load half the bytes and give the logits of one."""
     config = CONFIGS["all divide"]
     folder = write_folder(tmp_path / "model", config, hf_weights(config))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    here = pathlib.Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parent), str(here)]), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, str(here / "two_processes.py")]
-    workers = [
-        subprocess.Popen(
-            [*command, str(i), str(port), str(folder), str(tmp_path / f"{i}.npz")],
-            env=environment,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    try:
-        errors = [worker.communicate(timeout=240)[1] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
+    command, port = [sys.executable, str(pathlib.Path(__file__).with_name("two_processes.py"))], free_port()
+    finished(*(started([*command, str(i), str(port), str(folder), str(tmp_path / f"{i}.npz")]) for i in range(2)))
     config, params = load_hf(folder)
     tokens, valid = padded(config, LENGTHS)
     logits = logits_of(config, params, tokens, valid)

@@ -15,13 +15,28 @@ from jaxsafe.parallel import parse_mesh
 HERE = pathlib.Path(__file__).parent
 
 
-FOUR = {"JAX_NUM_CPU_DEVICES": "4"}
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXSAFE_CACHE", str(tmp_path / "cache"))
 
 
-def by_hand(command, port):
-    """The two commands of a job of two processes."""
-    common = [*command, f"--coordinator=localhost:{port}", "--num_processes=2"]
-    return [[*common, f"--process_id={i}"] for i in range(2)]
+def both(command, out):
+    """The two running processes, of four devices each, of a job that writes to `out`."""
+    common = [*command, f"--out={out}", f"--coordinator=localhost:{free_port()}", "--num_processes=2"]
+    return [started([*common, f"--process_id={i}"], JAX_NUM_CPU_DEVICES="4") for i in range(2)]
+
+
+def two_and_one(command, tmp_path):
+    """Runs a job on two processes into the folder "two" and on one into "one"; what the two printed."""
+    said = finished(*both(command, tmp_path / "two"))
+    finished(started([*command, f"--out={tmp_path / 'one'}"], JAX_NUM_CPU_DEVICES="8"))
+    return said
+
+
+def agree(command, tmp_path, part):
+    """Checks that the `part` of the record is the same on two processes and on one."""
+    two_and_one(command, tmp_path)
+    same(*(found(tmp_path / name)[part] for name in ("two", "one")))
 
 
 @pytest.mark.slow
@@ -49,13 +64,10 @@ def test_kernels_give_the_numbers_of_one_process(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_launch_script_on_two_processes(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXSAFE_CACHE", str(tmp_path / "cache"))
+def test_a_launch_script_on_two_processes(folder, tmp_path):
     command = [*scans(folder), "--mesh=data:4,model:2"]
-    two = by_hand([*command, f"--out={tmp_path / 'two'}"], free_port())
-    said = finished(*(started(each, **FOUR) for each in two))
+    said = two_and_one(command, tmp_path)
     assert "process 0 of 2, 8 x " in said[0][1] and "process 1" not in said[1][1]
-    finished(started([*command, f"--out={tmp_path / 'one'}"], JAX_NUM_CPU_DEVICES="8"))
     two, one = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("two", "one"))
     assert two["comparisons"] == one["comparisons"]
     thresholds = [run["choice"].pop("threshold") for run in (two, one)]
@@ -66,32 +78,25 @@ def test_a_launch_script_on_two_processes(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_job_that_loses_a_process_ends_and_goes_on(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXSAFE_CACHE", str(tmp_path / "cache"))
-    out, alone = tmp_path / "out", tmp_path / "alone"
+def test_a_job_that_loses_a_process_ends_and_goes_on(folder, tmp_path):
+    out = tmp_path / "two"
     command = attack(folder, write_pairs(tmp_path / "pairs.jsonl"))
     command += ["--mesh=data:4,model:2", "--config.tuning_batch_size=4"]
-    first, second = (started(each, **FOUR) for each in by_hand([*command, f"--out={out}"], free_port()))
+    first, second = both(command, out)
     wait_until(lambda: any(out.glob("checkpoints/*/3")), first, second)
     second.kill()
     _, said = first.communicate(timeout=200)
     second.communicate()
     assert first.returncode != 0 and "another task died" in said
     assert not (out / "run.json").exists()
-    finished(*(started(each, **FOUR) for each in by_hand([*command, f"--out={out}"], free_port())))
-    finished(started([*command, f"--out={alone}"], JAX_NUM_CPU_DEVICES="8"))
-    same(found(out)["cells"], found(alone)["cells"])
+    agree(command, tmp_path, "cells")
 
 
 @pytest.mark.slow
-def test_brittleness_on_two_processes(folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("JAXSAFE_CACHE", str(tmp_path / "cache"))
-    out, alone = tmp_path / "out", tmp_path / "alone"
+def test_brittleness_on_two_processes(folder, tmp_path):
     command = brittleness(folder, write_pairs(tmp_path / "pairs.jsonl"))
     command += ["--mesh=data:4,model:2", "--config.score_batch_size=8"]
-    finished(*(started(each, **FOUR) for each in by_hand([*command, f"--out={out}"], free_port())))
-    finished(started([*command, f"--out={alone}"], JAX_NUM_CPU_DEVICES="8"))
-    same(found(out)["points"], found(alone)["points"])
+    agree(command, tmp_path, "points")
 
 
 def same(a, b):

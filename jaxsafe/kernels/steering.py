@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxsafe.kernels.generate import Generated, decode, extend
 from jaxsafe.kernels.sampling import Sampling
-from jaxsafe.kernels.training import token_nll
+from jaxsafe.kernels.training import nll_after
 from jaxsafe.model.attention import causal_mask, positions_of
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.taps import FINAL, At, at, collection, edit, readings
@@ -277,12 +277,7 @@ def steered_nll(
     given = chunk_inputs(config, batch, prefilled.cache, batch.tokens[:, :0], again)
     options: dict[str, Any] = {"last": 0, "capture_intermediates": at(FINAL), "mutable": ["intermediates"]}
     _, state = Transformer(config).apply(variables(params, edits), *given, **options)
-    states = readings(state["intermediates"])[FINAL]
-    # A slot predicts the token of the next one, and the last slot nothing.
-    first = batch.tokens.shape[1] - again + 1
-    target, counted = (jnp.pad(a[:, first:], [(0, 0), (0, 1)]) for a in (batch.tokens, batch.response))
-    nll = token_nll(config, params, states, target, block)
-    return jnp.sum(jnp.where(counted, nll, 0), axis=1), counted.sum(axis=1)
+    return nll_after(config, params, batch, readings(state["intermediates"])[FINAL], block)
 
 
 def vocabulary_projection(config: ModelConfig, params: Params, vectors: jax.Array, top: int) -> tuple[Any, Any]:

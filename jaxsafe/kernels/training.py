@@ -43,9 +43,17 @@ def answer_nll(
         states = recomputed_states(config, params, batch.tokens, batch.valid)
     else:
         states = capture(config, params, batch.tokens, batch.valid, (FINAL,), edits)[FINAL]
+    return nll_after(config, params, batch, states[:, T - last - 1 :], block)
+
+
+def nll_after(
+    config: ModelConfig, params: Params, batch: Batch, states: jax.Array, block: int
+) -> tuple[jax.Array, jax.Array]:
+    """What `answer_nll` returns, from the normed `states` [B, R, D] of the last R slots, which predict every answer."""
+    first = batch.tokens.shape[1] - states.shape[1] + 1
     # A slot predicts the token of the next one, and the last slot nothing.
-    target, counted = (jnp.pad(a[:, T - last :], [(0, 0), (0, 1)]) for a in (batch.tokens, batch.response))
-    nll = token_nll(config, params, states[:, T - last - 1 :], target, block)
+    target, counted = (jnp.pad(a[:, first:], [(0, 0), (0, 1)]) for a in (batch.tokens, batch.response))
+    nll = token_nll(config, params, states, target, block)
     return jnp.sum(jnp.where(counted, nll, 0), axis=1), counted.sum(axis=1)
 
 
