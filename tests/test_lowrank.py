@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from threadpoolctl import threadpool_info, threadpool_limits
 from tiny import random_rows, tiny_config, tiny_params
 
+from jaxsafe.kernels import lowrank as module
 from jaxsafe.kernels.capture import capture
 from jaxsafe.kernels.importance import gram_sums
 from jaxsafe.kernels.lowrank import (
@@ -288,3 +290,18 @@ def test_layers_are_split_over_the_devices():
     found, want = by_layers(mesh, weight, gram), basis_of(weight, gram)
     assert {shard.data.shape for shard in found.vectors.addressable_shards} == {(1, 16, 16)}
     np.testing.assert_allclose(found.energy, want.energy, rtol=1e-4)
+
+
+def test_decompositions_leave_blas_to_the_threads_that_call_it(monkeypatch):
+    """And give its threads back."""
+    seen = []
+
+    def watched(*given):
+        seen.extend(library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas")
+        return basis_of(*given)
+
+    monkeypatch.setattr(module, "basis_of", watched)
+    with threadpool_limits(3, user_api="blas"):
+        act_svd(CONFIG, PARAMS, grams(CONFIG, PARAMS, pad_rows(SAFETY)))
+        after = [library["num_threads"] for library in threadpool_info() if library["user_api"] == "blas"]
+    assert seen and set(seen) == {1} and set(after) == {3}

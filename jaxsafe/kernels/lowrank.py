@@ -20,6 +20,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from threadpoolctl import threadpool_limits
 
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params
@@ -60,7 +61,19 @@ def act_svd(config: ModelConfig, params: Params, grams: Mapping[str, jax.Array])
         return by_layers(where.mesh, W, gram) if isinstance(where, NamedSharding) else basis_of(W, gram)
 
     table = linear_maps(config)
-    return nest({path: jax.block_until_ready(basis(path, grams[str(w.tap)])) for path, w in table.items()})
+    with one_blas_thread():
+        return nest({path: jax.block_until_ready(basis(path, grams[str(w.tap)])) for path, w in table.items()})
+
+
+def one_blas_thread() -> threadpool_limits:
+    """While it is entered, BLAS and LAPACK of the CPU compute on the threads that call them.
+
+    Threads of BLAS's own beside those of jaxlib give decompositions that follow the number of cores and, rarely, wrong
+    ones; they are no faster.
+    """
+    import scipy.linalg  # noqa: F401 (what jaxlib calls; only a library that is loaded can be limited)
+
+    return threadpool_limits(1, user_api="blas")
 
 
 def layer_axes(mesh: Mesh, layers: int) -> tuple[str, ...]:
@@ -214,9 +227,11 @@ def random_bases(config: ModelConfig, bases: Mapping[str, Any], seed: int, ranks
     uniform, and the same for any orthonormal basis of the span.
     """
     out = {}
-    for i, path in enumerate(sorted(flat := flatten(bases))):
-        count = int(kept(config, flat[path].vectors.shape[-1], config.embed - ranks))
-        out[path] = _drawn(flat[path], jax.random.fold_in(jax.random.key(seed), i), count)
+    with one_blas_thread():
+        for i, path in enumerate(sorted(flat := flatten(bases))):
+            count = int(kept(config, flat[path].vectors.shape[-1], config.embed - ranks))
+            drawn = _drawn(flat[path], jax.random.fold_in(jax.random.key(seed), i), count)
+            out[path] = jax.block_until_ready(drawn)
     return nest(out)
 
 
