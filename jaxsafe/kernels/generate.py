@@ -3,6 +3,7 @@
 B batch, T prompt slots, S cache slots, V vocab
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxsafe.kernels.prompt import extended, prompt_inputs
 from jaxsafe.kernels.sampling import Sampling, check_sampling, next_token, penalise, row_seeds
 from jaxsafe.model.attention import causal_mask, positions_of
 from jaxsafe.model.config import ModelConfig
@@ -31,20 +33,15 @@ class Generated:
     lengths: Any
 
 
-def prefill(
-    config: ModelConfig, params: Params, tokens: jax.Array, valid: jax.Array, edits: Any, new_slots: int
-) -> tuple[jax.Array, Cache]:
+def prefill(config: ModelConfig, params: Params, batch: Batch, edits: Any, new_slots: int) -> tuple[jax.Array, Cache]:
     """Logits [B, V] after the prompt and a cache of T + `new_slots` slots that holds it."""
-    mask = causal_mask(jnp.arange(tokens.shape[1]), valid, config.window)
-    model = Transformer(config)
-    new: Any
-    logits, new = model.apply(variables(params, edits), tokens, positions_of(valid), mask, last=1)
-    return logits[:, -1], extend(new, new_slots)
-
-
-def extend(cache: Cache, slots: int) -> Cache:
-    """`cache` with `slots` empty ones behind."""
-    return jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, slots), (0, 0)]), cache)
+    if edits:
+        batch = dataclasses.replace(batch, shared=0)  # an edit may differ from row to row
+    given = prompt_inputs(config, params, batch, new_slots)
+    logits: Any
+    cache: Any
+    logits, cache = Transformer(config).apply(variables(params, edits), *given, last=1)
+    return logits[:, -1], extended(cache, batch.tokens.shape[1] + new_slots)
 
 
 def decode(
@@ -118,7 +115,7 @@ def _generate(
     new_tokens: int,
     pad: int,
 ) -> Generated:
-    logits, cache = prefill(config, params, batch.tokens, batch.valid, edits, new_tokens - 1)
+    logits, cache = prefill(config, params, batch, edits, new_tokens - 1)
     return decode(config, params, logits, cache, batch.tokens, batch.valid, edits, sampling, keys, eos, new_tokens, pad)
 
 

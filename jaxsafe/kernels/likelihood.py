@@ -9,9 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsafe.kernels.capture import capture
+from jaxsafe.kernels.prompt import final_states, prompt_inputs
 from jaxsafe.model.config import ModelConfig
-from jaxsafe.model.taps import FINAL
 from jaxsafe.model.transformer import Params, unembed, unembedding
 from jaxsafe.text.batches import Batch
 
@@ -28,7 +27,8 @@ def likelihood(
     every continuation; neither the lengths of the continuations nor other parameters compile anew.
     """
     T = batch.tokens.shape[1]
-    states = capture(config, params, batch.tokens, batch.valid, (FINAL,))[FINAL]
+    states = final_states(config, params, prompt_inputs(config, params, batch))
+    states = jnp.pad(states, [(0, 0), (batch.shared, 0), (0, 0)])  # continuations begin behind what rows share
     targets = jnp.concatenate([batch.tokens[:, 1:], jnp.asarray(final)[:, None]], axis=1)
     scored = batch.valid & (jnp.arange(T) >= batch.instruction_end[:, None])
     front = -T % block

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsafe.kernels.generate import Generated, decode, extend
+from jaxsafe.kernels.generate import Generated, decode
+from jaxsafe.kernels.prompt import extended, final_states, prompt_inputs
 from jaxsafe.kernels.sampling import Sampling
 from jaxsafe.kernels.training import nll_after
 from jaxsafe.model.attention import causal_mask, positions_of
 from jaxsafe.model.config import ModelConfig
-from jaxsafe.model.taps import FINAL, At, at, collection, edit, readings
+from jaxsafe.model.taps import At, at, collection, edit, readings
 from jaxsafe.model.transformer import Cache, Params, Transformer, unembed, unembedding, variables
 from jaxsafe.text.batches import Batch
 
@@ -95,7 +96,6 @@ def prefill_and_change(
     B, T = batch.tokens.shape
     A = affirmative.shape[0]
     model = Transformer(config)
-    positions = positions_of(batch.valid)
 
     def run(tokens: Any, positions: Any, mask: Any, cache: Any, slot: Any, read: jax.Array) -> tuple:
         collections = variables(params) | {"reducers": collection({"resid": At(read)}, "reduce")}
@@ -103,9 +103,9 @@ def prefill_and_change(
         (_, kv), state = model.apply(collections, tokens, positions, mask, cache, slot, last=0, **options)
         return kv, readings(state["intermediates"])["resid"][:, :, 0]
 
-    mask = causal_mask(jnp.arange(T), batch.valid, config.window)
-    kv, at_end = run(batch.tokens, positions, mask, None, 0, batch.instruction_end[:, None])
-    cache = extend(kv, slots)
+    given = prompt_inputs(config, params, batch, slots)
+    kv, at_end = run(*given, read=batch.instruction_end[:, None] - batch.shared)
+    cache = extended(kv, T + slots)
 
     # The affirmative follows the instruction end; tokens that a row has behind it (a begun answer) are not seen.
     prompt = batch.valid & (jnp.arange(T)[None] <= batch.instruction_end[:, None])
@@ -113,7 +113,7 @@ def prefill_and_change(
     offset = start_positions(batch)[:, None] + 1 + jnp.arange(A)[None]
     mask = _window_by_position(causal_mask(T + jnp.arange(A), seen, None), seen, offset, config.window)
     tokens = jnp.broadcast_to(affirmative[None], (B, A))
-    cache, at_affirmative = run(tokens, offset, mask, cache, jnp.int32(T), jnp.full((B, 1), A - 1))
+    cache, at_affirmative = run(tokens, offset, mask, cache, jnp.int32(T), read=jnp.full((B, 1), A - 1))
     return cache, at_end, at_end.astype(jnp.float32) - at_affirmative.astype(jnp.float32)
 
 
@@ -275,9 +275,7 @@ def steered_nll(
     """
     edits = steering_edit(steering, gates(prefilled.cosines, steering), start_positions(batch))
     given = chunk_inputs(config, batch, prefilled.cache, batch.tokens[:, :0], again)
-    options: dict[str, Any] = {"last": 0, "capture_intermediates": at(FINAL), "mutable": ["intermediates"]}
-    _, state = Transformer(config).apply(variables(params, edits), *given, **options)
-    return nll_after(config, params, batch, readings(state["intermediates"])[FINAL], block)
+    return nll_after(config, params, batch, final_states(config, params, given, edits), block)
 
 
 def vocabulary_projection(config: ModelConfig, params: Params, vectors: jax.Array, top: int) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 B batch, T slots, R last slots that hold answers, D embed, V vocab
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,10 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxsafe.kernels.capture import capture
+from jaxsafe.kernels.prompt import final_states, prompt_inputs
 from jaxsafe.model.attention import causal_mask, positions_of, rotation
 from jaxsafe.model.config import ModelConfig
-from jaxsafe.model.taps import FINAL
 from jaxsafe.model.transformer import Block, Params, rms_norm, unembed, unembedding
 from jaxsafe.text.batches import Batch, Row, group_by_length, pad_rows
 
@@ -32,18 +32,19 @@ def answer_nll(
     """Summed negative log-likelihood (nats) of each row's answer tokens, float32 [B], and their counts, int32 [B].
 
     `last` (static) is a number of final slots that holds every answer; only their logits are computed, those
-    of `block` slots (static) at a time. With `remat` (static) the backward pass computes each layer again
-    instead of keeping its activations. Raises ValueError for `edits` together with `remat`.
+    of `block` slots (static) at a time. A backward pass keeps what the products with weights gave; with `remat`
+    (static) it computes each layer again. Raises ValueError for `edits` together with `remat`.
     """
     T = batch.tokens.shape[1]
     last = T - 1 if last is None else min(last, T - 1)
     if remat and edits:
         raise ValueError("edits do not reach a pass whose layers are computed again; leave remat or edits out")
-    if remat:
-        states = recomputed_states(config, params, batch.tokens, batch.valid)
+    if edits or batch.shared:
+        given = prompt_inputs(config, params, dataclasses.replace(batch, shared=0) if edits else batch)
+        states = final_states(config, params, given, edits)
     else:
-        states = capture(config, params, batch.tokens, batch.valid, (FINAL,), edits)[FINAL]
-    return nll_after(config, params, batch, states[:, T - last - 1 :], block)
+        states = layer_states(config, params, batch.tokens, batch.valid, remat)
+    return nll_after(config, params, batch, states[:, max(0, states.shape[1] - last - 1) :], block)
 
 
 def nll_after(
@@ -78,13 +79,19 @@ def token_nll(config: ModelConfig, params: Params, states: jax.Array, target: ja
     return nll.swapaxes(0, 1).reshape(B, -1)[:, :R]
 
 
-def recomputed_states(config: ModelConfig, params: Params, tokens: jax.Array, valid: jax.Array) -> jax.Array:
-    """The normed states [B, T, D] that the unembedding reads; of each layer only the input is kept for a gradient."""
+def layer_states(config: ModelConfig, params: Params, tokens: jax.Array, valid: jax.Array, remat: bool) -> jax.Array:
+    """The normed states [B, T, D] that the unembedding reads.
+
+    For a gradient the input of each layer is kept and, without `remat`, what the products with weights gave: little
+    is computed again that costs, and nothing is kept that does not.
+    """
+    kept = jax.checkpoint_policies
+    policy = kept.nothing_saveable if remat else kept.dots_with_no_batch_dims_saveable
     positions = positions_of(valid)
     cos, sin = rotation(config.rope, config.head_dim, positions)
     mask = causal_mask(jnp.arange(tokens.shape[1]), valid, config.window)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
+    @functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
     def layer(x: jax.Array, weights: Params) -> tuple[jax.Array, None]:
         carry = (x, None, jnp.int32(0))
         (x, _, _), _ = Block(config).apply({"params": weights}, carry, None, cos, sin, mask, positions, 0)

@@ -84,7 +84,7 @@ def generation(config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Program, ..
     groups = {"parameters": parameters(config, mesh), "cache": cache}
 
     def run(params: Any, batch: Batch, keys: Any, eos: Any) -> Any:
-        logits, cache = prefill(config, params, batch.tokens, batch.valid, None, new - 1)
+        logits, cache = prefill(config, params, batch, None, new - 1)
         sampling = as_arrays(Sampling())
         return decode(config, params, logits, cache, batch.tokens, batch.valid, None, sampling, keys, eos, new)
 

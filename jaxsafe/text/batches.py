@@ -4,6 +4,7 @@ B batch, T slots
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -33,11 +34,13 @@ class Batch:
     tokens:          int32 [B, T]
     valid:           bool  [B, T], False on padding
     instruction_end: int32 [B], the slot of the last token before the answer
+    shared:          how many first tokens of all rows are the same ones (part of the shape, no array)
     """
 
     tokens: Any
     valid: Any
     instruction_end: Any
+    shared: int = flax.struct.field(pytree_node=False, default=0)
 
     @property
     def response(self) -> Any:
@@ -53,13 +56,29 @@ def bucket(n: int) -> int:
     return size * 3 // 4 if size > 8 and n <= size * 3 // 4 else size
 
 
-def pad_rows(rows: Sequence[Row], length: int | None = None, count: int | None = None, pad: int = 0) -> Batch:
+def shared_tokens(rows: Sequence[Row]) -> int:
+    """How many tokens all of `rows` begin with, none of them behind an instruction's end.
+
+    In steps of 8, so that another set of prompts under the same template has the same shapes; fewer than 16, which
+    are not worth a pass of their own, count as 0, and so do those of a single row.
+    """
+    if len(rows) < 2:
+        return 0
+    columns = zip(*(row.ids[: row.instruction_end] for row in rows), strict=False)
+    alike = sum(1 for _ in itertools.takewhile(lambda ids: len(set(ids)) == 1, columns))
+    return alike // 8 * 8 if alike >= 16 else 0
+
+
+def pad_rows(
+    rows: Sequence[Row], length: int | None = None, count: int | None = None, pad: int = 0, shared: int = 0
+) -> Batch:
     """Left-pads `rows` to `length` slots (default: the bucket of the longest) and to `count` rows.
 
-    A row added to reach `count` is padding from end to end. Raises ValueError where a row does not fit.
+    A row added to reach `count` is padding from end to end. All rows begin with the same `shared` tokens; the
+    bucket is that of the others. Raises ValueError where a row does not fit.
     """
     longest = max((len(row.ids) for row in rows), default=1)
-    length = bucket(longest) if length is None else length
+    length = shared + bucket(longest - shared) if length is None else length
     count = len(rows) if count is None else count
     if longest > length or len(rows) > count:
         raise ValueError(f"{len(rows)} rows of up to {longest} tokens do not fit {count} rows of {length}")
@@ -69,7 +88,7 @@ def pad_rows(rows: Sequence[Row], length: int | None = None, count: int | None =
     for i, row in enumerate(rows):
         start = length - len(row.ids)
         tokens[i, start:], valid[i, start:], ends[i] = row.ids, True, start + row.instruction_end
-    return Batch(tokens, valid, ends)
+    return Batch(tokens, valid, ends, shared)
 
 
 def group_by_length(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]:
@@ -107,19 +126,21 @@ def map_batches(
 
     `indices` [B] names the row of `rows` behind each row of the batch (-1: padding). Results are trees of
     arrays with leading axis B, returned as numpy arrays. `multiple` is the number of devices that share the
-    rows. A batch that does not fit memory is halved and tried again. `done(n)` hears of n finished rows.
+    rows. A batch that does not fit memory is halved and tried again. `done(n)` hears of n finished rows. Tokens that
+    all rows begin with are told by `batch.shared`.
     Raises ValueError for no rows.
     """
     if not rows:
         raise ValueError("there are no rows to run; give at least one prompt")
     pieces: list[tuple[np.ndarray, Any]] = []
+    shared = shared_tokens(rows)
     queue = group_by_length([len(row.ids) for row in rows], batch_size)[::-1]
     while queue:
         indices = queue.pop()
         count = row_bucket(len(indices), batch_size, multiple)
         named = np.concatenate([indices, np.full(count - len(indices), -1)])
         try:
-            out = fetch(call(pad_rows([rows[i] for i in indices], count=count), named))
+            out = fetch(call(pad_rows([rows[i] for i in indices], count=count, shared=shared), named))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) or len(indices) <= multiple:
                 raise
