@@ -19,6 +19,7 @@ from ml_collections import ConfigDict, config_flags
 from rich.table import Table
 
 from jaxsafe.evaluation.attack_settings import Setting, setting
+from jaxsafe.evaluation.comparison import Sample
 from jaxsafe.evaluation.judges import judge
 from jaxsafe.evaluation.record import data_record, environment, model_record, plain, write_run
 from jaxsafe.evaluation.utilisation import Tokens
@@ -40,7 +41,7 @@ from jaxsafe.methods.attack_grid import (
     summary,
 )
 from jaxsafe.methods.brittleness import Material, once
-from jaxsafe.methods.brittleness_evaluation import Examination, examine
+from jaxsafe.methods.brittleness_evaluation import Examination, examine, tokens_of
 from jaxsafe.methods.fine_tuning import FineTuning, fine_tune_run
 from jaxsafe.methods.finetuning_attacks import (
     Attack,
@@ -58,7 +59,7 @@ from jaxsafe.methods.statistics import data_sha256
 from jaxsafe.model.transformer import Params
 from jaxsafe.parallel import banner
 from jaxsafe.report.html import write_report
-from jaxsafe.text.batches import Row, bucket
+from jaxsafe.text.batches import Row
 from jaxsafe.text.datasets import PromptSet, check_disjoint
 from jaxsafe.text.roles import Roles, assign_roles
 from launch import brittleness, command
@@ -115,7 +116,8 @@ def attack_rows(
     rows = {seed: training_rows(model, each) for seed, each in examples.items()}
     slots = slots_of([row for each in rows.values() for row in each])
     every = [example for each in examples.values() for example in each]
-    return Rows(rows, (bucket(slots[0]), bucket(slots[1])), settings_of(config, attack, every))
+    whole, answer = (-(-n // 8) * 8 for n in slots)  # in steps, so that further seeds seldom compile anew
+    return Rows(rows, (whole, answer), settings_of(config, attack, every))
 
 
 def settings_of(config: ConfigDict, attack: Attack, examples: Sequence[Example]) -> tuple[Setting, ...]:
@@ -181,6 +183,16 @@ class Experiment:
     def asked(self, rows: Rows) -> Examination:
         """The examination under the settings of an attack."""
         return dataclasses.replace(self.exam, settings=rows.settings)
+
+    def examined(
+        self, rows: Rows, params: Params, step: int, loss: float | None = None
+    ) -> tuple[dict[str, Any], list[Sample]]:
+        """A point of a curve: what the model does with `params`, after so many steps; and its answers."""
+        exam, model = self.asked(rows), dataclasses.replace(self.model, params=params)
+        with self.clock.stage("evaluation_s"):
+            result, samples = examine(model, self.model, exam)
+        self.clock.count("evaluation_s", tokens_of(model, exam, samples))
+        return {"step": step, "loss": loss, "complied": complied(samples, exam.settings[0]), **result}, samples
 
     def tuning(self, cell: Cell, rows: Rows) -> FineTuning:
         """The settings of the run that a cell follows from."""
@@ -287,7 +299,7 @@ class Curve:
         if self.path is not None and self.path.is_file():
             self.points, self.samples = json.loads(self.path.read_text(encoding="utf-8"))
 
-    def add(self, point: dict[str, Any], samples: list[dict[str, Any]]) -> None:
+    def add(self, point: dict[str, Any], samples: list[Sample]) -> None:
         """Adds an evaluation, in the place of one of the same step."""
         self.points = [p for p in self.points if p["step"] != point["step"]] + [plain(point)]
         self.samples = plain(samples)
@@ -298,7 +310,7 @@ class Curve:
 def attacked(experiment: Experiment, rows: Rows, group: Sequence[Cell], missing: Sequence[Cell], title: str) -> None:
     """Trains the run of a group of cells, and writes the lines of those that are `missing`: it, and its rewinds."""
     model, first, every = experiment.model, group[0], experiment.config.evaluate_every
-    exam, settings, clock = experiment.asked(rows), experiment.tuning(first, rows), experiment.clock
+    settings, clock = experiment.tuning(first, rows), experiment.clock
     folder = experiment.checkpoints(rows, first)
     curve = experiment.curve(rows, first)
     kept, last_loss = experiment.region(first), math.nan
@@ -315,10 +327,7 @@ def attacked(experiment: Experiment, rows: Rows, group: Sequence[Cell], missing:
 
         def look(step: int, weights: Callable[[], Params]) -> None:
             if first in missing and (step == settings.steps or (every and step % every == 0)):
-                with clock.stage("evaluation_s"):
-                    result, samples = examine(dataclasses.replace(model, params=weights()), model, exam)
-                told = complied(samples, exam.settings[0])
-                curve.add({"step": step, "loss": last_loss, "complied": told, **result}, samples)
+                curve.add(*experiment.examined(rows, weights(), step, last_loss))
 
         with clock.stage("training_s"):
             tuned = fine_tune_run(
@@ -330,11 +339,8 @@ def attacked(experiment: Experiment, rows: Rows, group: Sequence[Cell], missing:
         if cell == first:
             continue
         back = experiment.region(cell)
-        with clock.stage("evaluation_s"), command.console.status(cell.name):
-            params = rewound(back, tuned, model.params)
-            result, samples = examine(dataclasses.replace(model, params=params), model, exam)
-        told = complied(samples, exam.settings[0])
-        end = {"step": settings.steps, "loss": None, "complied": told, **result}
+        with command.console.status(cell.name):
+            end, samples = experiment.examined(rows, rewound(back, tuned, model.params), settings.steps)
         experiment.write(rows, cell, {"share": back.share, "curve": [end]}, samples)
     if folder is not None and jax.process_index() == 0:
         shutil.rmtree(folder, ignore_errors=True)
@@ -346,9 +352,8 @@ def carried_out(experiment: Experiment, grid: Sequence[Sequence[Cell]], rows: Ma
     """Every cell's line by its name, and that of the model before each attack by the attack's label."""
     for attack, data in rows.items():
         if experiment.read(data, None) is None:
-            with experiment.clock.stage("evaluation_s"), command.console.status(f"before {attack.label}"):
-                result, samples = examine(experiment.model, experiment.model, experiment.asked(data))
-            start = {"step": 0, "loss": None, "complied": complied(samples, data.settings[0]), **result}
+            with command.console.status(f"before {attack.label}"):
+                start, samples = experiment.examined(data, experiment.model.params, 0)
             experiment.write(data, None, {"id": f"before {attack.label}", "curve": [start]}, samples)
     for number, group in enumerate(grid, 1):
         data = rows[group[0].attack]

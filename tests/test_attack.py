@@ -92,16 +92,22 @@ def test_a_grid_leaves_what_it_names_and_goes_on_cell_by_cell(config, tmp_path, 
     assert trained == [1] * 4
 
 
-def test_nothing_is_compiled_again_between_cells(config, tmp_path):
-    model, compiled = load_chat_model(config.model), []
-    config.freeze_ranks, config.rewinds, config.seeds = (), False, (0,)
-    attack.run(config, model, tmp_path, Clock())
+def test_nothing_is_compiled_again_for_another_seed(config, tmp_path, monkeypatch):
+    model, compiled, by_group, whole = load_chat_model(config.model), [], [], attack.attacked
+    config.freeze_ranks, config.rewinds, config.seeds = (), False, (0, 3, 4)
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
     )
-    config.seeds = (0, 3, 4)
+
+    def counted(*args):
+        whole(*args)
+        by_group.append(len(compiled))
+
+    monkeypatch.setattr(attack, "attacked", counted)
     attack.run(config, model, tmp_path, Clock())
-    assert compiled == []
+    none, *defended = by_group[:3]
+    assert len(by_group) == 9 and 0 < none <= defended[-1]
+    assert set(by_group[3:]) == {defended[-1]}
 
 
 @pytest.mark.slow
