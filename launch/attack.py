@@ -116,8 +116,8 @@ def attack_rows(
     rows = {seed: training_rows(model, each) for seed, each in examples.items()}
     slots = slots_of([row for each in rows.values() for row in each])
     every = [example for each in examples.values() for example in each]
-    whole, answer = (-(-n // 8) * 8 for n in slots)  # in steps, so that further seeds seldom compile anew
-    return Rows(rows, (whole, answer), settings_of(config, attack, every))
+    steps = -(-slots[0] // 8) * 8, -(-slots[1] // 8) * 8  # so that further seeds seldom compile anew
+    return Rows(rows, steps, settings_of(config, attack, every))
 
 
 def settings_of(config: ConfigDict, attack: Attack, examples: Sequence[Example]) -> tuple[Setting, ...]:

@@ -152,7 +152,7 @@ def test_batches_know_what_their_rows_begin_with():
 
     rows = rows_behind(SYSTEM, [9, 30, 4, 1, 17], [0] * 5)
     np.testing.assert_array_equal(map_batches(call, rows, 4), [len(row.ids) for row in rows])
-    assert seen == [(P, (1, P + 32)), (P, (2, P + 24)), (P, (2, P + 8))]
+    assert seen == [(P, (4, P + 32)), (P, (1, P + 32))]
     seen.clear()
     map_batches(call, rows[:1], 4)
     map_batches(call, [*rows, *random_rows([20])], 8)

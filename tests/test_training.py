@@ -108,7 +108,7 @@ def test_what_is_computed_again_gives_the_same_gradient_in_less_memory():
     assert again.memory_analysis().temp_size_in_bytes < 0.6 * kept.memory_analysis().temp_size_in_bytes
 
     def everything(params):
-        states = final_states(config, params, prompt_inputs(config, params, batch))
+        states = final_states(config, params, prompt_inputs(config, params, batch), keeps="everything")
         return nll_after(config, params, batch, states, 99)[0].sum()
 
     plain = jax.jit(jax.value_and_grad(everything)).lower(params).compile()
@@ -117,9 +117,16 @@ def test_what_is_computed_again_gives_the_same_gradient_in_less_memory():
     assert kept.memory_analysis().temp_size_in_bytes < 0.7 * plain.memory_analysis().temp_size_in_bytes
 
 
-def test_edits_do_not_go_with_recomputation(params):
-    with pytest.raises(ValueError, match="edits"):
-        answer_nll(CONFIG, params, pad_rows(ROWS), {"resid": edit(add=jnp.zeros((2, 32)))}, remat=True)
+def test_edits_reach_what_is_computed_again(params):
+    add = jnp.asarray(np.random.default_rng(0).standard_normal((2, 32)), jnp.float32)
+    changes = {"resid": edit(add=add, gate=jnp.array([1.0, -1, 0.5, 2]))}
+    batch = pad_rows(ROWS)
+    (value, gradient), (wanted, slow) = (
+        gradients(CONFIG, params, batch, edits=changes, remat=remat)(params) for remat in (True, False)
+    )
+    np.testing.assert_allclose(value, wanted, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, slow)
+    assert abs(float(value) - float(gradients(CONFIG, params, batch)(params)[0])) > 0.1
 
 
 def test_the_gradient_of_parts_is_that_of_the_whole(params):

@@ -2,7 +2,7 @@
 
     python -m launch.quickstart --task=attack
 
-runs this on the model after safety tuning: about 17 minutes on two cores. On the model as it is shipped, which hardly
+runs this on the model after safety tuning: about 15 minutes on two cores. On the model as it is shipped, which hardly
 refuses anything, there is no safety to lose.
 
 The learning rate is twice the paper's, and batches are half as large: a model of this size needs more of a push, and

@@ -110,7 +110,7 @@ def inputs_and_output_gradients(
     zeros = nest({names[path]: jnp.zeros(shape[path], config.dtype) for path in names})
 
     def summed_loss(perturbations: Any) -> tuple[jax.Array, Any]:
-        (logits, _), state = Transformer(config).apply(
+        (logits, _), state = Transformer(config, "products").apply(
             {"params": params, "perturbations": perturbations},
             batch.tokens,
             positions_of(batch.valid),

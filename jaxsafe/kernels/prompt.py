@@ -53,8 +53,13 @@ def extended(cache: Cache, slots: int) -> Cache:
     return jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, slots - a.shape[3]), (0, 0)]), cache)
 
 
-def final_states(config: ModelConfig, params: Params, given: Given, edits: Any = None) -> jax.Array:
-    """The normed states [B, R, D] that the unembedding reads, of the R slots of `given`."""
+def final_states(
+    config: ModelConfig, params: Params, given: Given, edits: Any = None, keeps: str = "products"
+) -> jax.Array:
+    """The normed states [B, R, D] that the unembedding reads, of the R slots of `given`.
+
+    A backward pass keeps of every layer what `keeps` (static) says (see `KEEPS` of the transformer).
+    """
     options: dict[str, Any] = {"last": 0, "capture_intermediates": at(FINAL), "mutable": ["intermediates"]}
-    _, state = Transformer(config).apply(variables(params, edits), *given, **options)
+    _, state = Transformer(config, keeps).apply(variables(params, edits), *given, **options)
     return readings(state["intermediates"])[FINAL]

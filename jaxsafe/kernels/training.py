@@ -14,9 +14,8 @@ import numpy as np
 import optax
 
 from jaxsafe.kernels.prompt import final_states, prompt_inputs
-from jaxsafe.model.attention import causal_mask, positions_of, rotation
 from jaxsafe.model.config import ModelConfig
-from jaxsafe.model.transformer import Block, Params, rms_norm, unembed, unembedding
+from jaxsafe.model.transformer import Params, unembed, unembedding
 from jaxsafe.text.batches import Batch, Row, group_by_length, pad_rows
 
 
@@ -33,17 +32,12 @@ def answer_nll(
 
     `last` (static) is a number of final slots that holds every answer; only their logits are computed, those
     of `block` slots (static) at a time. A backward pass keeps what the products with weights gave; with `remat`
-    (static) it computes each layer again. Raises ValueError for `edits` together with `remat`.
+    (static) it computes each layer again.
     """
     T = batch.tokens.shape[1]
     last = T - 1 if last is None else min(last, T - 1)
-    if remat and edits:
-        raise ValueError("edits do not reach a pass whose layers are computed again; leave remat or edits out")
-    if edits or batch.shared:
-        given = prompt_inputs(config, params, dataclasses.replace(batch, shared=0) if edits else batch)
-        states = final_states(config, params, given, edits)
-    else:
-        states = layer_states(config, params, batch.tokens, batch.valid, remat)
+    given = prompt_inputs(config, params, dataclasses.replace(batch, shared=0) if edits else batch)
+    states = final_states(config, params, given, edits, "nothing" if remat else "products")
     return nll_after(config, params, batch, states[:, max(0, states.shape[1] - last - 1) :], block)
 
 
@@ -77,28 +71,6 @@ def token_nll(config: ModelConfig, params: Params, states: jax.Array, target: ja
         return some(states, target)
     nll = jax.lax.map(lambda pair: jax.checkpoint(some)(*pair), (blocks(states), blocks(target)))
     return nll.swapaxes(0, 1).reshape(B, -1)[:, :R]
-
-
-def layer_states(config: ModelConfig, params: Params, tokens: jax.Array, valid: jax.Array, remat: bool) -> jax.Array:
-    """The normed states [B, T, D] that the unembedding reads.
-
-    For a gradient the input of each layer is kept and, without `remat`, what the products with weights gave: little
-    is computed again that costs, and nothing is kept that does not.
-    """
-    kept = jax.checkpoint_policies
-    policy = kept.nothing_saveable if remat else kept.dots_with_no_batch_dims_saveable
-    positions = positions_of(valid)
-    cos, sin = rotation(config.rope, config.head_dim, positions)
-    mask = causal_mask(jnp.arange(tokens.shape[1]), valid, config.window)
-
-    @functools.partial(jax.checkpoint, prevent_cse=False, policy=policy)
-    def layer(x: jax.Array, weights: Params) -> tuple[jax.Array, None]:
-        carry = (x, None, jnp.int32(0))
-        (x, _, _), _ = Block(config).apply({"params": weights}, carry, None, cos, sin, mask, positions, 0)
-        return x, None
-
-    x, _ = jax.lax.scan(layer, params["embed"][tokens], params["layers"])
-    return rms_norm(x, params["norm"], config.norm_eps)
 
 
 def answer_loss(config: ModelConfig, params: Params, batch: Batch, last: int | None = None) -> jax.Array:

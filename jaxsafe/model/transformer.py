@@ -39,6 +39,14 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     return scale * y.astype(x.dtype)
 
 
+KEEPS: Mapping[str, Any] = {
+    "everything": None,
+    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "nothing": jax.checkpoint_policies.nothing_saveable,
+}
+"""What a backward pass keeps of a layer, and does not compute again: "products" are the outputs of its linear maps."""
+
+
 class Block(nn.Module):
     """One layer: attention and MLP, each added to the residual stream."""
 
@@ -106,9 +114,13 @@ def initializer(linear: bool, bias: bool = False) -> nn.initializers.Initializer
 
 
 class Transformer(nn.Module):
-    """Tokens to logits. Collections: `params`; `edits` and `reducers` by tap (see `taps.py`)."""
+    """Tokens to logits. Collections: `params`; `edits` and `reducers` by tap (see `taps.py`).
+
+    `keeps`: what a backward pass keeps of a layer besides its input (see `KEEPS`).
+    """
 
     config: ModelConfig
+    keeps: str = "everything"
 
     @nn.compact
     def __call__(
@@ -131,8 +143,9 @@ class Transformer(nn.Module):
         with jax.named_scope("embed"):
             x = embedding[tokens]
             cos, sin = rotation(c.rope, c.head_dim, positions)
+        policy = KEEPS[self.keeps]
         blocks = nn.scan(
-            Block,
+            Block if policy is None else nn.remat(Block, prevent_cse=False, policy=policy),
             variable_axes={"params": 0, "intermediates": 0, "edits": 0, "perturbations": 0},
             variable_broadcast="reducers",
             split_rngs={"params": True},

@@ -69,6 +69,11 @@ def shared_tokens(rows: Sequence[Row]) -> int:
     return alike // 8 * 8 if alike >= 16 else 0
 
 
+def _own(length: int, shared: int) -> int:
+    """The slots that a row needs besides shared ones; at least 32 there, since a batch more costs more than padding."""
+    return max(length - shared, 32) if shared else length
+
+
 def pad_rows(
     rows: Sequence[Row], length: int | None = None, count: int | None = None, pad: int = 0, shared: int = 0
 ) -> Batch:
@@ -78,7 +83,7 @@ def pad_rows(
     bucket is that of the others. Raises ValueError where a row does not fit.
     """
     longest = max((len(row.ids) for row in rows), default=1)
-    length = shared + bucket(longest - shared) if length is None else length
+    length = shared + bucket(_own(longest, shared)) if length is None else length
     count = len(rows) if count is None else count
     if longest > length or len(rows) > count:
         raise ValueError(f"{len(rows)} rows of up to {longest} tokens do not fit {count} rows of {length}")
@@ -134,7 +139,7 @@ def map_batches(
         raise ValueError("there are no rows to run; give at least one prompt")
     pieces: list[tuple[np.ndarray, Any]] = []
     shared = shared_tokens(rows)
-    queue = group_by_length([len(row.ids) for row in rows], batch_size)[::-1]
+    queue = group_by_length([_own(len(row.ids), shared) for row in rows], batch_size)[::-1]
     while queue:
         indices = queue.pop()
         count = row_bucket(len(indices), batch_size, multiple)
