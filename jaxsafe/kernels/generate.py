@@ -3,7 +3,6 @@
 B batch, T prompt slots, S cache slots, V vocab
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -35,9 +34,7 @@ class Generated:
 
 def prefill(config: ModelConfig, params: Params, batch: Batch, edits: Any, new_slots: int) -> tuple[jax.Array, Cache]:
     """Logits [B, V] after the prompt and a cache of T + `new_slots` slots that holds it."""
-    if edits:
-        batch = dataclasses.replace(batch, shared=0)  # an edit may differ from row to row
-    given = prompt_inputs(config, params, batch, new_slots)
+    given = prompt_inputs(config, params, batch, new_slots, edits)
     logits: Any
     cache: Any
     logits, cache = Transformer(config).apply(variables(params, edits), *given, last=1)

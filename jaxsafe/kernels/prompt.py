@@ -17,16 +17,16 @@ from jaxsafe.text.batches import Batch
 Given = tuple[jax.Array, jax.Array, jax.Array, Cache | None, int]
 
 
-def prompt_inputs(config: ModelConfig, params: Params, batch: Batch, slots: int = 0) -> Given:
+def prompt_inputs(config: ModelConfig, params: Params, batch: Batch, slots: int = 0, edits: Any = None) -> Given:
     """What `Transformer` is given to run the prompts: tokens, positions, mask, cache, slot.
 
     Where `batch.shared` is P > 0 these are the T - P last slots, behind a cache of T + `slots` slots that holds the
     first P tokens of every row; a shorter row's slots among them hold some of these tokens again. The numbers are
-    those of the whole prompts. Shared tokens are run without edits.
+    those of the whole prompts. Where there are `edits`, which may differ from row to row, nothing is shared.
     """
     T, P = batch.tokens.shape[1], batch.shared
     positions = positions_of(batch.valid)
-    if not P:
+    if edits or not P:
         return batch.tokens, positions, causal_mask(jnp.arange(T), batch.valid, config.window), None, 0
     filled = jnp.pad(batch.valid, [(0, 0), (0, slots)])
     mask = causal_mask(jnp.arange(P, T), filled, config.window)

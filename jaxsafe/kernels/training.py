@@ -3,7 +3,6 @@
 B batch, T slots, R last slots that hold answers, D embed, V vocab
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -36,7 +35,7 @@ def answer_nll(
     """
     T = batch.tokens.shape[1]
     last = T - 1 if last is None else min(last, T - 1)
-    given = prompt_inputs(config, params, dataclasses.replace(batch, shared=0) if edits else batch)
+    given = prompt_inputs(config, params, batch, edits=edits)
     states = final_states(config, params, given, edits, "nothing" if remat else "products")
     return nll_after(config, params, batch, states[:, max(0, states.shape[1] - last - 1) :], block)
 
