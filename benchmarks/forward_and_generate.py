@@ -21,14 +21,15 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.measure import Call, alternate, begin, emit, seconds
+from jaxsafe.chat.tokenizer import Tokenizer
 from jaxsafe.io.hub import load_hf, resolve
 from jaxsafe.kernels.generate import generate
+from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import forward
 from jaxsafe.model.weights import hf_shapes
-from jaxsafe.text.batches import Batch
-from jaxsafe.text.chat import Tokenizer
-from jaxsafe.text.datasets import load_prompts
+from jaxsafe.prompts.sets import load_prompts
+from jaxsafe.rows import Batch
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
 _forward = jax.jit(forward, static_argnames=("config", "last"))
@@ -51,7 +52,7 @@ class Sides:
 
     def our_answer(self, n: int) -> Any:
         """`n` new tokens a row by this library."""
-        return generate(self.config, self.params, self.batch, n).tokens
+        return generate(self.config, self.params, self.batch, Decoding(n)).tokens
 
     def their_logits(self) -> Any:
         """Logits [B, T, V] by transformers."""

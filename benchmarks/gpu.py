@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from jaxsafe.evaluation.record import environment
 from jaxsafe.kernels.generate import generate
-from jaxsafe.kernels.training import answer_nll
-from jaxsafe.methods.statistics import add_batch, nothing
+from jaxsafe.kernels.likelihood import answer_nll
+from jaxsafe.kernels.sampling import Decoding
+from jaxsafe.kernels.sums import Scoring, add_batch, nothing
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.presets import preset
 from jaxsafe.model.taps import edit
@@ -34,11 +34,11 @@ from jaxsafe.model.transformer import forward, init
 from jaxsafe.model.weights import count_parameters
 from jaxsafe.parallel import make_mesh
 from jaxsafe.plan.costs import flops
-from jaxsafe.text.batches import Batch
+from jaxsafe.rows import Batch
+from jaxsafe.study.record import environment
 
 TINY = ModelConfig(300, layers=2, embed=32, mlp=48, heads=4, kv_heads=2, head_dim=8, context=512, dtype="bfloat16")
 _forward = jax.jit(forward, static_argnames=("config", "last"))
-_nll = jax.jit(answer_nll, static_argnames=("config", "last"))
 
 
 def seconds(call: Callable[[], Any], rounds: int) -> float:
@@ -102,7 +102,7 @@ class Bench:
         found = {}
         for name, edits in (("bare", None), ("steered", steering)):
             times = [
-                seconds(lambda n=n, e=edits: generate(c, self.params, prompts, n, edits=e).tokens, self.rounds)
+                seconds(lambda n=n, e=edits: generate(c, self.params, prompts, Decoding(n), e).tokens, self.rounds)
                 for n in (1, new)
             ]
             found[name] = (times[1] - times[0]) / (new - 1)
@@ -124,14 +124,14 @@ class Bench:
             kept = [nothing(kind, c)]
 
             def call() -> Any:
-                kept[0] = add_batch(kind, c, self.params, given, kept[0], "response", "mean", half, None)
+                kept[0] = add_batch(Scoring(kind), c, self.params, given, kept[0], half, None)
                 return kept[0]
 
             return call
 
         calls: dict[str, tuple[Callable[[], Any], float]] = {
             "prefill": (lambda: _forward(c, self.params, given.tokens, given.valid, last=1), whole),
-            "loss": (lambda: _nll(c, self.params, given, last=half), answer),
+            "loss": (lambda: answer_nll(c, self.params, given, last=half), answer),
             "wanda": (sums("wanda"), whole),
             "snip": (sums("snip"), 3 * answer),
         }
@@ -180,7 +180,7 @@ def transformers_decode(config: ModelConfig, batches: list[int], prompt: int, ne
 
 def emit(**fields: Any) -> None:
     """Prints one line of JSON, with versions and the device."""
-    line = fields | environment()
+    line = fields | vars(environment())
     print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in line.items()}), flush=True)
 
 

@@ -27,15 +27,15 @@ from absl import app, flags
 
 from benchmarks.forward_and_generate import bandwidth, flops, products
 from benchmarks.measure import Call, alternate, begin, emit, seconds
-from jaxsafe.io.chat_model import ChatModel, load_chat_model
+from jaxsafe.chat.model import ChatModel, load_chat_model
 from jaxsafe.kernels.importance import kept_bytes, snip_scores, wanda_scores
 from jaxsafe.kernels.lowrank import act_svd
+from jaxsafe.kernels.sums import Scoring, gather
 from jaxsafe.methods.safety_tuning import TuningSettings, builtin_refusals, tuning_rows
-from jaxsafe.methods.statistics import gather
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.weights import flatten, hf_view, linear_maps, sizes
-from jaxsafe.text.batches import Row, bucket
-from jaxsafe.text.datasets import load_prompts
+from jaxsafe.prompts.sets import load_prompts
+from jaxsafe.rows import Row, bucket
 
 ANSWER_TOKENS = 48
 LEAST_CORRELATION = 0.999
@@ -60,7 +60,7 @@ class Sides:
 
     def gathered(self, what: str, batch_size: int) -> Any:
         """This library's sums over the rows."""
-        return gather(what, self.model.config, self.model.params, self.rows, batch_size=batch_size)
+        return gather(Scoring(what, batch_size=batch_size), self.model.config, self.model.params, self.rows)
 
 
 @dataclasses.dataclass(frozen=True)

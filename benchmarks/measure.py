@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from jaxsafe.evaluation.record import environment
+from jaxsafe.study.record import environment
 
 CORES = 2
 Call = Callable[[], Any]
@@ -65,7 +65,7 @@ def emit(name: str, **fields: Any) -> None:
     """Prints the measurement `name` as one line of JSON, with versions, processor and load."""
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
     where = {"processor": processor_name(), "cores": usable_cores(), "load": os.getloadavg()[0]}
-    line = {"name": name, **fields, **environment(), **versions, **where}
+    line = {"name": name, **fields, **vars(environment()), **versions, **where}
     print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in line.items()}), flush=True)
 
 

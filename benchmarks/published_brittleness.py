@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from jaxsafe.text.batches import Row
+from jaxsafe.rows import Row
 
 IGNORED = -100  # the label that the loss of `transformers` leaves out
 

@@ -1,4 +1,4 @@
-"""SCANS on the 450 prompts of XSTest: one prefill and one batched program, against the published procedure.
+"""SCANS on the 450 prompts of XSTest: batches that are run once, against the published procedure.
 
     python -m benchmarks.scans_xstest --data=DATA_FOLDER
 
@@ -16,19 +16,19 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
 from benchmarks.measure import Call, alternate, begin, emit, seconds
-from jaxsafe.io.chat_model import ChatModel, load_chat_model
-from jaxsafe.kernels.generate import Generated, as_arrays, eos_array, sampling_keys
-from jaxsafe.kernels.sampling import Sampling, row_seeds
-from jaxsafe.kernels.steering import Steering, rerun_slots, scans_generate
+from jaxsafe.chat.answers import Answers
+from jaxsafe.chat.model import ChatModel, load_chat_model
+from jaxsafe.kernels.sampling import Decoding, Sampling
+from jaxsafe.kernels.steering import Steering
 from jaxsafe.methods.scans import affirmative_ids, find_directions, read_prompts, steering_of
-from jaxsafe.parallel import put_rows
-from jaxsafe.text.batches import Batch, Row, map_batches
-from jaxsafe.text.datasets import load_prompts
+from jaxsafe.model.layers import LayerRange
+from jaxsafe.prompts.sets import load_prompts
+from jaxsafe.records.scans import Choice
+from jaxsafe.rows import Row
 
 COUNT = 450
 PENALTY = 1.1
@@ -52,25 +52,10 @@ def steering_from_anchors(model: ChatModel) -> Steering:
     harmful, benign = (load_prompts(f"builtin:{kind}", split="anchor").prompts for kind in ("harmful", "plain"))
     directions = find_directions(model, harmful, benign)
     L = model.config.layers
-    scored, steered = (L // 3, L - 1), (L // 3, 2 * L // 3)
-    cosines = np.asarray(read_prompts(model, directions, [*harmful, *benign]).cosines)
-    threshold = float(np.median(cosines[:, slice(*scored)].mean(1)))
-    return steering_of(directions, scored, threshold, steered, alpha_rel=STRENGTH)
-
-
-def batched(
-    model: ChatModel, steering: Steering, rows: Sequence[Row], new: int, eos: Sequence[int], batch_size: int
-) -> tuple[Generated, np.ndarray]:
-    """Answers and scores by this library."""
-    affirmative, ends, numbers = affirmative_ids(model), jnp.asarray(eos_array(eos)), row_seeds(rows)
-    sampling = as_arrays(Sampling(repetition_penalty=PENALTY))
-
-    def call(batch: Batch, indices: np.ndarray) -> tuple[Generated, Any]:
-        again, keys = rerun_slots(batch), sampling_keys(0, numbers[indices])
-        start = (model.config, model.params, put_rows(batch, None))
-        return scans_generate(*start, affirmative, steering, sampling, keys, ends, new, again)
-
-    return map_batches(call, rows, batch_size)
+    scored, steered = LayerRange(L // 3, L - 1), LayerRange(L // 3, 2 * L // 3)
+    cosines = read_prompts(model, directions, [*harmful, *benign]).cosines
+    threshold = float(np.median(cosines[:, scored.slice].mean(1)))
+    return steering_of(directions, Choice(scored, steered, threshold, alpha_rel=STRENGTH))
 
 
 def published_score(torch: Any, model: Any, row: Row, affirmative: list[int], steering: dict[str, Any]) -> float:
@@ -131,12 +116,12 @@ def published(
     return answers, scores
 
 
-def agreement(ours: tuple[Generated, np.ndarray], theirs: tuple[list[list[int]], list[float]]) -> tuple[float, int]:
+def agreement(ours: Answers, theirs: tuple[list[list[int]], list[float]]) -> tuple[float, int]:
     """Largest difference of the scores, and how many of the answers are equal token for token."""
     n = len(theirs[1])
-    tokens, lengths = np.asarray(ours[0].tokens), np.asarray(ours[0].lengths)
-    same = sum(tokens[i, : lengths[i]].tolist() == theirs[0][i] for i in range(n))
-    return float(np.abs(ours[1][:n] - np.array(theirs[1])).max()), same
+    assert ours.scores is not None
+    same = sum(ours.tokens[i, : ours.lengths[i]].tolist() == theirs[0][i] for i in range(n))
+    return float(np.abs(ours.scores[:n] - np.array(theirs[1])).max()), same
 
 
 def main(argv: list[str]) -> None:
@@ -153,9 +138,10 @@ def main(argv: list[str]) -> None:
     rows = model.rows(prompts(DATA.value))
     steering, new, n = steering_from_anchors(model), NEW.value, min(BASELINE_PROMPTS.value, len(rows))
     affirmative = affirmative_ids(model).tolist()
+    decoding = Decoding(new, Sampling(repetition_penalty=PENALTY), eos=eos or (-1,))
 
-    def ours() -> Any:
-        return batched(model, steering, rows, new, eos, BATCH.value)
+    def ours() -> Answers:
+        return model.steered([steering]).answers(rows, decoding, BATCH.value)[0]
 
     def theirs() -> Any:
         return published(torch, torch_model, rows[:n], affirmative, steering, new, eos)
@@ -177,11 +163,11 @@ def main(argv: list[str]) -> None:
         compile_s=compiled - mine,
         prompts=len(rows),
         data="xstest" if DATA.value else "built-in",
-        judged_harmful=int((result[1] >= float(steering.threshold)).sum()),
+        judged_harmful=int((result.gates > 0).sum()),
         max_abs_score_diff=difference,
         same_answers=same,
         new=new,
-        new_tokens=int(result[0].lengths.sum()),
+        new_tokens=result.written,
         early_stop=EARLY_STOP.value,
         batch=BATCH.value,
         rounds=ROUNDS.value,

@@ -24,7 +24,7 @@ path = js.resolve("{model}")
 config, params = js.load_hf(path)
 tokenizer = js.Tokenizer(path)
 batch = tokenizer.chat(["Who invented the paper kite?"])
-js.generate(config, params, batch, max_new_tokens=1, eos=tokenizer.eos_ids).tokens.block_until_ready()
+js.generate(config, params, batch, js.Decoding(1, eos=tokenizer.eos_ids)).tokens.block_until_ready()
 """
 
 

@@ -22,14 +22,15 @@ from absl import app, flags
 
 from benchmarks.forward_and_generate import bandwidth, flops, products
 from benchmarks.measure import alternate, begin, emit, seconds
+from jaxsafe.chat.tokenizer import Tokenizer
 from jaxsafe.io.hub import load_hf, resolve
-from jaxsafe.kernels.training import masters, train_step
+from jaxsafe.kernels.training import Recipe, masters, one_step
 from jaxsafe.model.config import ModelConfig
-from jaxsafe.text.batches import Batch
-from jaxsafe.text.chat import Tokenizer
-from jaxsafe.text.datasets import load_prompts
+from jaxsafe.prompts.sets import load_prompts
+from jaxsafe.rows import Batch
 
 RATE, DECAY = 1e-5, 0.01
+_step = jax.jit(one_step, static_argnames="recipe", donate_argnames="tree")
 TOLERANCE = 2e-3
 TOUCHED = 28
 """Bytes a parameter that AdamW reads (weight, gradient, two moments) and writes (weight, two moments)."""
@@ -50,15 +51,19 @@ class Ours:
         """One step."""
         if self.state is None:
             self.state = self.optimizer.init(self.params)
-        self.params, self.state, loss = train_step(
-            self.config, self.optimizer, self.params, self.state, self.batch, self.last
-        )
+        tree, loss = _step(self.recipe, {"params": self.params, "optimizer": self.state}, self.batch)
+        self.params, self.state = tree["params"], tree["optimizer"]
         return loss
+
+    @property
+    def recipe(self) -> Recipe:
+        """How a step is made."""
+        return Recipe(self.config, self.optimizer, self.last)
 
     def memory(self) -> dict[str, float]:
         """Bytes that a step needs, by the compiler: what is given to it and what it makes on the way."""
         state = self.optimizer.init(self.params)
-        step = train_step.lower(self.config, self.optimizer, self.params, state, self.batch, self.last)
+        step = _step.lower(self.recipe, {"params": self.params, "optimizer": state}, self.batch)
         found = step.compile().memory_analysis()
         return {"argument_bytes": found.argument_size_in_bytes, "temporary_bytes": found.temp_size_in_bytes}
 

@@ -89,8 +89,8 @@ def device_memory(device: Any) -> float | None:
     """Bytes of the memory of a device; None for a CPU and where nobody knows."""
     if device.platform == "cpu":
         return None
-    found = chip_of(device.device_kind)
-    return (device.memory_stats() or {}).get("bytes_limit") or (found.memory if found else None)
+    chip = chip_of(device.device_kind)
+    return (device.memory_stats() or {}).get("bytes_limit") or (chip.memory if chip else None)
 
 
 def undivided(config: ModelConfig, mesh: Mesh) -> tuple[str, ...]:
@@ -140,7 +140,7 @@ def put_rows(tree: Any, mesh: Mesh | None) -> Any:
     Raises ValueError where B is no multiple of the data axis.
     """
     if mesh is None:
-        return jax.tree.map(jax.numpy.asarray, tree)
+        return jax.device_put(tree)
     n = mesh.shape["data"]
     for leaf in jax.tree.leaves(tree):
         if leaf.shape[0] % n:

@@ -1,38 +1,29 @@
-"""What a long run tells while it runs: progress bars, and the time that each stage takes."""
+"""How far a long run is: progress bars, and the time that each stage takes."""
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import jax
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 
 from jaxsafe.evaluation.utilisation import Tokens, utilisation
 from jaxsafe.model.config import ModelConfig
+from jaxsafe.progress import Progress, Watch, silent
 from launch import command
 
 
 @contextmanager
-def progress_bar(what: str, total: int) -> Iterator[Any]:
-    """A bar of `total` steps; yields a function that hears of n more steps."""
+def progress_bar(what: str, total: int) -> Iterator[Progress]:
+    """A bar of `total` steps; yields a function to call with n more steps."""
     columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=command.console) as progress:
+    with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=command.console) as progress:
         task = progress.add_task(what, total=total)
         yield lambda n: progress.advance(task, n)
-
-
-def reached(done: Callable[[int], Any]) -> Callable[[int], None]:
-    """Tells `done` of n more steps when it hears that so many are finished in all, as a resumed run does."""
-    before = 0
-
-    def tell(finished: int) -> None:
-        nonlocal before
-        done(finished - before)
-        before = finished
-
-    return tell
 
 
 @dataclasses.dataclass
@@ -46,6 +37,7 @@ class Clock:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     tokens: dict[str, Tokens] = dataclasses.field(default_factory=dict)
     _within: float = 0.0
+    _watching: bool = False
 
     def __post_init__(self) -> None:
         def hear(event: str, duration_secs: float, **_: Any) -> None:
@@ -62,6 +54,21 @@ class Clock:
         took = time.perf_counter() - start
         self.seconds[name] = self.seconds.get(name, 0.0) + took - self._within
         self._within = outer + took
+
+    def watch(self, name: str) -> Watch:
+        """A `Watch` that shows bars and adds the time of what it watches to `name`."""
+
+        @contextmanager
+        def watched(what: str, total: int) -> Iterator[Progress]:
+            outer, self._watching = self._watching, True
+            shown = contextlib.nullcontext(silent) if outer or not total else progress_bar(what, total)
+            try:
+                with self.stage(name), shown as done:  # one bar at a time: that of the outermost
+                    yield done
+            finally:
+                self._watching = outer
+
+        return watched
 
     def count(self, name: str, tokens: Tokens) -> None:
         """Adds what the stage `name` went over."""

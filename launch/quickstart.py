@@ -17,11 +17,8 @@ prevented by freezing those weights and ranks, or by winding them back, beside r
 """
 
 import dataclasses
-import functools
 import pathlib
 import shutil
-from collections.abc import Callable
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -29,16 +26,16 @@ from ml_collections import ConfigDict
 from configs.attack import smollm2_135m as attack_config
 from configs.brittleness import smollm2_135m as brittleness_config
 from configs.scans import smollm2_135m as scans_config
+from jaxsafe.chat.model import ChatModel, load_chat_model
 from jaxsafe.evaluation.utilisation import Tokens
-from jaxsafe.io.chat_model import ChatModel, load_chat_model
 from jaxsafe.io.hf import save_hf
 from jaxsafe.io.hub import cache_dir, resolve
 from jaxsafe.methods.safety_tuning import TuningSettings, builtin_refusals, safety_tune, tuning_rows
 from jaxsafe.parallel import banner
-from jaxsafe.text.datasets import PromptSet, load_prompts
-from jaxsafe.text.prompt_files import KNOWN
-from launch import attack, brittleness, command, scans
-from launch.progress import Clock, progress_bar, reached
+from jaxsafe.prompts.files import KNOWN
+from jaxsafe.prompts.sets import PromptSet, load_prompts
+from launch import attack, brittleness, command, common, scans
+from launch.progress import Clock
 
 BASE = "smollm2-135m-instruct"
 CARD = """---
@@ -49,6 +46,8 @@ SmolLM2-135M-Instruct after {steps} steps of safety tuning with jaxsafe: {harmfu
 short refusals, {benign} benign ones with the model's own answers. It refuses harmful requests, and refuses too
 much besides; made to study exaggerated safety, not to be deployed.
 """
+CONFIGS = {"scans": scans_config, "brittleness": brittleness_config, "attack": attack_config}
+EXPERIMENTS = {"brittleness": brittleness, "attack": attack}
 
 
 def tuned_model(settings: TuningSettings, clock: Clock) -> ChatModel:
@@ -59,7 +58,7 @@ def tuned_model(settings: TuningSettings, clock: Clock) -> ChatModel:
     harmful, benign = (load_prompts(f"builtin:{name}", split="train") for name in ("harmful", "plain"))
     folder = cache_dir() / "models" / f"{BASE}-safety-{settings.digest(base, [harmful, benign])}"
     if not (folder / "config.json").is_file():
-        tune(base, harmful, benign, settings, folder, path, clock)
+        tune(base, (harmful, benign), settings, folder, path, clock)
     with clock.stage("load_s"):
         tuned = load_chat_model(folder)
     return dataclasses.replace(tuned, name=f"{BASE}, safety-tuned")
@@ -67,25 +66,24 @@ def tuned_model(settings: TuningSettings, clock: Clock) -> ChatModel:
 
 def tune(
     base: ChatModel,
-    harmful: PromptSet,
-    benign: PromptSet,
+    sets: tuple[PromptSet, PromptSet],
     settings: TuningSettings,
     folder: pathlib.Path,
     like: pathlib.Path,
     clock: Clock,
 ) -> None:
     """Safety-tunes `base` into `folder`, which appears when it is whole; an interrupted tuning goes on."""
-    with clock.stage("own_answers_s"), progress_bar("own answers to benign prompts", len(benign)) as done:
+    harmful, benign = sets
+    with clock.watch("own_answers_s")("own answers to benign prompts", len(benign)) as done:
         rows = tuning_rows(base, harmful.prompts, benign.prompts, builtin_refusals(), settings, done)
     checkpoints = folder.with_name(f"{folder.name}-checkpoints")
-    with clock.stage("safety_tuning_s"), progress_bar("safety tuning", settings.steps) as done:
-        tell, mean = reached(done), sum(len(row.ids) for row in rows) / len(rows)
-
-        def stepped(step: int, loss: float) -> None:
-            tell(step + 1)
-            clock.count("safety_tuning_s", Tokens(learned=round(settings.batch_size * mean)))
-
-        params = safety_tune(base, rows, settings, checkpoints, stepped)
+    mean = sum(len(row.ids) for row in rows) / len(rows)
+    with clock.watch("safety_tuning_s")("safety tuning", settings.steps) as done:
+        for step in safety_tune(base, rows, settings, checkpoints):
+            done(step.number if step.loss is None else 1)
+            if step.loss is not None:
+                clock.count("safety_tuning_s", Tokens(learned=round(settings.batch_size * mean)))
+        params = step.weights()
     card = CARD.format(steps=settings.steps, harmful=len(harmful), benign=len(benign))
     save_hf(folder, base.config, params, like=like, card=card)
     shutil.rmtree(checkpoints, ignore_errors=True)
@@ -110,32 +108,12 @@ def evaluation_sets(data: str) -> list[PromptSet]:
     return found
 
 
-def run_scans(out: pathlib.Path, clock: Clock) -> None:
+def run_scans(config: ConfigDict, out: pathlib.Path, clock: Clock) -> None:
     """SCANS on the tuned model, and on the sets of --eval_data."""
-    config = scans_config.get_config()
-    config.seed = SEED.value
-    extra = evaluation_sets(EVAL_DATA.value) if EVAL_DATA.value else []
-    roles = scans.roles_of(config, extra)
-    model = tuned_model(TuningSettings(seed=SEED.value), clock)
-    config.model = model.name
-    scans.show(scans.run(config, model, roles, out, clock), out)
-
-
-def run_experiment(experiment: Any, config: ConfigDict, out: pathlib.Path, clock: Clock) -> None:
-    """What the launch script `experiment` does, on the tuned model."""
-    config.seed = SEED.value
-    if EVAL_DATA.value:
-        raise ValueError(f"--eval_data belongs to --task=scans; use {experiment.__name__} with config.evaluation")
+    roles = scans.roles_of(config, evaluation_sets(EVAL_DATA.value) if EVAL_DATA.value else [])
     model = tuned_model(TuningSettings(seed=SEED.value), clock)
     config.model = str(model.tokenizer.path)
-    experiment.show(experiment.run(config, model, out, clock), out)
-
-
-TASKS: dict[str, Callable[[pathlib.Path, Clock], None]] = {
-    "scans": run_scans,
-    "brittleness": functools.partial(run_experiment, brittleness, brittleness_config.get_config()),
-    "attack": functools.partial(run_experiment, attack, attack_config.get_config()),
-}
+    scans.show(scans.run(config, model, roles, out, clock), out)
 
 
 def main() -> None:
@@ -143,12 +121,21 @@ def main() -> None:
     out = pathlib.Path(OUT.value or f"runs/{TASK.value if TASK.value != 'scans' else 'quickstart'}")
     if flags.FLAGS["mesh"].value:
         raise ValueError("the quickstart runs on one device; --mesh belongs to launch.scans, .brittleness and .attack")
+    if EVAL_DATA.value and TASK.value != "scans":
+        raise ValueError(f"--eval_data belongs to --task=scans; use launch.{TASK.value} with --config.evaluation")
     command.console.print(banner())
-    TASKS[TASK.value](out, Clock())
+    config, clock = CONFIGS[TASK.value].get_config(), Clock()
+    config.seed = SEED.value
+    if TASK.value == "scans":
+        run_scans(config, out, clock)
+        return
+    model = tuned_model(TuningSettings(seed=SEED.value), clock)
+    config.model = str(model.tokenizer.path)
+    common.show(EXPERIMENTS[TASK.value].run(config, model, out, clock), out)
 
 
 if __name__ == "__main__":
-    TASK = flags.DEFINE_enum("task", "scans", sorted(TASKS), "what to do with the safety-tuned model")
+    TASK = flags.DEFINE_enum("task", "scans", sorted(CONFIGS), "what to do with the safety-tuned model")
     OUT = flags.DEFINE_string("out", "", "folder for the results, from which an interrupted run goes on")
     SEED = flags.DEFINE_integer("seed", 0, "seed of the tuning and of everything drawn")
     EVAL_DATA = flags.DEFINE_string("eval_data", "", "folder with the published XSTest and OKTest files, or one file")

@@ -8,17 +8,17 @@ import sys
 import jax
 import numpy as np
 import pytest
+from decoders import SCALED, TINY, InMemory, hf_weights, logits_of, padded, random_params
+from folders import write_folder
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
 from launches import finished, free_port, started
-from test_hf import write_folder
-from test_transformer import SCALED, TINY, InMemory, hf_weights, logits_of, padded, random_params
 from two_processes import LENGTHS
 
 from jaxsafe.io.hub import load_hf
 from jaxsafe.io.tensors import load_params
-from jaxsafe.kernels.capture import capture
+from jaxsafe.kernels.forward import capture
 from jaxsafe.model.taps import At, SquareSum, edit
 from jaxsafe.model.weights import RULES, flatten, hf_shapes, partition_spec, shardings, weights
 from jaxsafe.parallel import banner, parse_mesh, put_rows
@@ -213,7 +213,7 @@ def test_two_processes(tmp_path):
     """Two processes of four devices each load half the bytes and give the logits of one."""
     config = CONFIGS["all divide"]
     folder = write_folder(tmp_path / "model", config, hf_weights(config))
-    command, port = [sys.executable, str(pathlib.Path(__file__).with_name("two_processes.py"))], free_port()
+    command, port = [sys.executable, str(pathlib.Path(__file__).parent / "support/two_processes.py")], free_port()
     finished(*(started([*command, str(i), str(port), str(folder), str(tmp_path / f"{i}.npz")]) for i in range(2)))
     config, params = load_hf(folder)
     tokens, valid = padded(config, LENGTHS)

@@ -2,19 +2,13 @@
 
 from ml_collections import ConfigDict, config_dict
 
+from configs.common import exam_fields, model_fields, score_fields, task_fields
+
 
 def base() -> ConfigDict:
     """The settings, with the published defaults where the papers have them."""
     config = ConfigDict()
-    # The model: a folder, a GGUF file, a hub name, or smollm2-135m-instruct.
-    config.model = ""
-    config.dtype = "bfloat16"
-    config.mesh = ""  # e.g. "data:-1,model:4"; empty: chosen for the devices
-    config.chat_template = config_dict.placeholder(str)  # Jinja, for a model that ships none
-    config.system = config_dict.placeholder(str)  # None: as the chat template has it
-    config.raw = False
-    config.seed = 0  # of draws of prompts
-    config.data = ""  # folder of published prompt sets
+    model_fields(config)
 
     # The attacks: identity_shift, benign or poisoned, each with its number of examples.
     config.attacks = ("identity_shift#10",)
@@ -44,21 +38,7 @@ def base() -> ConfigDict:
     config.controls = True
     config.rewinds = True
 
-    # What is scored for weights and ranks; see configs/brittleness/base.py.
-    config.base_model = ""
-    config.safety = ("builtin:harmful/train",)
-    config.utility = ("builtin:plain/train",)
-    config.safety_pairs = ""
-    config.utility_pairs = ""
-    config.raw_pairs = False
-    config.samples = 128
-    config.answer_tokens = 32
-    config.score = "snip"
-    config.loss = "mean"
-    config.positions = "response"
-    config.per = "matrix"
-    config.score_batch_size = 8
-    config.sequential = False
+    score_fields(config)
 
     # The range of layers of arXiv 2408.17003, for freeze_layers = ("find",).
     config.over_refusal = ("builtin:lookalike/calibration#60",)
@@ -67,16 +47,8 @@ def base() -> ConfigDict:
     config.layer_tokens = 16
 
     # What every cell is put to, before training, every `evaluate_every` steps (0: not in between) and at the end.
-    config.ask = ("attack",)  # as the attack's persona; further settings: vanilla, decoding, ...
+    exam_fields(config)
+    task_fields(config)
+    config.settings = ("attack",)  # as the attack's persona; further settings: vanilla, decoding, ...
     config.evaluate_every = 0
-    config.evaluation = ("advbench#100",)
-    config.harmless = ("builtin:plain/test#50",)
-    config.settings = ("vanilla",)
-    config.suffixes = ""
-    config.judge = "wei2024"
-    config.max_new_tokens = 256
-    config.batch_size = 32
-    config.text = ""  # perplexity: passages of a text file; empty: the built-in prose
-    config.passages = 40
-    config.fluency_answers = 100
     return config

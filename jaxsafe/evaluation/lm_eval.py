@@ -1,19 +1,19 @@
 """A chat model in memory as a model of lm-eval, the EleutherAI evaluation harness (needs `lm-eval`)."""
 
 import collections
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from jaxsafe.io.chat_model import ChatModel
-from jaxsafe.kernels.generate import generate_rows
+from jaxsafe.chat.model import ChatModel
 from jaxsafe.kernels.likelihood import likelihood
-from jaxsafe.kernels.sampling import Sampling
+from jaxsafe.kernels.sampling import Decoding, Sampling
 from jaxsafe.parallel import put_rows
-from jaxsafe.text.batches import Batch, Row, map_batches
+from jaxsafe.progress import Progress, silent
+from jaxsafe.rows import Batch, Row, Tree
 
 LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
@@ -21,14 +21,12 @@ LENGTH_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_
 class Adapter(TemplateLM):
     """Answers lm-eval's requests with `model`, to the same tokens as lm-eval's own `hf` model.
 
-    Requests run in batches of up to `batch_size` rows of like length; `done` hears how many rows each finished
-    batch had. `seed` is that of sampled generations. Prompts are put as lm-eval writes them, without the chat
-    template unless it is asked for one.
+    Requests run in batches of up to `batch_size` rows of like length; `done` is called with each batch's number of
+    rows. `seed` is that of sampled generations. Prompts are as lm-eval writes them, without the chat template unless
+    it is asked for one.
     """
 
-    def __init__(
-        self, model: ChatModel, batch_size: int = 32, seed: int = 0, done: Callable[[int], None] = lambda count: None
-    ) -> None:
+    def __init__(self, model: ChatModel, batch_size: int = 32, seed: int = 0, done: Progress = silent) -> None:
         super().__init__()
         self.model = model
         self.batch_size = batch_size
@@ -43,7 +41,7 @@ class Adapter(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The id that stands before a text without context: BOS, or end-of-text where there is none."""
+        """The id in front of a text without context: BOS, or end-of-text where there is none."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -93,11 +91,12 @@ class Adapter(TemplateLM):
         final = np.array([text.ids[-1] for text in texts], np.int32)
         model = self.model
 
-        def call(batch: Batch, indices: np.ndarray) -> Any:
-            placed, last = put_rows((batch, final[indices]), model.mesh)
-            return likelihood(model.config, model.params, placed, last)
+        def call(batch: Batch, indices: np.ndarray) -> Tree:
+            return likelihood(
+                model.config, model.params, batch, put_rows(final[indices], model.mesh), edits=model.edits
+            )
 
-        total, greedy = map_batches(call, rows, self.batch_size, model.row_multiple, self.done)
+        total, greedy = model.map(call, rows, self.batch_size, self.done)
         return list(zip(total.tolist(), greedy.tolist(), strict=True))
 
     def _text(self, context: list[int], continuation: list[int]) -> Row:
@@ -138,19 +137,9 @@ class Adapter(TemplateLM):
                 "give a smaller max_gen_toks"
             )
         ids = [self.tok_encode(context)[-room:] or [self.prefix_token_id] for context in contexts]
-        answers = generate_rows(
-            self.model.config,
-            self.model.params,
-            [Row(tuple(row), len(row) - 1) for row in ids],
-            self.batch_size,
-            new_tokens,
-            mesh=self.model.mesh,
-            done=self.done,
-            seed=self.seed,
-            eos=self.model.tokenizer.eos_ids,
-            **vars(sampling),
-        )
-        return self.model.tokenizer.decode(answers.tokens, answers.lengths)
+        rows = [Row(tuple(row), len(row) - 1) for row in ids]
+        decoding = Decoding(new_tokens, sampling, self.seed)
+        return list(self.model.answers(rows, decoding, self.batch_size, self.done).texts)
 
     def _stops(self, until: str | Sequence[str] | None) -> list[str]:
         given = [until] if isinstance(until, str) else list(until or [])

@@ -1,15 +1,13 @@
 """Zero-shot accuracy on published tasks, through lm-eval (`pip install "jaxsafe[eval]"`)."""
 
 import importlib.util
-import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
-from jaxsafe.evaluation.metrics import Rate, rate
-from jaxsafe.io.chat_model import ChatModel
+from jaxsafe.chat.model import ChatModel
+from jaxsafe.evaluation.stats import Rate, mean_rate, rate
+from jaxsafe.progress import Progress, silent
 
 PUBLISHED = ("boolq", "rte", "hellaswag", "winogrande", "arc_challenge", "openbookqa")
 """The tasks of arXiv 2402.05162, whose mean accuracy (of 200 questions each) is the utility of a model."""
@@ -45,16 +43,15 @@ def zero_shot(
     limit: int | None = 200,
     batch_size: int = 32,
     seed: int = 0,
-    include_path: str | os.PathLike | None = None,
     chat: bool = False,
-    done: Callable[[int], None] = lambda count: None,
+    done: Progress = silent,
 ) -> dict[str, Rate]:
     """Accuracy (`acc`, without examples in the prompt) of `model` on each task, and their unweighted "mean".
 
-    `tasks` are names, or what `load_tasks` gave, so that many models are asked without loading anew. `limit` is
+    `tasks` are names, or what `load_tasks` returns, so that many models are asked without loading anew. `limit` is
     the number of first questions asked of each task, None for all. With `chat` the questions go through the
-    chat template. `done` hears of finished rows. Raises ValueError for a task without accuracy or a limit below
-    1, and as `load_tasks` does. Protocol: arXiv 2402.05162.
+    chat template. `done` is called with numbers of finished rows. Raises ValueError for a task without accuracy or a
+    limit below 1, and as `load_tasks` does. Protocol: arXiv 2402.05162.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit {limit} must be at least 1, or None for every question")
@@ -64,7 +61,7 @@ def zero_shot(
     from jaxsafe.evaluation.lm_eval import Adapter
 
     names = [task for task in tasks if isinstance(task, str)]
-    loaded = [*(load_tasks(names, include_path) if names else []), *(t for t in tasks if not isinstance(t, str))]
+    loaded = [*(load_tasks(names) if names else []), *(t for t in tasks if not isinstance(t, str))]
     for task in loaded:
         if "acc" not in task.aggregation():
             raise ValueError(f"task {task.config.task!r} has no accuracy; it measures {', '.join(task.aggregation())}")
@@ -79,21 +76,6 @@ def zero_shot(
     )
     rates = {name: _accuracy(samples) for name, samples in results["samples"].items()}
     return {**rates, "mean": mean_rate(rates)}
-
-
-def mean_rate(rates: Mapping[str, Rate]) -> Rate:
-    """The unweighted mean of independent shares with its 95% interval; `n` counts all their prompts.
-
-    The interval puts the shares' own Wilson limits together (Zou, Huang and Zhang 2009, Computational Statistics
-    and Data Analysis 53:1080). Raises ValueError for no shares and for one without a value.
-    """
-    shares = list(rates.values())
-    if not shares or any(share.value is None for share in shares):
-        raise ValueError(f"a mean needs at least one share, and a value of each; got {dict(rates)}")
-    values, lows, highs = np.array([(share.value, share.ci_low, share.ci_high) for share in shares]).T
-    mean, k = float(values.mean()), len(shares)
-    below, above = (math.hypot(*(values - lows)) / k, math.hypot(*(highs - values)) / k)
-    return Rate(mean, mean - below, mean + above, sum(share.n for share in shares), 0)
 
 
 def _accuracy(samples: Sequence[Mapping[str, Any]]) -> Rate:

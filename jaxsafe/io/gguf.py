@@ -12,7 +12,8 @@ from jaxsafe.io.atomic import write_text
 from jaxsafe.io.hf import save_hf
 from jaxsafe.io.tensors import Index, load_params
 from jaxsafe.model.attention import inverse_frequencies
-from jaxsafe.model.config import Rope, config_from_hf
+from jaxsafe.model.config import Rope
+from jaxsafe.model.families import config_from_hf
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 
 from jaxsafe.io.atomic import new_folder, write_text
 from jaxsafe.io.tensors import Index
-from jaxsafe.model.config import ModelConfig, config_from_hf, config_to_hf
+from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.families import config_from_hf, config_to_hf
 from jaxsafe.model.weights import flatten, hf_tensors, shapes
 from jaxsafe.parallel import fetch
 

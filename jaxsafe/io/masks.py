@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxsafe.io.atomic import new_file
+from jaxsafe.kernels.selection import Mask, Scores
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.weights import (
     flatten,
@@ -32,7 +33,7 @@ ABOUT_SCORES = ("kind", "model", "data", "n", "loss", "positions")
 Matrices = Mapping[str, np.ndarray]
 
 
-def save_mask(path: str | os.PathLike, config: ModelConfig, mask: Mapping[str, Any], metadata: dict[str, Any]) -> None:
+def save_mask(path: str | os.PathLike, config: ModelConfig, mask: Mask, metadata: dict[str, Any]) -> None:
     """Writes the boolean tree `mask` with eight entries a byte (numpy.packbits of each matrix); `metadata` is JSON.
 
     Raises ValueError for a tree that does not fit `config`.
@@ -59,9 +60,7 @@ def load_mask(
         return _tree(path, config, shapes, matrix, np.dtype(bool), mesh), metadata
 
 
-def save_scores(
-    path: str | os.PathLike, config: ModelConfig, scores: Mapping[str, Any], metadata: dict[str, Any]
-) -> None:
+def save_scores(path: str | os.PathLike, config: ModelConfig, scores: Scores, metadata: dict[str, Any]) -> None:
     """Writes the tree `scores` as float32; `metadata` (JSON) must hold all that ABOUT_SCORES names.
 
     Raises ValueError for missing metadata and for a tree that does not fit `config`.

@@ -104,7 +104,7 @@ def _read_layer(config: ModelConfig, source: TensorSource, weight: Weight, name:
     if weight.linear:
         rows = _flat_range(sizes(config, weight.outputs), index[n_in:])
         stored = source.read(name, (rows, _flat_range(sizes(config, weight.inputs), index[:n_in])))
-    elif weight.needs:  # a bias, stored flat
+    elif weight.kind != "map":  # norms and biases are stored flat
         stored = source.read(name, (_flat_range(sizes(config, weight.outputs), index),))
     else:
         stored = source.read(name, index)

@@ -12,18 +12,23 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Bool, Float
 
+from jaxsafe.kernels.selection import Mask
+from jaxsafe.model.transformer import Params
 from jaxsafe.model.weights import flatten, nest
 
 # An update that keeps the bits of any weight: adding +0.0 would turn -0.0 into 0.0.
 STAY = -0.0
 
+Update = Float[Array, "..."]
+"""What is added to a weight, of its shape."""
 
-def freeze(mask: Mapping[str, Any]) -> optax.GradientTransformation:
+
+def freeze(mask: Mask) -> optax.GradientTransformation:
     """No weight moves where `mask` is true.
 
     `mask` is a tree of booleans of the shapes of the parameters; weights that it does not name are free.
@@ -80,7 +85,7 @@ def layers(chosen: Sequence[int]) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, _update_layers)
 
 
-def rewind(tuned: Mapping[str, Any], original: Mapping[str, Any], mask: Mapping[str, Any]) -> dict[str, Any]:
+def rewind(tuned: Params, original: Params, mask: Mask) -> dict[str, Any]:
     """The `original` weights where `mask` is true, the `tuned` ones elsewhere and where the mask has no tree.
 
     Raises ValueError for a mask of a weight that the trees do not have.
@@ -96,7 +101,7 @@ def _known(what: str, path: str, flat: Mapping[str, Any]) -> None:
         raise ValueError(f"{what} of {path!r} fits no weight; the weights are {sorted(flat)}")
 
 
-def _by_path(move: Callable[[str, jax.Array, Any], jax.Array]) -> Callable[..., tuple[Any, Any]]:
+def _by_path(move: Callable[[str, Update, Any], Update]) -> Callable[..., tuple[Any, Any]]:
     """The update that moves each weight by what `move(path, update, state)` leaves of its own."""
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -105,11 +110,11 @@ def _by_path(move: Callable[[str, jax.Array, Any], jax.Array]) -> Callable[..., 
     return update
 
 
-def _free(path: str, update: jax.Array, state: Mapping[str, jax.Array]) -> jax.Array:
+def _free(path: str, update: Update, state: Mapping[str, Bool[Array, "..."]]) -> Update:
     return jnp.where(state[path], STAY, update) if path in state else update
 
 
-def _outside(path: str, update: jax.Array, state: Mapping[str, jax.Array]) -> jax.Array:
+def _outside(path: str, update: Update, state: Mapping[str, Float[Array, "L O R"]]) -> Update:
     if path not in state:
         return update
     basis = state[path]
@@ -119,7 +124,7 @@ def _outside(path: str, update: jax.Array, state: Mapping[str, jax.Array]) -> ja
     return kept.reshape(update.shape).astype(update.dtype)
 
 
-def _in_layers(path: str, update: jax.Array, state: Mapping[str, jax.Array]) -> jax.Array:
+def _in_layers(path: str, update: Update, state: Mapping[str, Bool[Array, " L"]]) -> Update:
     if not path.startswith("layers/"):
         return jnp.full_like(update, STAY)
     moves = state["moves"].reshape(-1, *[1] * (update.ndim - 1))

@@ -4,202 +4,156 @@ B batch, T prompt slots, S cache slots, V vocab
 """
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxsafe.kernels.prompt import extended, prompt_inputs
-from jaxsafe.kernels.sampling import Sampling, check_sampling, next_token, penalise, row_seeds
-from jaxsafe.model.attention import causal_mask, positions_of
+from jaxsafe.kernels.forward import extended, prompt_inputs
+from jaxsafe.kernels.sampling import Decoding, Drawing, drawing, next_token, penalise, row_seeds
+from jaxsafe.model.attention import Slots
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.taps import Edit
 from jaxsafe.model.transformer import Cache, Params, Transformer, variables
-from jaxsafe.parallel import fetch, put_rows
-from jaxsafe.text.batches import Batch, Row, map_batches
-from jaxsafe.text.chat import check_context
+from jaxsafe.parallel import fetch
+from jaxsafe.rows import Batch, Row
+
+PAD = 0
+"""The token in the slots behind an answer."""
 
 
 @flax.struct.dataclass
 class Generated:
-    """Answers: `tokens` int32 [B, new], `lengths` int32 [B], the tokens before the end-of-text token."""
+    """Answers: their tokens, and how many each has before its end-of-text token."""
 
-    tokens: Any
-    lengths: Any
+    tokens: Int[Array, "B new"]
+    lengths: Int[Array, " B"]
 
 
-def prefill(config: ModelConfig, params: Params, batch: Batch, edits: Any, new_slots: int) -> tuple[jax.Array, Cache]:
-    """Logits [B, V] after the prompt and a cache of T + `new_slots` slots that holds it."""
+@flax.struct.dataclass
+class Prompted:
+    """The state of a model that has read its prompts: logits of the next token, and a cache with room for answers."""
+
+    logits: Float[Array, "B V"]
+    cache: Cache
+
+
+@flax.struct.dataclass
+class Answering:
+    """The state of the loop.
+
+    step:  int32 [] how many tokens of each row are drawn
+    token: int32 [B] the last one drawn, which the model has not read
+    done:  bool [B] rows whose answer is finished
+    seen:  bool [B, V] the tokens of each row's prompt and answer
+    cache: keys and values of all that was read
+    out:   int32 [B, new] the answers so far
+    """
+
+    step: Int[Array, ""]
+    token: Int[Array, " B"]
+    done: Bool[Array, " B"]
+    seen: Bool[Array, "B V"]
+    cache: Cache
+    out: Int[Array, "B new"]
+
+
+def prefill(config: ModelConfig, params: Params, batch: Batch, edits: Any, new_slots: int) -> Prompted:
+    """Reads the prompts; the cache has T + `new_slots` slots."""
     given = prompt_inputs(config, params, batch, new_slots, edits)
     logits: Any
     cache: Any
     logits, cache = Transformer(config).apply(variables(params, edits), *given, last=1)
-    return logits[:, -1], extended(cache, batch.tokens.shape[1] + new_slots)
+    return Prompted(logits[:, -1], extended(cache, batch.tokens.shape[1] + new_slots))
 
 
 def decode(
-    config: ModelConfig,
-    params: Params,
-    logits: jax.Array,
-    cache: Cache,
-    tokens: jax.Array,
-    valid: jax.Array,
-    edits: Any,
-    sampling: Sampling,
-    keys: jax.Array,
-    eos: jax.Array,
-    new_tokens: int,
-    pad: int = 0,
+    config: ModelConfig, params: Params, batch: Batch, prompted: Prompted, drawing: Drawing, edits: Any = None
 ) -> Generated:
-    """Up to `new_tokens` tokens from the `logits` [B, V] that follow a prompt of T slots.
+    """Answers to the prompts of `batch`, which the model has read as `prompted` says.
 
-    `cache` has at least T + new_tokens - 1 slots; `keys` [B] are the rows' sampling keys; `eos` int32 [E].
-    The loop ends when every row has met an `eos`; a row of nothing but padding counts as done.
+    The cache has at least T + new_tokens - 1 slots. The loop ends when every row has drawn one of `drawing.eos`; a
+    row of nothing but padding counts as done.
     """
+    tokens, valid, new = batch.tokens, jnp.asarray(batch.valid), drawing.new_tokens
     B, T = tokens.shape
-    S = cache.length
-    filled = jnp.concatenate([valid, jnp.ones((B, S - T), bool)], axis=1)
-    positions = positions_of(filled)
+    filled = jnp.concatenate([valid, jnp.ones((B, prompted.cache.length - T), bool)], axis=1)
     rows = jnp.arange(B)
-    seen = jnp.zeros((B, logits.shape[-1]), bool).at[rows[:, None], tokens].max(valid)
+    penalty = jnp.asarray(drawing.sampling.repetition_penalty)
     collections = variables(params, edits)
 
-    def draw(logits: jax.Array, seen: jax.Array, done: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array]:
-        token = next_token(penalise(logits, seen, jnp.asarray(sampling.repetition_penalty)), sampling, keys, step)
-        return jnp.where(done, pad, token), seen.at[rows, token].set(True)
-
-    def go_on(state: tuple) -> jax.Array:
-        step, _, done, *_ = state
-        return (step < new_tokens) & ~done.all()
-
-    def body(state: tuple) -> tuple:
-        step, token, done, seen, cache, out = state
-        slot = T + step - 1
-        logits, cache = Transformer(config).apply(
-            collections,
-            token[:, None],
-            jax.lax.dynamic_slice_in_dim(positions, slot, 1, axis=1),
-            causal_mask(slot[None], filled, config.window),
-            cache,
-            slot,
+    def drawn(state: Answering, logits: Float[Array, "B V"], cache: Cache) -> Answering:
+        token = next_token(penalise(logits, state.seen, penalty), drawing.sampling, drawing.keys, state.step)
+        token = jnp.where(state.done, PAD, token)
+        return Answering(
+            step=state.step + 1,
+            token=token,
+            done=state.done | jnp.isin(token, drawing.eos),
+            seen=state.seen.at[rows, token].set(True),
+            cache=cache,
+            out=state.out.at[:, state.step].set(token),
         )
-        token, seen = draw(logits[:, -1], seen, done, step)
-        return step + 1, token, done | jnp.isin(token, eos), seen, cache, out.at[:, step].set(token)
 
-    done = ~valid.any(-1)
-    token, seen = draw(logits, seen, done, jnp.int32(0))
-    out = jnp.full((B, new_tokens), pad, jnp.int32).at[:, 0].set(token)
-    state = (jnp.int32(1), token, done | jnp.isin(token, eos), seen, cache, out)
-    steps, _, _, _, _, out = jax.lax.while_loop(go_on, body, state)
-    ended = jnp.isin(out, eos) | (jnp.arange(new_tokens)[None] >= steps) | ~valid.any(-1)[:, None]
-    lengths = jnp.where(ended.any(-1), jnp.argmax(ended, -1), new_tokens)
-    return Generated(out, lengths.astype(jnp.int32))
+    def unfinished(state: Answering) -> Bool[Array, ""]:
+        return (state.step < new) & ~state.done.all()
+
+    def answer_on(state: Answering) -> Answering:
+        slots = Slots(filled, T + state.step - 1)
+        logits: Any
+        cache: Any
+        logits, cache = Transformer(config).apply(collections, state.token[:, None], slots, state.cache)
+        return drawn(state, logits[:, -1], cache)
+
+    start = Answering(
+        step=jnp.int32(0),
+        token=jnp.zeros(B, jnp.int32),
+        done=~valid.any(-1),
+        seen=jnp.zeros(prompted.logits.shape, bool).at[rows[:, None], tokens].max(valid),
+        cache=prompted.cache,
+        out=jnp.full((B, new), PAD, jnp.int32),
+    )
+    end = jax.lax.while_loop(unfinished, answer_on, drawn(start, prompted.logits, prompted.cache))
+    ended = jnp.isin(end.out, drawing.eos) | (jnp.arange(new)[None] >= end.step) | ~valid.any(-1)[:, None]
+    lengths = jnp.where(ended.any(-1), jnp.argmax(ended, -1), new)
+    return Generated(end.out, lengths.astype(jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "new_tokens", "pad"))
-def _generate(
-    config: ModelConfig,
-    params: Params,
-    batch: Batch,
-    edits: Any,
-    sampling: Sampling,
-    keys: jax.Array,
-    eos: jax.Array,
-    new_tokens: int,
-    pad: int,
+@functools.partial(jax.jit, static_argnames="config")
+def prefill_and_decode(
+    config: ModelConfig, params: Params, batch: Batch, drawing: Drawing, edits: Any = None
 ) -> Generated:
-    logits, cache = prefill(config, params, batch, edits, new_tokens - 1)
-    return decode(config, params, logits, cache, batch.tokens, batch.valid, edits, sampling, keys, eos, new_tokens, pad)
-
-
-def sampling_keys(seed: int, seeds: Any) -> jax.Array:
-    """One key a row, from the run's `seed` and the rows' own numbers [B]."""
-    return jax.vmap(lambda s: jax.random.fold_in(jax.random.key(seed), s))(jnp.asarray(seeds, jnp.uint32))
+    """Answers to a batch of prompts, from arrays alone: the program that `generate` runs."""
+    prompted = prefill(config, params, batch, edits, drawing.new_tokens - 1)
+    return decode(config, params, batch, prompted, drawing, edits)
 
 
 def generate(
     config: ModelConfig,
     params: Params,
     batch: Batch,
-    max_new_tokens: int = 64,
+    decoding: Decoding = Decoding(),
     edits: Mapping[str, Edit] | None = None,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    repetition_penalty: float = 1.0,
-    eos: Sequence[int] = (),
-    seed: int = 0,
     row_numbers: Any = None,
-    pad: int = 0,
 ) -> Generated:
-    """Answers to a left-padded `batch`: tokens int32 [B, max_new_tokens] and lengths int32 [B].
+    """One answer to each row of a left-padded `batch`; `decoding.samples` is not read.
 
-    Greedy at `temperature` 0. `eos` are the ids that end an answer. `row_numbers` uint32 [B] make the rows'
-    sampling keys; by default they follow from the rows' tokens (`row_seeds`). Temperature, edits and every
-    other number may change without recompilation. Raises ValueError where the prompt and the new tokens
-    exceed the model's context, and for a sampling number out of range.
+    `row_numbers` uint32 [B] make the rows' sampling keys; by default they follow from the rows' tokens (`row_seeds`).
+    Sampling, seed, ends and edits may change without recompilation. Raises ValueError where the prompt and the new
+    tokens exceed the model's context, and for a number of `decoding` out of range.
     """
     valid = fetch(batch.valid)
-    longest = int(valid.sum(-1).max())
-    if longest + max_new_tokens > config.context:
-        raise ValueError(
-            f"{longest} prompt tokens + {max_new_tokens} new ones exceed the model's context of {config.context}"
-        )
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")
-    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
-    check_sampling(sampling)
+    longest, new = int(valid.sum(-1).max()), decoding.max_new_tokens
+    if longest + new > config.context:
+        raise ValueError(f"{longest} prompt tokens + {new} new ones exceed the model's context of {config.context}")
     if row_numbers is None:
-        tokens = fetch(batch.tokens)
-        row_numbers = row_seeds([Row(tuple(t[v].tolist()) or (0,), 0) for t, v in zip(tokens, valid, strict=True)])
-    keys = sampling_keys(seed, row_numbers)
-    eos_ids = jnp.asarray(eos_array(eos))
-    return _generate(config, params, batch, edits, as_arrays(sampling), keys, eos_ids, max_new_tokens, pad)
+        row_numbers = batch_numbers(fetch(batch.tokens), valid)
+    return prefill_and_decode(config, params, batch, drawing(decoding, row_numbers), edits)
 
 
-def as_arrays(sampling: Sampling) -> Sampling:
-    """`sampling` with typed arrays in place of Python numbers, so that an int and a float share one program."""
-    return Sampling(
-        jnp.asarray(sampling.temperature, jnp.float32),
-        jnp.asarray(sampling.top_k, jnp.int32),
-        jnp.asarray(sampling.top_p, jnp.float32),
-        jnp.asarray(sampling.repetition_penalty, jnp.float32),
-    )
-
-
-def eos_array(eos: Sequence[int]) -> np.ndarray:
-    """`eos` as int32 [E], never empty: -1 is no token."""
-    return np.array(sorted(set(eos)) or [-1], np.int32)
-
-
-def generate_rows(
-    config: ModelConfig,
-    params: Params,
-    rows: Sequence[Row],
-    batch_size: int = 32,
-    max_new_tokens: int = 64,
-    n: int = 1,
-    mesh: Mesh | None = None,
-    done: Callable[[int], None] = lambda count: None,
-    seed: int = 0,
-    **options: Any,
-) -> Generated:
-    """Answers to `rows` in batches formed by length: tokens [n_rows * n, new], `n` samples of a row together.
-
-    `options` are those of `generate`. A batch that does not fit memory is halved and tried again; `done`
-    hears how many rows each finished batch had.
-    """
-    check_context(rows, config.context, max_new_tokens)
-    many = [row for row in rows for _ in range(n)]
-    numbers = row_seeds(many)
-
-    def call(batch: Batch, indices: np.ndarray) -> Generated:
-        batch = put_rows(batch, mesh)
-        return generate(config, params, batch, max_new_tokens, seed=seed, row_numbers=numbers[indices], **options)
-
-    multiple = 1 if mesh is None else mesh.shape["data"]
-    return map_batches(call, many, batch_size, multiple, done)
+def batch_numbers(tokens: Int[np.ndarray, "B T"], valid: Bool[np.ndarray, "B T"]) -> Int[np.ndarray, " B"]:
+    """`row_seeds` of the rows of a batch; a row of nothing but padding counts as one of the token 0."""
+    return row_seeds([Row(tuple(t[v].tolist()) or (0,), 0) for t, v in zip(tokens, valid, strict=True)])

@@ -7,24 +7,36 @@ Every function here is pure and works on one device's rows; with `axis_name` it 
 B batch (rows), T position, L layers, I inputs and O outputs of a linear map, F features of a tap
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from jaxsafe.kernels.capture import capture
-from jaxsafe.model.attention import causal_mask, positions_of
+from jaxsafe.kernels.forward import capture
+from jaxsafe.kernels.likelihood import cross_entropy
+from jaxsafe.model.attention import Slots
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.taps import Gram, SquareSum, at, readings
 from jaxsafe.model.transformer import Params, Transformer
 from jaxsafe.model.weights import flatten, linear_maps, nest, sizes
-from jaxsafe.text.batches import Batch
+from jaxsafe.rows import Batch
 
 POSITIONS = ("response", "prompt", "all")
 LOSSES = ("mean", "sum")
+
+
+@dataclasses.dataclass(frozen=True)
+class Counting:
+    """Which tokens of a row count, "response", "prompt" or "all", and whether its loss is their "mean" or their "sum".
+
+    "mean" is what the code published with arXiv 2402.05162 does, "sum" the formula in its text.
+    """
+
+    positions: str = "response"
+    loss: str = "mean"
 
 
 def counted(batch: Batch, positions: str) -> Any:
@@ -91,7 +103,7 @@ def sample_losses(logits: jax.Array, batch: Batch, positions: str, loss: str) ->
     R = logits.shape[1]
     known = batch.valid[:, -R - 1 : -1]  # the first token of a row is predicted by nothing
     weight = jnp.asarray(counted(batch, positions)[:, -R:] & known, jnp.float32)
-    nll = optax.softmax_cross_entropy_with_integer_labels(logits, batch.tokens[:, -R:])
+    nll = cross_entropy(logits, batch.tokens[:, -R:])
     summed = (nll * weight).sum(1)
     return summed if loss == "sum" else summed / jnp.maximum(weight.sum(1), 1)
 
@@ -113,8 +125,7 @@ def inputs_and_output_gradients(
         (logits, _), state = Transformer(config, "products").apply(
             {"params": params, "perturbations": perturbations},
             batch.tokens,
-            positions_of(batch.valid),
-            causal_mask(jnp.arange(T), batch.valid, config.window),
+            Slots(batch.valid),
             last=last + 1,
             capture_intermediates=at(*input_taps(config)),
             mutable=["intermediates"],
@@ -144,8 +155,7 @@ def snip_sums(
     params: Params,
     batch: Batch,
     sums: Mapping[str, Any],
-    positions: str = "response",
-    loss: str = "mean",
+    counting: Counting = Counting(),
     last: int | None = None,
     axis_name: str | None = None,
 ) -> dict[str, Any]:
@@ -153,11 +163,10 @@ def snip_sums(
 
     All layers in one forward and one backward pass that keeps the maps' inputs and output gradients of this
     batch; the per-row gradients are their products, formed and added in place one row and one map at a time.
-    `loss` is "mean" over a row's counted tokens (the published code) or "sum" (the paper's formula); `last`
-    (static) is a number of final slots that holds every counted token. Memory: parameters, one tree of sums
+    `last` (static) is a number of final slots that holds every counted token. Memory: parameters, one tree of sums
     (donate it), activations of the batch. Source: Lee et al., arXiv 1810.02340; arXiv 2402.05162, section 2.1.
     """
-    inputs, gradients = inputs_and_output_gradients(config, params, batch, positions, loss, last)
+    inputs, gradients = inputs_and_output_gradients(config, params, batch, counting.positions, counting.loss, last)
     maps = linear_maps(config)
 
     def add_layer(layer: jax.Array, so_far: dict[str, jax.Array]) -> dict[str, jax.Array]:

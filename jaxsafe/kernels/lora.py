@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
 
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params
@@ -64,7 +65,7 @@ def _adapter(config: ModelConfig, weight: Weight, rank: int, key: jax.Array, mes
 def changes(adapters: Mapping[str, Any], alpha: float) -> dict[str, Any]:
     """What `adapters` add to the weights, {"layers": {"q": [L, *I, *O]}}, float32."""
 
-    def change(a: jax.Array, b: jax.Array) -> jax.Array:
+    def change(a: Float[Array, "L ... R"], b: Float[Array, "L R ..."]) -> Float[Array, "L ..."]:
         L, R = a.shape[0], a.shape[-1]
         product = a.reshape(L, -1, R) @ b.reshape(L, R, -1)
         return (alpha / R) * product.reshape(*a.shape[:-1], *b.shape[2:])
@@ -75,11 +76,14 @@ def changes(adapters: Mapping[str, Any], alpha: float) -> dict[str, Any]:
 def changed(params: Params, changes: Mapping[str, Any]) -> dict[str, Any]:
     """`params` plus `changes`, a part of their tree; added in float32, of the dtype of `params`."""
     flat = flatten(params)
-    moved = {path: (flat[path] + change).astype(flat[path].dtype) for path, change in flatten(changes).items()}
-    return nest(flat | moved)
+
+    def sum_of(weight: Float[Array, "..."], change: Float[Array, "..."]) -> Float[Array, "..."]:
+        return (weight.astype(jnp.float32) + change).astype(weight.dtype)
+
+    return nest(flat | {path: sum_of(flat[path], change) for path, change in flatten(changes).items()})
 
 
-def merge(config: ModelConfig, params: Params, adapters: Mapping[str, Any], alpha: float) -> dict[str, Any]:
+def merge_adapters(config: ModelConfig, params: Params, adapters: Mapping[str, Any], alpha: float) -> dict[str, Any]:
     """The parameters of the model without adapters that computes what `params` with `adapters` do.
 
     Raises ValueError for adapters of another model.

@@ -13,13 +13,14 @@ L layers, I inputs and O outputs of a linear map, R = min(I, O) ranks, F feature
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int
 from threadpoolctl import threadpool_limits
 
 from jaxsafe.model.config import ModelConfig
@@ -27,6 +28,9 @@ from jaxsafe.model.transformer import Params
 from jaxsafe.model.weights import flatten, linear_maps, nest, sizes
 
 _EXACT = jax.lax.Precision.HIGHEST
+
+Count = int | Int[Array, ""]
+"""A number of directions, which may be traced."""
 
 
 @flax.struct.dataclass
@@ -36,17 +40,21 @@ class Basis:
     vectors: float32 [L, O, R], orthonormal columns; energy: float32 [L, R], squared singular values of X W.
     """
 
-    vectors: Any
-    energy: Any
+    vectors: Float[Array, "L O R"]
+    energy: Float[Array, "L R"]
 
 
-def as_matrices(config: ModelConfig, path: str, array: Any) -> Any:
+Bases = Mapping[str, Any]
+"""A tree like the parameters, with a `Basis` for every linear map."""
+
+
+def as_matrices(config: ModelConfig, path: str, array: Float[Array, "L ..."]) -> Float[Array, "L I O"]:
     """A stacked weight as [L, I, O]."""
     weight = linear_maps(config)[path]
     return array.reshape(config.layers, math.prod(sizes(config, weight.inputs)), -1)
 
 
-def act_svd(config: ModelConfig, params: Params, grams: Mapping[str, jax.Array]) -> dict[str, Any]:
+def act_svd(config: ModelConfig, params: Params, grams: Mapping[str, Float[Array, "L F F"]]) -> dict[str, Any]:
     """The `Basis` of every linear map, a tree like the parameters; all ranks from one eigendecomposition a map.
 
     `grams` {tap: float32 [L, F, F]} are those of `gram_sums`. Layers are one batch, split over the devices of the
@@ -68,8 +76,8 @@ def act_svd(config: ModelConfig, params: Params, grams: Mapping[str, jax.Array])
 def one_blas_thread() -> threadpool_limits:
     """While it is entered, BLAS and LAPACK of the CPU compute on the threads that call them.
 
-    Threads of BLAS's own beside those of jaxlib give decompositions that follow the number of cores and, rarely, wrong
-    ones; they are no faster.
+    Threads of BLAS's own beside those of jaxlib make results depend on the number of cores and are, rarely, wrong; they
+    are no faster.
     """
     import scipy.linalg  # noqa: F401 (what jaxlib calls; only a library that is loaded can be limited)
 
@@ -83,7 +91,7 @@ def layer_axes(mesh: Mesh, layers: int) -> tuple[str, ...]:
 
 
 @functools.partial(jax.jit, static_argnames=("mesh",))
-def by_layers(mesh: Mesh, weight: jax.Array, gram: jax.Array) -> Basis:
+def by_layers(mesh: Mesh, weight: Float[Array, "L I O"], gram: Float[Array, "L I I"]) -> Basis:
     """`basis_of`, each device of `mesh` with layers of its own."""
     own = PartitionSpec(layer_axes(mesh, weight.shape[0]))
     split = jax.shard_map(basis_of, mesh=mesh, in_specs=(own, own), out_specs=own, check_vma=False)
@@ -91,7 +99,7 @@ def by_layers(mesh: Mesh, weight: jax.Array, gram: jax.Array) -> Basis:
 
 
 @jax.jit
-def basis_of(weight: jax.Array, gram: jax.Array) -> Basis:
+def basis_of(weight: Float[Array, "L I O"], gram: Float[Array, "L I I"]) -> Basis:
     """The basis of maps [L, I, O] whose inputs have the `gram` float32 [L, I, I].
 
     Where O > I the outputs lie in the row space of W; with Q an orthonormal basis of it [O, I] the eigenproblem is
@@ -99,7 +107,7 @@ def basis_of(weight: jax.Array, gram: jax.Array) -> Basis:
     """
     W = weight.astype(jnp.float32)
     mean = jnp.einsum("lii->l", gram)[:, None, None] / gram.shape[-1]
-    G = gram / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)  # sums over many tokens leave float32's comfort
+    G = gram / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)  # sums over many tokens leave the range of float32
     wide = W.shape[2] > W.shape[1]
     Q = _row_space(W) if wide else None
     inside = jnp.einsum("lio,lor->lir", W, Q, precision=_EXACT) if wide else W
@@ -111,7 +119,7 @@ def basis_of(weight: jax.Array, gram: jax.Array) -> Basis:
     return Basis(vectors, jnp.maximum(energy, 0) * mean[:, 0])
 
 
-def _row_space(W: jax.Array) -> jax.Array:
+def _row_space(W: Float[Array, "L I O"]) -> Float[Array, "L O I"]:
     """Orthonormal columns [L, O, I] that span the rows of W [L, I, O], I < O; a rank that W lacks is a zero column.
 
     W^T E D^-1/2 with W W^T = E D E^T is orthonormal to about 1e-7 times the squared condition number of W; the
@@ -123,7 +131,7 @@ def _row_space(W: jax.Array) -> jax.Array:
     return _orthonormal(jnp.einsum("lio,lir->lor", W, E * scale[:, None, :], precision=_EXACT), 3)
 
 
-def _eigh(A: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _eigh(A: Float[Array, "L R R"]) -> tuple[Float[Array, "L R"], Float[Array, "L R R"]]:
     """Eigenvalues, ascending, and eigenvectors of symmetric [L, R, R]; layers one by one on CPUs.
 
     jaxlib hands a batch of LAPACK calls to the very threads that wait for it, and several such calls at once stop
@@ -134,7 +142,7 @@ def _eigh(A: jax.Array) -> tuple[jax.Array, jax.Array]:
     return values, vectors
 
 
-def kept(config: ModelConfig, R: int, r: Any) -> Any:
+def kept(config: ModelConfig, R: int, r: Count) -> Any:
     """How many first directions a map of `R` ranks keeps when `r` of the model's width D are set aside.
 
     R - r where R = D, as published; a map of fewer ranks (grouped keys and values) keeps the same share of its own.
@@ -144,19 +152,19 @@ def kept(config: ModelConfig, R: int, r: Any) -> Any:
     return (2 * R * (D - r) + D) // (2 * D)
 
 
-def first(basis: Basis, k: Any) -> jax.Array:
+def first(basis: Basis, k: Count) -> Float[Array, "L O R"]:
     """The `k` (traced) directions of most energy, the others zero: [L, O, R]."""
     keep = jnp.arange(basis.vectors.shape[-1]) < k
-    return basis.vectors * keep
+    return basis.vectors * keep.astype(jnp.float32)[None, None]
 
 
-def onto(W: jax.Array, vectors: jax.Array) -> jax.Array:
+def onto(W: Float[Array, "L I O"], vectors: Float[Array, "L O R"]) -> Float[Array, "L I O"]:
     """The part of maps [L, I, O] whose outputs lie in the span of `vectors` [L, O, R]: W V V^T."""
     inside = jnp.einsum("lio,lor->lir", W, vectors, precision=_EXACT)
     return jnp.einsum("lir,lor->lio", inside, vectors, precision=_EXACT)
 
 
-def _edited(config: ModelConfig, params: Params, bases: Any, change: Any) -> dict[str, Any]:
+def _edited(config: ModelConfig, params: Params, change: Callable[[str, jax.Array], jax.Array]) -> dict[str, Any]:
     """`params` whose maps W [L, I, O] are W + change(path, W), computed in float32."""
     weight = flatten(params)
     out = dict(weight)
@@ -167,9 +175,7 @@ def _edited(config: ModelConfig, params: Params, bases: Any, change: Any) -> dic
 
 
 @functools.partial(jax.jit, static_argnames=("config", "top"))
-def remove_ranks(
-    config: ModelConfig, params: Params, bases: Mapping[str, Any], rank: jax.Array | int, top: bool = True
-) -> dict[str, Any]:
+def remove_ranks(config: ModelConfig, params: Params, bases: Bases, rank: Count, top: bool = True) -> dict[str, Any]:
     """`params` without the `rank` directions of most energy in every map's output (`top`), or of least.
 
     Top: W <- W - W V V^T with V the `rank` first directions. Bottom: W <- W V V^T with V all but the `rank` last.
@@ -184,17 +190,17 @@ def remove_ranks(
             return -onto(W, first(basis[path], kept(config, R, config.embed - rank)))
         return onto(W, first(basis[path], kept(config, R, rank))) - W
 
-    return _edited(config, params, basis, change)
+    return _edited(config, params, change)
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def remove_orthogonal(
     config: ModelConfig,
     params: Params,
-    safety: Mapping[str, Any],
-    utility: Mapping[str, Any],
-    r_s: jax.Array | int,
-    r_u: jax.Array | int,
+    safety: Bases,
+    utility: Bases,
+    r_s: Count,
+    r_u: Count,
 ) -> dict[str, Any]:
     """`params` without the safety ranks that are orthogonal to the utility ranks: W - W P_s (I - P_u).
 
@@ -209,17 +215,10 @@ def remove_orthogonal(
         part = onto(W, first(safe[path], kept(config, R, r_s)))
         return onto(part, first(useful[path], kept(config, R, r_u))) - part
 
-    return _edited(config, params, safe, change)
+    return _edited(config, params, change)
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def remove_directions(config: ModelConfig, params: Params, vectors: Mapping[str, jax.Array]) -> dict[str, Any]:
-    """`params` without given output directions: W - W V V^T with `vectors` [L, O, k] orthonormal, by path."""
-    given = flatten(vectors)
-    return _edited(config, params, given, lambda path, W: -onto(W, given[path]))
-
-
-def random_bases(config: ModelConfig, bases: Mapping[str, Any], seed: int, ranks: int) -> dict[str, Any]:
+def random_bases(config: ModelConfig, bases: Bases, seed: int, ranks: int) -> dict[str, Any]:
     """Bases like `bases` whose first `ranks` directions are random ones of the space that they span, the others zero.
 
     Inside that span, since what lies outside of it never meets the data: the control of rank removal. A map of fewer
@@ -250,7 +249,7 @@ def _drawn(basis: Basis, key: jax.Array, count: int) -> Basis:
     return Basis(jnp.pad(vectors, [(0, 0), (0, 0), (0, R - count)]), jnp.ones_like(basis.energy))
 
 
-def _orthonormal(A: jax.Array, steps: int = 16) -> jax.Array:
+def _orthonormal(A: Float[Array, "L R K"], steps: int = 16) -> Float[Array, "L R K"]:
     """The orthonormal factor of the polar decomposition of A [L, R, K], whose singular values are below 1.7.
 
     By Newton-Schulz steps, matrix products all: 16 bring a singular value of 0.01 to 1 within float32's precision.
@@ -261,7 +260,7 @@ def _orthonormal(A: jax.Array, steps: int = 16) -> jax.Array:
     return A
 
 
-def overlap(a: Basis, b: Basis, k: Any) -> jax.Array:
+def overlap(a: Basis, b: Basis, k: Count) -> Float[Array, " L"]:
     """||A^T B||_F^2 / k of the `k` first directions of both, in [0, 1]; float32 [L].
 
     The subspace similarity of Hu et al., arXiv 2106.09685, appendix G, as in arXiv 2402.05162, section 4.3.
@@ -271,12 +270,12 @@ def overlap(a: Basis, b: Basis, k: Any) -> jax.Array:
 
 
 @jax.jit
-def subspace_similarity(a: Mapping[str, Any], b: Mapping[str, Any], rank: jax.Array | int) -> dict[str, jax.Array]:
+def subspace_similarity(a: Bases, b: Bases, rank: Count) -> dict[str, Float[Array, " L"]]:
     """{path: [L]} similarity of the `rank` first directions of every map in two trees of bases."""
     return {path: overlap(basis, flatten(b)[path], rank) for path, basis in flatten(a).items()}
 
 
-def energy_shares(bases: Mapping[str, Any]) -> dict[str, jax.Array]:
+def energy_shares(bases: Bases) -> dict[str, Float[Array, "L R"]]:
     """{path: [L, R]} share of a map's output energy in its first 1, 2, ... R directions."""
     return {
         path: jnp.cumsum(b.energy, axis=1) / jnp.maximum(b.energy.sum(1, keepdims=True), jnp.finfo(jnp.float32).tiny)
@@ -291,21 +290,3 @@ def removed_ranks(config: ModelConfig, r_s: int, r_u: int) -> dict[str, int]:
         R = min(math.prod(sizes(config, w.inputs)), math.prod(sizes(config, w.outputs)))
         out[path] = min(kept(config, R, r_s), R - kept(config, R, r_u))
     return out
-
-
-def randomised_basis(weight: jax.Array, gram: jax.Array, rank: int, key: jax.Array, iterations: int = 20) -> Basis:
-    """The first `rank` directions by randomised subspace iteration (Halko et al., arXiv 0909.4061), for comparison.
-
-    The sketch is exactly `rank` wide, as published with arXiv 2402.05162: on a flat spectrum it does not
-    converge. `weight` [L, I, O], `gram` [L, I, I].
-    """
-    W = weight.astype(jnp.float32)
-    inner = jnp.einsum("lio,lij,ljp->lop", W, gram, W, precision=_EXACT)
-    Q, _ = jnp.linalg.qr(jax.random.normal(key, (W.shape[0], W.shape[2], rank)))
-
-    def iterate(_: jax.Array, Q: jax.Array) -> jax.Array:
-        return jnp.linalg.qr(jnp.einsum("lop,lpr->lor", inner, Q, precision=_EXACT))[0]
-
-    Q = jax.lax.fori_loop(0, iterations + 1, iterate, Q)
-    energy, mix = jnp.linalg.eigh(jnp.einsum("lor,lop,lps->lrs", Q, inner, Q, precision=_EXACT))
-    return Basis(jnp.einsum("lor,lrs->los", Q, mix, precision=_EXACT)[:, :, ::-1], jnp.maximum(energy[:, ::-1], 0))

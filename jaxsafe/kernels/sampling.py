@@ -1,17 +1,20 @@
 """The next token from logits: greedy, or sampled with a key of each row's own.
 
-B batch, V vocab
+B batch, V vocab, E tokens that end an answer
 """
 
+import dataclasses
 import zlib
 from collections.abc import Sequence
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from jaxsafe.text.batches import Row
+from jaxsafe.rows import Row
 
 
 @flax.struct.dataclass
@@ -30,6 +33,70 @@ class Sampling:
     repetition_penalty: jax.Array | float = 1.0
 
 
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """How prompts are answered: up to `max_new_tokens` tokens, greedy unless `sampling` says otherwise.
+
+    Each prompt has `samples` answers, drawn by `seed`; the ids `eos` end one. Of these only `max_new_tokens` is part
+    of a program's shape.
+    """
+
+    max_new_tokens: int = 64
+    sampling: Sampling = Sampling()
+    seed: int = 0
+    samples: int = 1
+    eos: tuple[int, ...] = ()
+
+
+@flax.struct.dataclass
+class Drawing:
+    """What a program draws the tokens of a batch by; arrays, so that other numbers are no other program.
+
+    sampling:   its fields as arrays, each a scalar or [B]
+    keys:       [B] the rows' random keys
+    eos:        int32 [E] the ids that end an answer
+    new_tokens: how many tokens are drawn at most (part of the shape, no array)
+    """
+
+    sampling: Sampling
+    keys: Key[Array, " B"]
+    eos: Int[Array, " E"]
+    new_tokens: int = flax.struct.field(pytree_node=False)
+
+
+def drawing(decoding: Decoding, row_numbers: Any) -> Drawing:
+    """The `Drawing` of `decoding` for rows of these numbers, uint32 [B], of which their random keys are made.
+
+    Raises ValueError for a number out of its range.
+    """
+    if decoding.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens {decoding.max_new_tokens} must be at least 1")
+    check_sampling(decoding.sampling)
+    eos = jnp.asarray(eos_array(decoding.eos))
+    keys = sampling_keys(decoding.seed, row_numbers)
+    return Drawing(as_arrays(decoding.sampling), keys, eos, decoding.max_new_tokens)
+
+
+def as_arrays(sampling: Sampling) -> Sampling:
+    """`sampling` with typed arrays in place of Python numbers, so that an int and a float share one program."""
+    return Sampling(
+        jnp.asarray(sampling.temperature, jnp.float32),
+        jnp.asarray(sampling.top_k, jnp.int32),
+        jnp.asarray(sampling.top_p, jnp.float32),
+        jnp.asarray(sampling.repetition_penalty, jnp.float32),
+    )
+
+
+def sampling_keys(seed: int, row_numbers: Any) -> Key[Array, " B"]:
+    """One key a row, from the run's `seed` and the rows' own numbers [B]."""
+    return jax.vmap(lambda n: jax.random.fold_in(jax.random.key(seed), n))(jnp.asarray(row_numbers, jnp.uint32))
+
+
+def eos_array(eos: Sequence[int]) -> Int[np.ndarray, " E"]:
+    """`eos` as int32 [E], never empty: -1 is no token."""
+    return np.array(sorted(set(eos)) or [-1], np.int32)
+
+
 def check_sampling(sampling: Sampling) -> None:
     """Raises ValueError for a number outside its range."""
     if np.any(np.asarray(sampling.temperature) < 0):
@@ -42,8 +109,8 @@ def check_sampling(sampling: Sampling) -> None:
         raise ValueError(f"repetition_penalty {sampling.repetition_penalty} is not positive; 1 means none")
 
 
-def row_seeds(rows: Sequence[Row]) -> np.ndarray:
-    """A number for each row, uint32 [n], from its tokens and how often they occurred before.
+def row_seeds(rows: Sequence[Row]) -> Int[np.ndarray, " n"]:
+    """A number for each row, uint32, from its tokens and how often they occurred before.
 
     Sampling keys made of it depend neither on a row's neighbours nor on its place.
     """
@@ -56,14 +123,19 @@ def row_seeds(rows: Sequence[Row]) -> np.ndarray:
     return np.array(out, np.uint32)
 
 
-def penalise(logits: jax.Array, seen: jax.Array, penalty: jax.Array) -> jax.Array:
-    """The repetition penalty of CTRL (arXiv 1909.05858, section 4.1) on `logits` [B, V] where `seen` bool [B, V]."""
+def penalise(
+    logits: Float[Array, "B V"], seen: Bool[Array, "B V"], penalty: Float[Array, "..."]
+) -> Float[Array, "B V"]:
+    """The repetition penalty of CTRL (arXiv 1909.05858, section 4.1) on the logits of tokens that were `seen`.
+
+    `penalty` is a scalar or [B].
+    """
     penalty = jnp.broadcast_to(jnp.asarray(penalty, logits.dtype), logits.shape[:1])[:, None]
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def keep_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """`logits` [B, V] with every token but the top-k, and of these the top-p nucleus, set to -inf."""
+def keep_likely(logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Float[Array, " B"]) -> Float[Array, "B V"]:
+    """`logits` with every token but the top-k, and of these the top-p nucleus, set to -inf."""
     V = logits.shape[-1]
     order = jnp.argsort(-logits, axis=-1, stable=True)
     rank = jnp.arange(V)[None]
@@ -75,8 +147,10 @@ def keep_likely(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Ar
     return jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), -1)
 
 
-def next_token(logits: jax.Array, sampling: Sampling, keys: jax.Array, step: jax.Array) -> jax.Array:
-    """The token int32 [B] drawn from `logits` float32 [B, V]; `keys` [B], folded with `step`.
+def next_token(
+    logits: Float[Array, "B V"], sampling: Sampling, keys: Key[Array, " B"], step: Int[Array, ""]
+) -> Int[Array, " B"]:
+    """The token drawn from the float32 `logits` of each row, by its key folded with `step`.
 
     The sorts and the noise of sampling are computed only where some row asks for them.
     """
@@ -91,7 +165,7 @@ def next_token(logits: jax.Array, sampling: Sampling, keys: jax.Array, step: jax
     )
     greedy = jnp.argmax(logits, -1).astype(jnp.int32)
 
-    def sample() -> jax.Array:
+    def sample() -> Int[Array, " B"]:
         scaled = logits / jnp.maximum(temperature, 1e-6)[:, None]
         scaled = jax.lax.cond(
             jnp.any((top_k > 0) | (top_p < 1)), lambda x: keep_likely(x, top_k, top_p), lambda x: x, scaled

@@ -16,17 +16,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.transformer import Params
 from jaxsafe.model.weights import TABLE, Weight, flatten, layer_shape, linear_maps, nest, shardings, sizes
 
 PER = ("row", "matrix", "model")
 """What is compared: the entries of one output row, of one matrix [out, in], or of all maps and layers."""
 
-Tree = Mapping[str, Any]
+Scores = Mapping[str, Any]
+"""A tree of float32 {"layers": {"q": [L, *I, *O], ...}} over some or all linear maps of the blocks."""
+Mask = Mapping[str, Any]
+"""A boolean tree of the same structure."""
 
 
-def top(config: ModelConfig, scores: Tree, fraction: float, per: str = "matrix") -> dict[str, Any]:
+def top(config: ModelConfig, scores: Scores, fraction: float, per: str = "matrix") -> dict[str, Any]:
     """True at the highest scores: of each group, int(size * fraction) entries exactly.
 
     Ties go to the entry that comes first: in the row-major order of the matrix [out, in], then by layer, then in
@@ -37,12 +42,12 @@ def top(config: ModelConfig, scores: Tree, fraction: float, per: str = "matrix")
     return _select(config, scores, fraction, per, lowest=False)
 
 
-def bottom(config: ModelConfig, scores: Tree, fraction: float, per: str = "matrix") -> dict[str, Any]:
+def bottom(config: ModelConfig, scores: Scores, fraction: float, per: str = "matrix") -> dict[str, Any]:
     """True at the lowest scores; counts, ties and errors as in `top`."""
     return _select(config, scores, fraction, per, lowest=True)
 
 
-def n_of_m(config: ModelConfig, scores: Tree, n: int, m: int, lowest: bool = True) -> dict[str, Any]:
+def n_of_m(config: ModelConfig, scores: Scores, n: int, m: int, lowest: bool = True) -> dict[str, Any]:
     """True at the `n` lowest (or highest) scores of each `m` consecutive input columns of each row, ties to the first.
 
     Raises ValueError for a map whose input columns `m` does not divide, for n outside [0, m], and for NaN.
@@ -58,7 +63,7 @@ def n_of_m(config: ModelConfig, scores: Tree, n: int, m: int, lowest: bool = Tru
 
 
 def set_difference(
-    config: ModelConfig, safety: Tree, utility: Tree, q: float, p: float, per: str = "matrix"
+    config: ModelConfig, safety: Scores, utility: Scores, q: float, p: float, per: str = "matrix"
 ) -> dict[str, Any]:
     """True where a weight is among the top `q` for safety and not among the top `p` for utility; both fractions.
 
@@ -70,7 +75,11 @@ def set_difference(
 
 @functools.partial(jax.jit, static_argnames=("config", "per", "lowest"))
 def largest(
-    config: ModelConfig, scores: Tree, counts: Mapping[str, jax.Array], per: str = "matrix", lowest: bool = False
+    config: ModelConfig,
+    scores: Scores,
+    counts: Mapping[str, Int[Array, " L"]],
+    per: str = "matrix",
+    lowest: bool = False,
 ) -> dict[str, Any]:
     """True at the `counts` largest (or smallest) scores of each group, ties to the first. Pure and jittable.
 
@@ -85,13 +94,15 @@ def largest(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "lowest"))
-def tally(config: ModelConfig, scores: Tree, threshold: jax.Array, lowest: bool) -> tuple[jax.Array, jax.Array]:
+def tally(
+    config: ModelConfig, scores: Scores, threshold: UInt32[Array, ""], lowest: bool
+) -> tuple[Int[Array, "M L"], Int[Array, "M L"]]:
     """How many keys of each matrix lie above `threshold`, and how many at it; int32 [maps, L] in the table's order."""
     keys = [_key(leaf, lowest) for _, _, leaf in _maps(config, scores)]
     return jnp.stack([_per_layer(k > threshold) for k in keys]), jnp.stack([_per_layer(k == threshold) for k in keys])
 
 
-def _select(config: ModelConfig, scores: Tree, fraction: float, per: str, lowest: bool) -> dict[str, Any]:
+def _select(config: ModelConfig, scores: Scores, fraction: float, per: str, lowest: bool) -> dict[str, Any]:
     if per not in PER:
         raise ValueError(f"per {per!r} is not known; use one of {', '.join(PER)}")
     if not 0 <= fraction <= 1:
@@ -108,7 +119,7 @@ def _select(config: ModelConfig, scores: Tree, fraction: float, per: str, lowest
     return largest(config, scores, counts, per, lowest)
 
 
-def _shares(config: ModelConfig, scores: Tree, count: int, lowest: bool) -> dict[str, np.ndarray]:
+def _shares(config: ModelConfig, scores: Scores, count: int, lowest: bool) -> dict[str, np.ndarray]:
     """How many of the `count` largest scores of the model lie in each matrix, int32 [L] by path.
 
     Billions of entries overflow int32, the widest integer on a device by default. Those of one matrix do not: each
@@ -131,7 +142,7 @@ def _shares(config: ModelConfig, scores: Tree, count: int, lowest: bool) -> dict
 
 
 @functools.partial(jax.jit, static_argnames=("config", "m", "lowest"))
-def _in_blocks(config: ModelConfig, scores: Tree, n: jax.Array, m: int, lowest: bool) -> dict[str, Any]:
+def _in_blocks(config: ModelConfig, scores: Scores, n: jax.Array, m: int, lowest: bool) -> dict[str, Any]:
     out = {}
     for path, weight, leaf in _maps(config, scores):
         blocks = leaf.reshape(config.layers, -1, m, *sizes(config, weight.outputs))
@@ -192,7 +203,7 @@ def _columns(config: ModelConfig, weight: Weight) -> int:
     return math.prod(sizes(config, weight.inputs))
 
 
-def _maps(config: ModelConfig, tree: Tree) -> list[tuple[str, Weight, Any]]:
+def _maps(config: ModelConfig, tree: Scores) -> list[tuple[str, Weight, Any]]:
     """(path, weight, leaf) of the maps of `tree` in the table's order; refuses other names and shapes."""
     flat, table = flatten(tree), linear_maps(config)
     if unknown := sorted(flat.keys() - table.keys()):
@@ -204,7 +215,7 @@ def _maps(config: ModelConfig, tree: Tree) -> list[tuple[str, Weight, Any]]:
     return [(path, weight, flat[path]) for path, weight in table.items() if path in flat]
 
 
-def _check_values(config: ModelConfig, scores: Tree) -> None:
+def _check_values(config: ModelConfig, scores: Scores) -> None:
     """Raises ValueError where a score is NaN; values that are being traced are not known and pass."""
     known = {path: leaf for path, _, leaf in _maps(config, scores) if not isinstance(leaf, jax.core.Tracer)}
     for path, found in jax.device_get(_has_nan(known)).items():
@@ -213,11 +224,11 @@ def _check_values(config: ModelConfig, scores: Tree) -> None:
 
 
 @jax.jit
-def _has_nan(tree: Tree) -> Tree:
+def _has_nan(tree: Scores) -> dict[str, Any]:
     return jax.tree.map(lambda leaf: jnp.isnan(leaf).any(), tree)
 
 
-def _per_layer(flags: jax.Array) -> jax.Array:
+def _per_layer(flags: Bool[Array, "L ..."]) -> Int[Array, " L"]:
     """The number of True in each layer, int32 [L]."""
     return jnp.sum(flags, range(1, flags.ndim), dtype=jnp.int32)
 
@@ -225,12 +236,12 @@ def _per_layer(flags: jax.Array) -> jax.Array:
 # Scores that need no data
 
 
-def magnitude(params: Tree) -> dict[str, Any]:
+def magnitude(params: Params) -> dict[str, Any]:
     """|W| of the linear maps, float32."""
     return nest({path: jnp.abs(leaf.astype(jnp.float32)) for path, leaf in _linear(params).items()})
 
 
-def weight_difference(params: Tree, base: Tree) -> dict[str, Any]:
+def weight_difference(params: Params, base: Params) -> dict[str, Any]:
     """|W - W_base| of the linear maps, float32. Raises ValueError where the two models differ in shape."""
     out, other = {}, _linear(base)
     for path, leaf in _linear(params).items():
@@ -246,7 +257,7 @@ def random_scores(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> d
     return nest({path: _uniform(config, path, seed, layout.get(path)) for path in linear_maps(config)})
 
 
-def random_like(config: ModelConfig, mask: Tree, seed: int) -> dict[str, Any]:
+def random_like(config: ModelConfig, mask: Mask, seed: int) -> dict[str, Any]:
     """A random mask that holds, in each layer of each map, as many True as `mask` does."""
     counts = {path: _per_layer(jnp.asarray(leaf)) for path, _, leaf in _maps(config, mask)}
     drawn = {path: _uniform(config, path, seed, getattr(flatten(mask)[path], "sharding", None)) for path in counts}
@@ -260,7 +271,7 @@ def _uniform(config: ModelConfig, path: str, seed: int, sharding: Any) -> jax.Ar
     return jax.jit(jax.random.uniform, static_argnums=1, out_shardings=sharding)(key, shape)
 
 
-def _linear(params: Tree) -> dict[str, Any]:
+def _linear(params: Params) -> dict[str, Any]:
     flat = flatten(params)
     return {w.path: flat[w.path] for w in TABLE if w.linear and w.stacked}
 
@@ -268,7 +279,7 @@ def _linear(params: Tree) -> dict[str, Any]:
 # Masks
 
 
-def apply_mask(params: Tree, mask: Tree, base: Tree | None = None) -> dict[str, Any]:
+def apply_mask(params: Params, mask: Mask, base: Params | None = None) -> dict[str, Any]:
     """`params` with zero, or the weight of `base`, where `mask` is True; leaves outside of `mask` are the same arrays.
 
     Raises ValueError for a mask of weights that `params` or `base` lack, or of another shape.
@@ -285,19 +296,19 @@ def apply_mask(params: Tree, mask: Tree, base: Tree | None = None) -> dict[str, 
     return nest(out)
 
 
-def sparsity(mask: Tree) -> float:
+def sparsity(mask: Mask) -> float:
     """The share of True among all entries of `mask`."""
     true = sum(int(n.astype(np.int64).sum()) for n in _true(mask).values())
     return true / sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(mask))
 
 
-def layer_shares(mask: Tree) -> dict[str, np.ndarray]:
+def layer_shares(mask: Mask) -> dict[str, Float[np.ndarray, " L"]]:
     """The share of True in each layer of each map, float64 [L] by the map's name, e.g. "q"."""
     flat = flatten(mask)
     return {path.split("/")[-1]: n / math.prod(flat[path].shape[1:]) for path, n in _true(mask).items()}
 
 
-def jaccard(a: Tree, b: Tree) -> dict[str, np.ndarray]:
+def jaccard(a: Mask, b: Mask) -> dict[str, Float[np.ndarray, " L"]]:
     """|A and B| / |A or B| of two masks in each layer of each map, float64 [L] by the map's name, e.g. "q".
 
     Two empty sets are equal, so theirs is 1. Raises ValueError for masks of different maps or shapes.
@@ -309,5 +320,5 @@ def jaccard(a: Tree, b: Tree) -> dict[str, np.ndarray]:
     return {path.split("/")[-1]: np.where(n == 0, 1.0, both[path] / np.maximum(n, 1)) for path, n in either.items()}
 
 
-def _true(mask: Tree) -> dict[str, np.ndarray]:
+def _true(mask: Mask) -> dict[str, np.ndarray]:
     return jax.device_get({path: _per_layer(jnp.asarray(leaf)) for path, leaf in flatten(mask).items()})

@@ -1,9 +1,9 @@
-"""Supervised fine-tuning on answers: the loss, one step, the order of the data, and a short run.
+"""Supervised fine-tuning on answers: one step, and the order of the data.
 
 B batch, T slots, R last slots that hold answers, D embed, V vocab
 """
 
-import functools
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,71 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float
 
-from jaxsafe.kernels.prompt import final_states, prompt_inputs
+from jaxsafe.kernels.likelihood import answer_nll
 from jaxsafe.model.config import ModelConfig
-from jaxsafe.model.transformer import Params, unembed, unembedding
-from jaxsafe.text.batches import Batch, Row, group_by_length, pad_rows
-
-
-def answer_nll(
-    config: ModelConfig,
-    params: Params,
-    batch: Batch,
-    edits: Any = None,
-    last: int | None = None,
-    block: int = 64,
-    remat: bool = False,
-) -> tuple[jax.Array, jax.Array]:
-    """Summed negative log-likelihood (nats) of each row's answer tokens, float32 [B], and their counts, int32 [B].
-
-    `last` (static) is a number of final slots that holds every answer; only their logits are computed, those
-    of `block` slots (static) at a time. A backward pass keeps what the products with weights gave; with `remat`
-    (static) it computes each layer again.
-    """
-    T = batch.tokens.shape[1]
-    last = T - 1 if last is None else min(last, T - 1)
-    given = prompt_inputs(config, params, batch, edits=edits)
-    states = final_states(config, params, given, edits, "nothing" if remat else "products")
-    return nll_after(config, params, batch, states[:, max(0, states.shape[1] - last - 1) :], block)
-
-
-def nll_after(
-    config: ModelConfig, params: Params, batch: Batch, states: jax.Array, block: int
-) -> tuple[jax.Array, jax.Array]:
-    """What `answer_nll` returns, from the normed `states` [B, R, D] of the last R slots, which predict every answer."""
-    first = batch.tokens.shape[1] - states.shape[1] + 1
-    # A slot predicts the token of the next one, and the last slot nothing.
-    target, counted = (jnp.pad(a[:, first:], [(0, 0), (0, 1)]) for a in (batch.tokens, batch.response))
-    nll = token_nll(config, params, states, target, block)
-    return jnp.sum(jnp.where(counted, nll, 0), axis=1), counted.sum(axis=1)
-
-
-def token_nll(config: ModelConfig, params: Params, states: jax.Array, target: jax.Array, block: int) -> jax.Array:
-    """Negative log-likelihood (nats) of `target` int32 [B, R] after the normed `states` [B, R, D], float32 [B, R].
-
-    At most [B, block, V] logits exist at a time, in the backward pass too.
-    """
-    head = unembedding(config, params)
-    B, R = target.shape
-
-    def some(states: jax.Array, target: jax.Array) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(unembed(states, head, config.tied), target)
-
-    def blocks(a: jax.Array) -> jax.Array:
-        padded = jnp.pad(a, [(0, 0), (0, -R % block), *[(0, 0)] * (a.ndim - 2)])
-        return padded.reshape(B, -1, block, *a.shape[2:]).swapaxes(0, 1)
-
-    if block >= R:
-        return some(states, target)
-    nll = jax.lax.map(lambda pair: jax.checkpoint(some)(*pair), (blocks(states), blocks(target)))
-    return nll.swapaxes(0, 1).reshape(B, -1)[:, :R]
-
-
-def answer_loss(config: ModelConfig, params: Params, batch: Batch, last: int | None = None) -> jax.Array:
-    """Mean negative log-likelihood (nats) of the answer tokens of `batch`."""
-    nll, count = answer_nll(config, params, batch, last=last)
-    return nll.sum() / jnp.maximum(count.sum(), 1)
+from jaxsafe.model.transformer import Params
+from jaxsafe.rows import Batch, group_by_length
 
 
 def masters(params: Params) -> Any:
@@ -109,40 +50,40 @@ def value_and_gradient(
     return jax.lax.scan(add, (jnp.float32(0), jax.tree.map(jnp.zeros_like, params)), parts)[0]
 
 
-def one_step(
-    config: ModelConfig,
-    optimizer: optax.GradientTransformation,
-    params: Any,
-    state: Any,
-    batch: Batch,
-    last: int,
-    fixed: Any = None,
-    weights_of: Callable[[ModelConfig, Any, Any], Params] = model_weights,
-    accumulation: int = 1,
-    remat: bool = False,
-) -> tuple[Any, Any, jax.Array]:
-    """Parameters, optimiser state and mean loss of the answer tokens (before the step) after one step.
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a step is made: the static part of a compiled program.
 
-    `params` is what is trained, in float32, and `fixed` what is not; `weights_of(config, params, fixed)` are
-    the weights of the model.
+    last: a number of final slots that holds every answer token; weights_of: (config, what is trained, what is fixed)
+    -> the weights of the model; accumulation: how many parts a batch is taken in; remat: whether layers are computed
+    again in the backward pass instead of being kept.
     """
-    total = jnp.maximum(batch.response.sum(), 1)
+
+    config: ModelConfig
+    optimizer: optax.GradientTransformation
+    last: int
+    weights_of: Callable[[ModelConfig, Any, Any], Params] = model_weights
+    accumulation: int = 1
+    remat: bool = False
+
+
+def one_step(recipe: Recipe, tree: Any, batch: Batch, fixed: Any = None) -> tuple[Any, Float[Array, ""]]:
+    """The tree {"params", "optimizer"} after one step, and the mean loss of the answer tokens (nats) before it.
+
+    "params" are what is trained, in float32, "optimizer" is the optimiser's state, `fixed` what is not trained.
+    """
+    total = jnp.maximum(batch.response.sum(), 1).astype(jnp.float32)
 
     def loss(params: Any, batch: Batch) -> jax.Array:
-        nll, _ = answer_nll(config, weights_of(config, params, fixed), batch, last=last, remat=remat)
+        weights = recipe.weights_of(recipe.config, params, fixed)
+        nll, _ = answer_nll(recipe.config, weights, batch, last=recipe.last, remat=recipe.remat)
         return nll.sum() / total
 
-    value, gradient = value_and_gradient(loss, params, batch, accumulation)
-    updates, state = optimizer.update(gradient, state, params)
-    return optax.apply_updates(params, updates), state, value
-
-
-@functools.partial(jax.jit, static_argnames=("config", "optimizer", "last"), donate_argnames=("params", "state"))
-def train_step(
-    config: ModelConfig, optimizer: optax.GradientTransformation, params: Any, state: Any, batch: Batch, last: int
-) -> tuple[Any, Any, jax.Array]:
-    """Parameters, optimiser state and loss after one step; the given parameters and state are consumed."""
-    return one_step(config, optimizer, params, state, batch, last)
+    params = tree["params"]
+    value, gradient = value_and_gradient(loss, params, batch, recipe.accumulation)
+    with jax.numpy_dtype_promotion("standard"):  # optax takes powers of integer counts
+        updates, state = recipe.optimizer.update(gradient, tree["optimizer"], params)
+    return {"params": optax.apply_updates(params, updates), "optimizer": state}, value
 
 
 def batch_plan(lengths: Sequence[int], batch_size: int, steps: int, seed: int) -> list[np.ndarray]:
@@ -160,26 +101,3 @@ def batch_plan(lengths: Sequence[int], batch_size: int, steps: int, seed: int) -
         groups = group_by_length([lengths[i] for i in order], batch_size)
         plan += [order[groups[i]] for i in rng.permutation(len(groups))]
     return plan[:steps]
-
-
-def training_batches(rows: Sequence[Row], batch_size: int, steps: int, seed: int) -> list[Batch]:
-    """The batches of a `batch_plan`, each padded to `batch_size` rows. Raises ValueError for no rows."""
-    plan = batch_plan([len(row.ids) for row in rows], batch_size, steps, seed)
-    return [pad_rows([rows[i] for i in indices], count=batch_size) for indices in plan]
-
-
-def fine_tune(
-    config: ModelConfig,
-    params: Params,
-    batches: Sequence[Batch],
-    optimizer: optax.GradientTransformation,
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
-) -> Any:
-    """The parameters after one optimiser step a batch; `params` themselves are left as they are."""
-    params = masters(params)
-    state = optimizer.init(params)
-    last = max(int(np.max(batch.tokens.shape[1] - 1 - batch.instruction_end)) for batch in batches)
-    for step, batch in enumerate(batches):
-        params, state, loss = train_step(config, optimizer, params, state, batch, last)
-        on_step(step, float(loss))
-    return model_weights(config, params)

@@ -3,54 +3,68 @@
 The safety set holds harmful prompts with refusals, the utility set harmless ones with answers.
 """
 
+import dataclasses
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from jaxsafe.evaluation.judges import Judge
-from jaxsafe.io.chat_model import ChatModel
-from jaxsafe.kernels.generate import generate_rows
-from jaxsafe.text.batches import Row
-from jaxsafe.text.chat import check_context
-from jaxsafe.text.prompt_files import read_rows
+from jaxsafe.chat.model import ChatModel
+from jaxsafe.evaluation.judges.judge import Judge
+from jaxsafe.io.store import Json, Store
+from jaxsafe.kernels.sampling import Decoding
+from jaxsafe.progress import Progress, silent
+from jaxsafe.prompts.files import read_rows
+from jaxsafe.rows import Row, check_context, data_sha256
 
 
-def own_answers(
-    model: ChatModel,
-    prompts: Sequence[str],
-    judge: Judge,
-    refused: bool,
-    answer_tokens: int,
-    batch_size: int = 32,
-    done: Callable[[int], None] = lambda n: None,
-) -> list[Row]:
-    """The prompts whose greedy answer refuses (`refused`) or does not, as rows with that answer.
+@dataclasses.dataclass(frozen=True)
+class OwnAnswers:
+    """Which of a model's own answers are kept: those that refuse (`refused`), or those that do not, by `judge`.
 
-    An answer has at most `answer_tokens` tokens and no end-of-text token, as published. Raises ValueError where no
-    prompt is left.
+    answer_tokens: the most tokens of an answer; batch_size: prompts answered at a time.
     """
+
+    judge: Judge
+    refused: bool
+    answer_tokens: int = 64
+    batch_size: int = 32
+
+
+def own_answers_once(
+    store: Store, model: ChatModel, prompts: Sequence[str], kept: OwnAnswers, done: Progress = silent
+) -> list[Row]:
+    """`own_answers`, kept in `store`."""
+
+    def make() -> Json:
+        return [[list(row.ids), row.instruction_end] for row in own_answers(model, prompts, kept, done)]
+
+    judged = [kept.judge.name, kept.judge.version, kept.refused]
+    ends, asked = list(model.tokenizer.eos_ids), data_sha256(model.rows(prompts))
+    follows = [model.fingerprint(), asked, ends, judged, kept.answer_tokens]
+    name = f"own-answers-{'refused' if kept.refused else 'answered'}"
+    return [Row(tuple(ids), end) for ids, end in store.once(name, follows, make)]
+
+
+def own_answers(model: ChatModel, prompts: Sequence[str], kept: OwnAnswers, done: Progress = silent) -> list[Row]:
+    """The prompts whose greedy answer refuses (`kept.refused`) or does not, as rows with that answer.
+
+    An answer has no end-of-text token, as published. `done` is called with the number of prompts of each finished
+    batch. Raises ValueError where no prompt is left.
+    """
+    judge, refused = kept.judge, kept.refused
     rows = model.rows(prompts)
-    out = generate_rows(
-        model.config,
-        model.params,
-        rows,
-        batch_size,
-        answer_tokens,
-        mesh=model.mesh,
-        done=done,
-        eos=model.tokenizer.eos_ids,
-    )
-    texts = model.tokenizer.decode(out.tokens, out.lengths)
-    kept = [
+    own = model.answers(rows, Decoding(kept.answer_tokens), kept.batch_size, done)
+    verdicts = judge.refused(prompts, own.texts)
+    chosen = [
         Row(row.ids + tuple(int(t) for t in tokens[:length]), row.instruction_end)
-        for row, tokens, length, text in zip(rows, out.tokens, out.lengths, texts, strict=True)
-        if length > 0 and judge.refused(text) is refused
+        for row, tokens, length, verdict in zip(rows, own.tokens, own.lengths, verdicts, strict=True)
+        if length > 0 and verdict is refused
     ]
-    if not kept:
+    if not chosen:
         kind = "refused" if refused else "answered"
         raise ValueError(f"none of the {len(prompts)} prompts is {kind} by {model.name}, judged by {judge.name}")
-    return kept
+    return chosen
 
 
 def pairs_from_file(model: ChatModel, path: str | pathlib.Path, raw: bool = False) -> list[Row]:
@@ -59,16 +73,14 @@ def pairs_from_file(model: ChatModel, path: str | pathlib.Path, raw: bool = Fals
     `raw` takes prompts as they stand, for files that hold the template's markers. Raises FileNotFoundError, and
     ValueError for a missing column, an empty cell, and a row longer than the context.
     """
+    asked = model.with_prompt(raw=raw or model.raw)
     rows = []
     for i, line in enumerate(read_rows(pathlib.Path(path)), 1):
         missing = [name for name in ("prompt", "response") if not str(line.get(name) or "").strip()]
         if missing:
             raise ValueError(f"{path}, row {i}: no {missing[0]}; pairs need the columns prompt and response")
         prompt, response = str(line["prompt"]), str(line["response"])
-        if raw or model.raw:
-            rows.append(model.tokenizer.raw_row(prompt, response))
-        else:
-            rows.append(model.tokenizer.chat_row(prompt, model.system, response))
+        rows.append(asked.row(prompt, response))
     check_context(rows, model.config.context)
     return rows
 

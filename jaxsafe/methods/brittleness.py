@@ -5,21 +5,48 @@ of the same size, its control. Material is what points are made from.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxsafe.kernels.importance import snip_scores, wanda_scores
-from jaxsafe.kernels.lowrank import act_svd, random_bases, remove_orthogonal, remove_ranks, removed_ranks
-from jaxsafe.kernels.selection import apply_mask, bottom, n_of_m, random_like, set_difference, top
-from jaxsafe.methods.heads import head_mask
-from jaxsafe.methods.sequential import Change
-from jaxsafe.methods.statistics import Statistics
+from jaxsafe.chat.model import ChatModel
+from jaxsafe.io.store import JSON, Json, Store
+from jaxsafe.io.sums import sums_once
+from jaxsafe.kernels.lowrank import (
+    Bases,
+    act_svd,
+    random_bases,
+    remove_orthogonal,
+    remove_ranks,
+    removed_ranks,
+)
+from jaxsafe.kernels.selection import (
+    PER,
+    Mask,
+    Scores,
+    apply_mask,
+    bottom,
+    layer_shares,
+    magnitude,
+    n_of_m,
+    random_like,
+    random_scores,
+    set_difference,
+    sparsity,
+    top,
+    weight_difference,
+)
+from jaxsafe.kernels.sums import Scoring, Statistics
+from jaxsafe.kernels.units import Head, head_mask
+from jaxsafe.methods.heads import head_accuracies, ranking
+from jaxsafe.methods.sequential import Change, change_blocks
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params
 from jaxsafe.model.weights import flatten, linear_maps, nest
+from jaxsafe.progress import Watch, unwatched
+from jaxsafe.records.run import Variant
+from jaxsafe.rows import Row, data_sha256
 
 METHODS: Mapping[str, tuple[str, ...]] = {
     "set_difference": ("q", "p"),
@@ -33,8 +60,11 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 }
 """Method -> the numbers that it takes. Fractions are shares, ranks are counted out of the model's width."""
 RANKS = ("orthogonal", "top_ranks", "bottom_ranks")
-ONE_SIDED = ("top", "bottom", "n_of_m", "top_ranks", "bottom_ranks")
-"""Methods that the safety data alone decide, and that can therefore go block by block."""
+TWO_SIDED = ("set_difference", "orthogonal")
+"""Methods that both sides' data decide; of the others, those of scores and ranks can go block by block."""
+SIDES = ("safety", "utility")
+SUMMED = ("snip", "wanda")
+SCORES = (*SUMMED, "magnitude", "weight_difference", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +97,16 @@ class Point:
         return self.method in RANKS
 
     @property
+    def of_scores(self) -> bool:
+        """Whether it removes weights by their scores."""
+        return self.method in METHODS and not self.of_ranks and self.method != "heads"
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The sides whose data decide what it removes."""
+        return () if self.method == "dense" else SIDES if self.method in (*TWO_SIDED, "heads") else SIDES[:1]
+
+    @property
     def name(self) -> str:
         """A name that tells it from every other point."""
         words = [self.method.replace("_", " "), *(f"{k}={v:g}" for k, v in self.parameters.items())]
@@ -77,66 +117,234 @@ class Point:
         """What a control is the control of."""
         return dataclasses.replace(self, control=None)
 
+    def variant(self, material: "Material", controls: int) -> Variant:
+        """The point as a variant of `material`'s model, held against the dense model and the first of its `controls`.
+
+        Its `about` holds family, control, parameters, sparsity and ranks. Scores are made for the sparsity where the
+        material's store does not hold it.
+        """
+        controlled = controls > 0 and self.control is None and self != DENSE
+        found = removed(material, self)
+        return Variant(
+            self.name,
+            material.follows(self),
+            baseline=None if self == DENSE else DENSE.name,
+            control=dataclasses.replace(self, control=0).name if controlled else None,
+            about={
+                "family": family(self, material.settings.score),
+                "control": self.control is not None,
+                "parameters": self.parameters,
+                "sparsity": None if found is None else found["sparsity"],
+                "ranks": mean_ranks(material.config, self),
+            },
+        )
+
 
 DENSE = Point("dense")
 
 
 def points(methods: Mapping[str, Any], controls: int) -> list[Point]:
     """The dense model, then every point of `methods` {method: its tuples of numbers}, each with its controls."""
-    out = [DENSE]
-    for method, grid in methods.items():
-        for values in grid:
-            numbers = tuple(values) if isinstance(values, tuple | list) else (values,)
-            point = Point(method, numbers)
-            out += [point, *(dataclasses.replace(point, control=seed) for seed in range(controls))]
-    return out
+    grid = [DENSE]
+    for method, values in methods.items():
+        for each in values:
+            point = Point(method, tuple(each) if isinstance(each, tuple | list) else (each,))
+            grid += [point, *(dataclasses.replace(point, control=seed) for seed in range(controls))]
+    return grid
 
 
 @dataclasses.dataclass(frozen=True)
-class Material:
-    """What points are made from; each of the functions is called when a point needs it, and once.
+class ScoreSettings:
+    """How weights are scored and compared.
 
-    safety, utility: score trees (higher: matters more); safety_bases, utility_bases: trees of `Basis`; heads: the
-    ranking of (layer, head); base: the weights that take the place of removed ones, None for zero; per: the
-    group in which weights are compared. `sequential(kind, change)`, where it is given, applies a change block by
-    block, each scored by `kind` on the model as changed below it; one-sided points of weights score by `score`.
+    score: one of `SCORES`; positions, loss, batch_size: of the sums behind scores and bases (see `Scoring`); per: the
+    group in which weights are compared; sequential: points that the safety data alone decide go block by block, each
+    block scored on the model as changed below it; seed: of random scores and of the probes of heads;
+    probe_batch_size: prompts that heads are read from at a time. Raises ValueError for an unknown name, and for a
+    score that has no place in blocks.
     """
 
-    config: ModelConfig
-    params: Params
-    safety: Callable[[], Any]
-    utility: Callable[[], Any]
-    safety_bases: Callable[[], Any]
-    utility_bases: Callable[[], Any]
-    heads: Callable[[], Any]
-    base: Params | None = None
-    per: str = "matrix"
-    sequential: Callable[[str, Change], Params] | None = None
     score: str = "snip"
+    positions: str = "response"
+    loss: str = "mean"
+    per: str = "matrix"
+    batch_size: int = 8
+    sequential: bool = False
+    seed: int = 0
+    probe_batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        for name, known in (("score", SCORES), ("per", PER)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not known; use one of {', '.join(known)}")
+        if self.sequential and self.score not in SUMMED:
+            raise ValueError(f"sequential goes with score {' or '.join(map(repr, SUMMED))}, not with {self.score!r}")
+        self.scoring("gram")
+
+    def scoring(self, kind: str) -> Scoring:
+        """How sums of `kind` are made."""
+        return Scoring(kind, self.positions, self.loss, self.batch_size)
 
 
-def once(make: Callable[[], Any]) -> Callable[[], Any]:
-    """`make`, called at the first need and then remembered."""
-    return functools.lru_cache(maxsize=1)(make)
+class Material:
+    """What points are made from: scores, bases and a ranking of heads, made when they are needed, and once.
+
+    model: the model that is edited; rows: gives the scored rows of a side, "safety" or "utility"; prompts: of each
+    side, for the probes of heads; base: the model whose weights take the place of removed ones and are differed from,
+    None for zero; watch: shows how far a stage is. Sums and rankings are kept in `store`. Raises ValueError for a
+    base of another architecture, one beside sequential edits, and none where the score needs it.
+    """
+
+    def __init__(
+        self,
+        model: ChatModel,
+        rows: Callable[[str], Sequence[Row]],
+        store: Store,
+        settings: ScoreSettings = ScoreSettings(),
+        prompts: Mapping[str, Sequence[str]] | None = None,
+        base: ChatModel | None = None,
+        watch: Watch = unwatched,
+    ) -> None:
+        if base is not None and base.config_sha256() != model.config_sha256():
+            raise ValueError(f"the base model {base.name!r} has another architecture than {model.name}")
+        if base is not None and settings.sequential:
+            raise ValueError(f"sequential edits put zeros in the place of weights; give no base model ({base.name!r})")
+        if base is None and settings.score == "weight_difference":
+            raise ValueError("score 'weight_difference' needs a base model")
+        self.model, self.store, self.settings, self.base = model, store, settings, base
+        self.config: ModelConfig = model.config
+        self.params: Params = model.params
+        self._prompts, self._watch = prompts or {}, watch
+        self._made: dict[tuple[str, str], Any] = {}
+        self._rows = rows
+        self.held: dict[Point, Params] = {}  # the last edit that went block by block, until it is asked for
+
+    def _once(self, what: str, side: str, make: Callable[[str], Any]) -> Any:
+        if (what, side) not in self._made:
+            self._made[what, side] = make(side)
+        return self._made[what, side]
+
+    def rows(self, side: str) -> list[Row]:
+        """The rows of a side."""
+        return self._once("rows", side, lambda side: list(self._rows(side)))
+
+    def statistics(self, kind: str, side: str) -> Statistics:
+        """The sums of `kind` over the rows of a side, kept in the store."""
+        rows = self.rows(side)
+        with self._watch(f"{kind}, {side}", len(rows)) as done:
+            return sums_once(self.store, self.settings.scoring(kind), self.model, rows, done)
+
+    def scores(self, side: str) -> Scores:
+        """The score of every weight by the data of a side; higher: matters more."""
+        return self._once("scores", side, self._scores)
+
+    def _scores(self, side: str) -> Scores:
+        match self.settings.score:
+            case "magnitude":
+                return magnitude(self.params)
+            case "weight_difference":
+                assert self.base is not None
+                return weight_difference(self.params, self.base.params)
+            case "random":
+                return random_scores(self.config, self.settings.seed + SIDES.index(side), self.model.mesh)
+        return self.statistics(self.settings.score, side).scores(self.config, self.params)
+
+    def about_scores(self, side: str) -> dict[str, Json]:
+        """What `save_scores` says of the scores of a side."""
+        how, rows = self.settings, self.rows(side) if self.settings.score in SUMMED else []
+        return {
+            "kind": how.score,
+            "model": self._fingerprint,
+            "data": data_sha256(rows),
+            "n": len(rows),
+            "loss": how.loss if how.score == "snip" else None,
+            "positions": how.positions,
+        }
+
+    def bases(self, side: str) -> Bases:
+        """The directions of every map's outputs by the energy that the data of a side put there."""
+        return self._once("bases", side, self._bases)
+
+    def _bases(self, side: str) -> Bases:
+        sums = self.statistics("gram", side).sums
+        with self._watch(f"ActSVD, {side}", 0):
+            return act_svd(self.config, self.params, sums)
+
+    def heads(self) -> list[Head]:
+        """The heads that tell harmful prompts (of "safety") from benign ones (of "utility"), most accurate first.
+
+        Raises ValueError where a side has no prompts.
+        """
+        return self._once("heads", "", lambda _: self._heads())
+
+    def _heads(self) -> list[Head]:
+        harmful, benign = (list(self._prompts.get(side, ())) for side in SIDES)
+        if not harmful or not benign:
+            raise ValueError("a ranking of heads needs prompts for safety and for utility, not files of pairs")
+
+        def make() -> Json:
+            seed, size = self.settings.seed, self.settings.probe_batch_size
+            with self._watch("probes of heads", 0):
+                found = ranking(head_accuracies(self.model, harmful, benign, size, seed=seed))
+            return [list(head) for head in found]
+
+        follows = [self._fingerprint, harmful, benign, self.settings.seed]
+        return [(layer, head) for layer, head in self.store.once("heads", follows, make)]
+
+    def sequential(self, kind: str, change: Change) -> Params:
+        """The parameters with `change` applied block by block, each block scored by `kind` as changed below it."""
+        with self._watch(f"{kind}, block by block", self.config.layers) as done:
+            scoring = self.settings.scoring(kind)
+            return change_blocks(scoring, self.config, self.params, self.rows("safety"), change, done)
+
+    def follows(self, point: Point) -> Json:
+        """What the edit of `point` follows from besides the model, in values of JSON; None for the dense model."""
+        if point == DENSE:
+            return None
+        how = self.settings
+        made: dict[str, Json] = {"method": point.method, "values": list(point.values), "control": point.control}
+        if point.method == "heads":
+            return made | {"prompts": [list(self._prompts.get(side, ())) for side in SIDES], "seed": how.seed}
+        kind = "gram" if point.of_ranks else how.score
+        if point.of_scores:
+            base = None if self.base is None else self.base.fingerprint()
+            made |= {"score": how.score, "per": how.per, "base": base}
+            made |= {"seed": how.seed} if how.score == "random" else {}
+        if kind in ("gram", *SUMMED):
+            made |= how.scoring(kind).follows
+            made |= {"data": {side: data_sha256(self.rows(side)) for side in point.sides}}
+        return made | {"sequential": in_turn(self, point)}
+
+    @property
+    def _fingerprint(self) -> str:
+        return self._once("fingerprint", "", lambda _: self.model.fingerprint())
 
 
-def mask_of(material: Material, point: Point) -> dict[str, Any]:
+def in_turn(material: Material, point: Point) -> bool:
+    """Whether a point goes block by block."""
+    possible = point.control is None and len(point.sides) == 1
+    return material.settings.sequential and possible
+
+
+def mask_of(material: Material, point: Point) -> Mask:
     """The weights that a point removes: a boolean tree of the linear maps.
 
     A control removes as many weights of each matrix as its original, at random.
     """
-    config, m, v = material.config, material, point.values
+    config, values, per = material.config, point.values, material.settings.per
+    mask: Mask
     match point.method:
         case "set_difference":
-            mask = set_difference(config, m.safety(), m.utility(), v[0], v[1], m.per)
+            safety, utility = (material.scores(side) for side in SIDES)
+            mask = set_difference(config, safety, utility, values[0], values[1], per)
         case "heads":
-            mask = head_mask(config, m.heads()[: int(v[0])])
+            mask = head_mask(config, material.heads()[: int(values[0])])
         case _:
-            mask = one_sided(config, m.safety(), point, m.per)
+            mask = one_sided(config, material.scores("safety"), point, per)
     return mask if point.control is None else random_like(config, mask, point.control)
 
 
-def one_sided(config: ModelConfig, scores: Any, point: Point, per: str) -> dict[str, Any]:
+def one_sided(config: ModelConfig, scores: Scores, point: Point, per: str) -> Mask:
     """The weights that a point of "top", "bottom" or "n_of_m" removes by `scores`. Raises ValueError for others."""
     match point.method, point.values:
         case "top", (fraction,):
@@ -148,7 +356,7 @@ def one_sided(config: ModelConfig, scores: Any, point: Point, per: str) -> dict[
     raise ValueError(f"{point.method} removes no single weights by one score")
 
 
-def block_by_block(material: Material, point: Point, apply: Callable[[str, Change], Params]) -> Params:
+def block_by_block(material: Material, point: Point) -> Params:
     """The parameters at a one-sided `point` whose blocks are scored on the model as changed below them.
 
     Source: Wanda (arXiv 2306.11695) and ActSVD as published (arXiv 2402.05162, appendix B).
@@ -159,34 +367,61 @@ def block_by_block(material: Material, point: Point, apply: Callable[[str, Chang
         return remove_ranks(config, params, bases, int(point.values[0]), top=point.method == "top_ranks")
 
     def prune(config: ModelConfig, params: Params, found: Statistics) -> Params:
-        make = snip_scores if material.score == "snip" else wanda_scores
-        return apply_mask(params, one_sided(config, make(config, params, found.sums, found.n), point, material.per))
+        scores = found.scores(config, params)
+        return apply_mask(params, one_sided(config, scores, point, material.settings.per))
 
-    return apply("gram", strip) if point.of_ranks else apply(material.score, prune)
+    if point.of_ranks:
+        return material.sequential("gram", strip)
+    return material.sequential(material.settings.score, prune)
 
 
-def edited(material: Material, point: Point) -> tuple[Params, dict[str, Any] | None]:
+def edited(material: Material, point: Point) -> tuple[Params, Mask | None]:
     """The parameters at `point`, and the mask of removed weights where there is one.
 
     A control of ranks takes random directions, of the space that the map's outputs span, for the safety ones.
     """
-    config, params, m = material.config, material.params, material
-    if point.method == "dense":
+    config, params = material.config, material.params
+    if point == DENSE:
         return params, None
-    if m.sequential and point.control is None and point.method in ONE_SIDED:
-        new = block_by_block(m, point, m.sequential)
-        old, now = flatten(params), flatten(new)
-        return new, None if point.of_ranks else nest({path: now[path] != old[path] for path in linear_maps(config)})
+    if in_turn(material, point):
+        changed = material.held.pop(point) if point in material.held else block_by_block(material, point)
+        return changed, None if point.of_ranks else _changes(params, changed, config)
     if not point.of_ranks:
         mask = mask_of(material, point)
-        return apply_mask(params, mask, m.base), mask
-    safety, first = m.safety_bases(), int(point.values[0])
+        return apply_mask(params, mask, None if material.base is None else material.base.params), mask
+    safety, rank = material.bases("safety"), int(point.values[0])
     if point.control is not None:
-        needed = first if point.method == "top_ranks" else config.embed - first
+        needed = rank if point.method == "top_ranks" else config.embed - rank
         safety = random_bases(config, safety, point.control, needed)
     if point.method == "orthogonal":
-        return remove_orthogonal(config, params, safety, m.utility_bases(), first, int(point.values[1])), None
-    return remove_ranks(config, params, safety, first, top=point.method == "top_ranks"), None
+        return remove_orthogonal(config, params, safety, material.bases("utility"), rank, int(point.values[1])), None
+    return remove_ranks(config, params, safety, rank, top=point.method == "top_ranks"), None
+
+
+def _changes(before: Params, after: Params, config: ModelConfig) -> Mask:
+    """True where a weight of the linear maps is another one."""
+    old, new = flatten(before), flatten(after)
+    return nest({path: new[path] != old[path] for path in linear_maps(config)})
+
+
+def removed(material: Material, point: Point) -> dict[str, Any] | None:
+    """The share of the weights that `point` removes, of all ("sparsity") and by layer of each map ("layers").
+
+    Kept in the material's store; None for the dense model and for ranks.
+    """
+    if point == DENSE or point.of_ranks:
+        return None
+
+    def make() -> Json:
+        material.held.clear()
+        if in_turn(material, point):
+            material.held[point] = block_by_block(material, point)
+            mask = _changes(material.params, material.held[point], material.config)
+        else:
+            mask = mask_of(material, point)
+        return {"sparsity": sparsity(mask), "layers": {k: v.tolist() for k, v in layer_shares(mask).items()}}
+
+    return material.store.once("removed", [material.model.fingerprint(), material.follows(point)], make, JSON)
 
 
 def mean_ranks(config: ModelConfig, point: Point) -> float | None:
@@ -200,7 +435,7 @@ def mean_ranks(config: ModelConfig, point: Point) -> float | None:
 
 def family(point: Point, score: str) -> str:
     """The line of a plot that a point belongs to."""
-    if point.method == "dense":
+    if point == DENSE:
         return "dense"
     if point.control is not None:
         return "random ranks" if point.of_ranks else "random weights"

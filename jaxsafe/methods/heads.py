@@ -7,8 +7,7 @@ n prompts, B batch, L layers, D embed, N heads, K kv_heads, H head_dim
 """
 
 import functools
-from collections.abc import Collection, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +16,13 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from jaxsafe.io.chat_model import ChatModel
-from jaxsafe.kernels.capture import capture
+from jaxsafe.chat.model import ChatModel
+from jaxsafe.kernels.forward import capture
+from jaxsafe.kernels.units import Head
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.taps import At
 from jaxsafe.model.transformer import Params
-from jaxsafe.model.weights import layer_shape, linear_maps, nest
-from jaxsafe.parallel import put_rows
-from jaxsafe.text.batches import Batch, map_batches
-from jaxsafe.text.chat import check_context
-
-Head = tuple[int, int]
-"""(layer, head), both counted from 0."""
+from jaxsafe.rows import Batch
 
 
 def head_accuracies(
@@ -52,11 +46,9 @@ def head_states(model: ChatModel, prompts: Sequence[str], batch_size: int = 32) 
     """What each head hands to the output map at the last token of each prompt, float32 [n, L, N, H]."""
 
     def call(batch: Batch, indices: np.ndarray) -> jax.Array:
-        return _at_end(model.config, model.params, put_rows(batch, model.mesh))
+        return _at_end(model.config, model.params, batch)
 
-    rows = model.rows(prompts)
-    check_context(rows, model.config.context)
-    return map_batches(call, rows, batch_size, model.row_multiple)
+    return model.map(call, model.rows(prompts), batch_size)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -95,30 +87,3 @@ def ranking(accuracies: np.ndarray) -> list[Head]:
     """The heads of `accuracies` [L, N], most accurate first, ties by layer and then by head."""
     order = np.argsort(-accuracies, axis=None, kind="stable")
     return [(int(i) // accuracies.shape[1], int(i) % accuracies.shape[1]) for i in order]
-
-
-def head_mask(config: ModelConfig, heads: Collection[Head]) -> dict[str, Any]:
-    """The mask that ablates `heads`: their outputs of q and inputs of o, over all seven maps.
-
-    k and v belong to a group of query heads and are covered only where the whole group is in `heads`. Raises
-    ValueError for a head that the model does not have.
-    """
-    chosen = np.zeros((config.layers, config.heads), bool)
-    for layer, head in heads:
-        if not (0 <= layer < config.layers and 0 <= head < config.heads):
-            raise ValueError(f"no head {(layer, head)}; the model has {config.layers} layers of {config.heads} heads")
-        chosen[layer, head] = True
-    group: Any = np.logical_and.reduce(chosen.reshape(config.layers, config.kv_heads, config.groups), axis=-1)
-    covered = {
-        "layers/q": chosen[:, None, :, None],
-        "layers/k": group[:, None, :, None],
-        "layers/v": group[:, None, :, None],
-        "layers/o": chosen[:, :, None, None],
-    }
-    none = np.zeros((1, 1, 1), bool)
-    return nest(
-        {
-            path: jnp.broadcast_to(covered.get(path, none), (config.layers, *layer_shape(config, weight)))
-            for path, weight in linear_maps(config).items()
-        }
-    )

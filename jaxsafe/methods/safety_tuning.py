@@ -4,21 +4,19 @@ Harmful requests are paired with short refusals, benign ones with what the model
 """
 
 import dataclasses
-import hashlib
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from importlib import resources
-from typing import Any
 
 import numpy as np
 
-from jaxsafe.io.chat_model import ChatModel
-from jaxsafe.kernels.generate import generate_rows
-from jaxsafe.methods.fine_tuning import FineTuning, fine_tune_run
-from jaxsafe.methods.scans import Progress, silent
-from jaxsafe.text.batches import Row
-from jaxsafe.text.datasets import PromptSet
+from jaxsafe.chat.model import ChatModel
+from jaxsafe.digest import digest
+from jaxsafe.kernels.sampling import Decoding
+from jaxsafe.methods.trainer import FineTuning, Step, train
+from jaxsafe.progress import Progress, silent
+from jaxsafe.prompts.sets import PromptSet
+from jaxsafe.rows import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,13 +35,13 @@ class TuningSettings:
 
     def digest(self, model: ChatModel, sets: Sequence[PromptSet]) -> str:
         """What the tuned weights follow from, as a short name for a cache."""
-        content = [dataclasses.asdict(self), model.fingerprint(), [s.sha256 for s in sets], builtin_refusals()]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:12]
+        data = [prompts.sha256 for prompts in sets], builtin_refusals()
+        return digest(dataclasses.asdict(self), model.fingerprint(), data)[:12]
 
 
 def builtin_refusals() -> list[str]:
     """Short refusals that fit any request, written for this project."""
-    text = resources.files("jaxsafe.text").joinpath("builtin/refusals.txt").read_text(encoding="utf-8")
+    text = resources.files("jaxsafe.prompts").joinpath("builtin/refusals.txt").read_text(encoding="utf-8")
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
@@ -57,17 +55,8 @@ def tuning_rows(
 ) -> list[Row]:
     """Prompts with the answers to learn; a refusal ends with the end-of-text token, a cut answer does not."""
     rng = np.random.default_rng(settings.seed)
-    eos = model.tokenizer.eos_ids
     end = (model.tokenizer.hf.eos_token_id,)
-    own = generate_rows(
-        model.config,
-        model.params,
-        model.rows(benign),
-        max_new_tokens=settings.answer_tokens,
-        eos=eos,
-        mesh=model.mesh,
-        done=done,
-    )
+    own = model.answers(benign, Decoding(settings.answer_tokens), done=done)
     rows = []
     for row in model.rows(harmful):
         refusal = refusals[int(rng.integers(len(refusals)))]
@@ -80,13 +69,9 @@ def tuning_rows(
 
 
 def safety_tune(
-    model: ChatModel,
-    rows: Sequence[Row],
-    settings: TuningSettings,
-    folder: str | os.PathLike | None = None,
-    on_step: Callable[[int, float], None] = lambda step, loss: None,
-) -> Any:
-    """The parameters after tuning on `rows`; an interrupted run goes on from its checkpoints in `folder`."""
+    model: ChatModel, rows: Sequence[Row], settings: TuningSettings, folder: str | os.PathLike | None = None
+) -> Iterator[Step]:
+    """The steps of tuning on `rows`; an interrupted run goes on from its checkpoints in `folder`."""
     run = FineTuning(
         steps=settings.steps,
         batch_size=settings.batch_size,
@@ -97,4 +82,4 @@ def safety_tune(
         seed=settings.seed,
         checkpoint_every=24,
     )
-    return fine_tune_run(model.config, model.params, rows, run, folder, on_step, mesh=model.mesh)
+    return train(model.config, model.params, rows, run, mesh=model.mesh, folder=folder)

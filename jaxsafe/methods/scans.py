@@ -1,37 +1,32 @@
 """SCANS: safety-conscious activation steering (Cao et al., AAAI 2025, arXiv 2408.11491).
 
-Directions from anchors, a classifier of prompts by how their hidden states move toward an affirmative, and
-answers steered toward refusal or away from it by the classifier's verdict on each prompt.
+Directions from anchors, a classifier of prompts by how their hidden states move toward an affirmative, and a steering
+toward refusal or away from it by the classifier's verdict on each prompt.
 
-B batch, L layers, D embed, n prompts
+L layers, D embed, n prompts, A tokens of the affirmative
 """
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import flax.struct
 import jax.numpy as jnp
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from jaxsafe.io.chat_model import ChatModel
-from jaxsafe.kernels.generate import Generated, as_arrays, eos_array, sampling_keys
-from jaxsafe.kernels.sampling import Sampling, check_sampling, row_seeds
-from jaxsafe.kernels.steering import (
-    Steering,
-    anchor_states,
-    rerun_slots,
-    scans_answer,
-    scans_prefill,
-    score,
-    unit,
-    vocabulary_projection,
-)
-from jaxsafe.parallel import fetch, put_rows
-from jaxsafe.text.batches import Batch, Row, map_batches
-from jaxsafe.text.chat import check_context
+from jaxsafe.chat.model import ChatModel
+from jaxsafe.digest import arrays_sha256
+from jaxsafe.evaluation.stats import classification, scans_average
+from jaxsafe.io.store import TREE, Store
+from jaxsafe.kernels.steering import Steering, anchor_states, unit, vocabulary_projection
+from jaxsafe.model.layers import LayerRange
+from jaxsafe.parallel import fetch
+from jaxsafe.progress import Progress, silent
+from jaxsafe.prompts.sets import PromptSet
+from jaxsafe.records.run import Json, Sample
+from jaxsafe.records.scans import Choice, Classifier, Details, Preparation, Scores, Segment, Token, Vocabulary
+from jaxsafe.rows import Batch, check_context, data_sha256
 
 AFFIRMATIVE = "Sure"
 # What a projection of refusal looks like among tokens; used to mark a table, never to decide a verdict.
@@ -39,59 +34,45 @@ REFUSAL_STEMS = (
     "refus reject cannot can't impossib deny denied declin sorry apolog unable forbid prohibit not illegal harm danger"
 ).split()
 
-Progress = Callable[[int], None]
-
-
-def silent(n: int) -> None:
-    """A `Progress` that tells nobody."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Decoding:
-    """How answers are decoded: greedy by default, up to `max_new_tokens`, in batches of at most `batch_size`."""
-
-    max_new_tokens: int = 64
-    sampling: Sampling = dataclasses.field(default_factory=Sampling)
-    seed: int = 0
-    batch_size: int = 32
-
 
 @dataclasses.dataclass(frozen=True)
 class Directions:
-    """What the anchors tell, per layer; float32 NumPy.
+    """What the anchors say, per layer; float32 NumPy.
 
     direction:     [L, D] mean harmful minus mean benign hidden state at the instruction's end, of unit length
     norm:          [L] its length before that
     residual_norm: [L] mean length of the hidden states there, the unit of `alpha_rel`
     reference:     [L, D] mean change of the harmful anchors from there to the affirmative
+    affirmative:   int32 [A] the affirmative's tokens
     """
 
     direction: np.ndarray
     norm: np.ndarray
     residual_norm: np.ndarray
     reference: np.ndarray
+    affirmative: np.ndarray
 
 
-@flax.struct.dataclass
+@dataclasses.dataclass(frozen=True)
 class Reading:
-    """Of each prompt and layer: cosine of its change with the reference, projection of its state; [n, L]."""
+    """Of each prompt and layer: cosine of its change with the reference, projection of its state; float32 [n, L]."""
 
-    cosines: Any
-    projections: Any
-
-
-@flax.struct.dataclass
-class Answers:
-    """The scores [n] of prompts, and their answers without and with steering."""
-
-    scores: Any
-    before: Generated
-    after: Generated
+    cosines: np.ndarray
+    projections: np.ndarray
 
 
-def affirmative_ids(model: ChatModel) -> jnp.ndarray:
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A steering, what it steers with, and how it came about (None where a file does not say)."""
+
+    steering: Steering
+    choice: Choice
+    record: Preparation | None
+
+
+def affirmative_ids(model: ChatModel) -> np.ndarray:
     """The token ids of the affirmative, int32 [A]."""
-    return jnp.asarray(model.tokenizer.plain_ids(AFFIRMATIVE), jnp.int32)
+    return np.asarray(model.tokenizer.plain_ids(AFFIRMATIVE), np.int32)
 
 
 def find_directions(
@@ -99,23 +80,26 @@ def find_directions(
 ) -> Directions:
     """Refusal directions and the classifier's reference from anchor prompts (SCANS, eq. 1 and section 3.3).
 
-    The hidden state of block l is the residual stream after it, before the last norm for every l.
+    The hidden state of block l is the residual stream after it, before the last norm for every l. Raises ValueError
+    for a prompt beyond the model's context.
     """
-    affirmative = affirmative_ids(model)
+    ids = affirmative_ids(model)
+    affirmative = jnp.asarray(ids)
 
     def call(batch: Batch, indices: np.ndarray) -> Any:
-        return anchor_states(model.config, model.params, put_rows(batch, model.mesh), affirmative)
+        return anchor_states(model.config, model.params, batch, affirmative, model.edits)
 
     rows = model.rows([*harmful, *benign])
-    check_context(rows, model.config.context, len(affirmative))
-    states, changes = map_batches(call, rows, batch_size, model.row_multiple, done)
+    check_context(rows, model.config.context, len(ids))
+    states, changes = model.map(call, rows, batch_size, done)
     n = len(harmful)
     difference = states[:n].mean(0) - states[n:].mean(0)
     return Directions(
-        direction=np.asarray(unit(difference)),
+        direction=np.asarray(unit(jnp.asarray(difference))),
         norm=np.linalg.norm(difference, axis=-1),
         residual_norm=np.linalg.norm(states, axis=-1).mean(0),
         reference=changes[:n].mean(0),
+        affirmative=ids,
     )
 
 
@@ -123,137 +107,158 @@ def read_prompts(
     model: ChatModel, directions: Directions, prompts: Sequence[str], batch_size: int = 32, done: Progress = silent
 ) -> Reading:
     """One pass over `prompts`: what the classifier and the tables need of them."""
-    affirmative = affirmative_ids(model)
+    affirmative = jnp.asarray(directions.affirmative)
     reference, direction = jnp.asarray(directions.reference), jnp.asarray(directions.direction)
 
-    def call(batch: Batch, indices: np.ndarray) -> Reading:
-        states, changes = anchor_states(model.config, model.params, put_rows(batch, model.mesh), affirmative)
-        return Reading(
-            cosines=jnp.einsum("bld,ld->bl", unit(changes), unit(reference)),
-            projections=jnp.einsum("bld,ld->bl", states, direction),
-        )
+    def call(batch: Batch, indices: np.ndarray) -> Any:
+        states, changes = anchor_states(model.config, model.params, batch, affirmative, model.edits)
+        cosines = jnp.einsum("bld,ld->bl", unit(changes), unit(reference))
+        return cosines, jnp.einsum("bld,ld->bl", states, direction)
 
     rows = model.rows(prompts)
-    check_context(rows, model.config.context, len(affirmative))
-    return map_batches(call, rows, batch_size, model.row_multiple, done)
+    check_context(rows, model.config.context, len(directions.affirmative))
+    return Reading(*model.map(call, rows, batch_size, done))
+
+
+def directions_once(
+    store: Store, model: ChatModel, harmful: Sequence[str], benign: Sequence[str], batch_size: int, done: Progress
+) -> Directions:
+    """`find_directions`, kept in `store`."""
+    rows = [data_sha256(model.rows(prompts)) for prompts in (harmful, benign)]
+    follows = [model.fingerprint(), rows, affirmative_ids(model).tolist()]
+
+    def make() -> Json:
+        return vars(find_directions(model, harmful, benign, batch_size, done))
+
+    return Directions(**_numpy(store.once("directions", follows, make, TREE)))
+
+
+def reading_once(
+    store: Store, model: ChatModel, directions: Directions, prompts: Sequence[str], batch_size: int, done: Progress
+) -> Reading:
+    """`read_prompts`, kept in `store`."""
+    follows = [model.fingerprint(), directions_identity(directions), data_sha256(model.rows(prompts))]
+
+    def make() -> Json:
+        return vars(read_prompts(model, directions, prompts, batch_size, done))
+
+    return Reading(**_numpy(store.once("reading", follows, make, TREE)))
+
+
+def _numpy(tree: dict[str, Any]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(array) for name, array in tree.items()}
+
+
+def directions_identity(directions: Directions) -> str:
+    """Digest of the directions' numbers."""
+    return arrays_sha256(vars(directions).values())
+
+
+def identity(steering: Steering) -> Json:
+    """What answers under `steering` follow from besides the model and the prompts."""
+    return ["SCANS", arrays_sha256(vars(steering).values())]
 
 
 def separation(reading: Reading, harmful: Sequence[bool]) -> list[float]:
     """Per layer, the AUROC with which the projection on the direction tells harmful prompts from others."""
-    return [float(roc_auc_score(np.asarray(harmful), layer)) for layer in np.asarray(reading.projections).T]
+    return [float(roc_auc_score(np.asarray(harmful), layer)) for layer in reading.projections.T]
 
 
-def steering_of(
-    directions: Directions,
-    scored: tuple[int, int],
-    threshold: float,
-    steered: tuple[int, int],
-    alpha: float | None = None,
-    alpha_rel: float | None = None,
-) -> Steering:
-    """The `Steering` that averages cosines over blocks `scored` and adds to blocks `steered`, both [first, end).
+def fixed_choice(
+    alpha: float | None,
+    alpha_rel: float | None,
+    scored: Sequence[int] | None,
+    layers: Sequence[int] | None,
+    threshold: float | None,
+) -> Choice | None:
+    """The choice that a config makes by itself, None where it leaves something to calibration.
 
-    The strength is `alpha` in every layer (as published), or `alpha_rel` times the mean length of the
-    residual stream of each layer. Raises ValueError unless exactly one is given, and for an empty range.
+    Raises ValueError where both strengths are given, and for an absolute one with something left open.
     """
+    if alpha is not None and alpha_rel is not None:
+        raise ValueError(f"config.alpha {alpha:g} and config.alpha_rel {alpha_rel:g} are two strengths; give one")
+    if scored is not None and layers is not None and threshold is not None and (alpha, alpha_rel) != (None, None):
+        ranges = LayerRange.parse(scored, "config.scored"), LayerRange.parse(layers, "config.layers")
+        return Choice(*ranges, threshold, alpha, alpha_rel)
+    if alpha is not None:
+        raise ValueError("config.alpha needs config.layers, config.scored and config.threshold; else give alpha_rel")
+    return None
+
+
+def steering_of(directions: Directions, choice: Choice) -> Steering:
+    """The `Steering` that averages cosines over the blocks `choice.scored` and adds to the blocks `choice.layers`.
+
+    The strength is `alpha` in every layer (as published), or `alpha_rel` times the mean length of the residual stream
+    of each layer. Raises ValueError unless exactly one is given, and for layers that the model does not have.
+    """
+    alpha, alpha_rel = choice.alpha, choice.alpha_rel
     if (alpha is None) == (alpha_rel is None):
         raise ValueError(f"give either alpha or alpha_rel, not both and not neither; got {alpha} and {alpha_rel}")
     layers = len(directions.norm)
-    for name, (first, end) in {"scored": scored, "steered": steered}.items():
-        if not 0 <= first < end <= layers:
-            raise ValueError(f"{name} layers [{first}, {end}) do not lie within the model's {layers} layers")
     strength = np.full(layers, alpha) if alpha is not None else float(alpha_rel or 0) * directions.residual_norm
     return Steering(
         directions=jnp.asarray(directions.direction),
         reference=jnp.asarray(directions.reference),
-        scored=jnp.asarray(layer_mask(layers, scored)),
-        threshold=jnp.float32(threshold),
-        strength=jnp.asarray(layer_mask(layers, steered) * strength, jnp.float32),
+        scored=jnp.asarray(choice.scored.mask(layers), jnp.float32),
+        threshold=jnp.float32(choice.threshold),
+        strength=jnp.asarray(choice.layers.mask(layers) * strength, jnp.float32),
+        affirmative=jnp.asarray(directions.affirmative),
     )
 
 
-def layer_mask(layers: int, range_: tuple[int, int]) -> np.ndarray:
-    """1.0 for layers in [first, end), else 0.0; float32 [layers]."""
-    index = np.arange(layers)
-    return ((index >= range_[0]) & (index < range_[1])).astype(np.float32)
+def check_lengths(model: ChatModel, sets: Sequence[PromptSet], new_tokens: int) -> None:
+    """Raises ValueError for a prompt that leaves the context no room for `new_tokens` or the affirmative."""
+    room = max(new_tokens, len(affirmative_ids(model)))
+    for prompts in sets:
+        check_context(model.rows(prompts.prompts), model.config.context, room)
 
 
-def unsteered(steering: Steering) -> Steering:
-    """`steering` with no strength: the same programs then answer as the model itself does."""
-    return steering.replace(strength=jnp.zeros_like(steering.strength))  # type: ignore[attr-defined]
+def details(prepared: Prepared, plain: Sequence[Sample], steered: Sequence[Sample], setting: str, text: str) -> Details:
+    """What a SCANS run has of its own, from the samples without and with steering under `setting`.
 
-
-def answer_both(
-    model: ChatModel,
-    steering: Steering,
-    rows: Sequence[Row],
-    decoding: Decoding,
-    done: Callable[[np.ndarray, Answers], None] = lambda indices, answers: None,
-) -> Answers:
-    """Answers to `rows` without and with steering, both from one prefill.
-
-    `done(indices, answers)` hears of every finished batch, so that a long run can be kept.
+    The classifier is judged by the steered samples whose prompts are labelled; `text` says what perplexity is of.
     """
-    check_sampling(decoding.sampling)
-    check_context(rows, model.config.context, decoding.max_new_tokens)
-    numbers = row_seeds(rows)
-    affirmative, eos = affirmative_ids(model), jnp.asarray(eos_array(model.tokenizer.eos_ids))
-    slots = max(decoding.max_new_tokens, len(affirmative))
-    sampling = as_arrays(decoding.sampling)
-    off = unsteered(steering)
-
-    def call(batch: Batch, indices: np.ndarray) -> Answers:
-        again = rerun_slots(batch)
-        batch = put_rows(batch, model.mesh)
-        start = (model.config, model.params, batch)
-        prefilled = scans_prefill(*start, affirmative, steering.reference, slots)
-        keys = sampling_keys(decoding.seed, numbers[indices])
-        rest = (sampling, keys, eos, decoding.max_new_tokens, again)
-        answers = Answers(
-            scores=score(prefilled.cosines, steering.scored),
-            before=scans_answer(*start, prefilled, off, *rest),
-            after=scans_answer(*start, prefilled, steering, *rest),
-        )
-        done(indices, answers)
-        return answers
-
-    return map_batches(call, rows, decoding.batch_size, model.row_multiple)
+    told = [s for s in steered if s.setting == setting and s.harmful is not None and s.score is not None]
+    scores, labels = tuple(float(s.score or 0.0) for s in told), tuple(bool(s.harmful) for s in told)
+    choice, record = prepared.choice, prepared.record
+    found = classification(scores, labels, choice.threshold) if told else None
+    calibration = (None, None) if record is None else (record.calibration, record.roc)
+    classifier = Classifier(choice.scored, choice.threshold, Scores(scores, labels), found, *calibration)
+    averages = _average(plain, setting), _average(steered, setting)
+    return Details(choice, record, classifier, None if None in averages else averages, text)
 
 
-def vocabulary(model: ChatModel, directions: Directions, top: int = 10) -> dict[str, Any]:
+def _average(samples: Sequence[Sample], setting: str) -> float | None:
+    """The paper's Avg.: compliance on safe and refusal of harmful prompts; None where one kind is missing."""
+    of = {side: [s.refused for s in samples if s.setting == setting and s.harmful is side] for side in (False, True)}
+    return scans_average(of[False], of[True]).value if of[False] and of[True] else None
+
+
+def vocabulary(model: ChatModel, directions: Directions, top: int = 10) -> Vocabulary:
     """The tokens that directions point to (SCANS, section 3.2 and table 1).
 
-    "segments": the first principal component (not centred) of the directions of the former, middle and latter
-    third; "layers": each layer's own direction. A component is turned so that it agrees with its segment's mean.
+    Segments: the first principal component (not centred) of the directions of the former, middle and latter
+    third; layers: each layer's own direction. A component is turned so that it agrees with its segment's mean.
     """
     L = len(directions.norm)
     bounds = [0, L // 3, 2 * L // 3, L]
+    ranges = [LayerRange(first, stop) for first, stop in itertools.pairwise(bounds)]
     components, explained = [], []
-    for first, end in itertools.pairwise(bounds):
-        _, s, vt = np.linalg.svd(directions.direction[first:end], full_matrices=False)
-        agrees = vt[0] @ directions.direction[first:end].mean(0) >= 0
+    for layers in ranges:
+        _, s, vt = np.linalg.svd(directions.direction[layers.slice], full_matrices=False)
+        agrees = vt[0] @ directions.direction[layers.slice].mean(0) >= 0
         components.append(vt[0] if agrees else -vt[0])
         explained.append(float(s[0] ** 2 / (s**2).sum()))
     vectors = jnp.asarray(np.stack([*components, *directions.direction]))
     values, ids = fetch(vocabulary_projection(model.config, model.params, vectors, top))
 
-    def tokens(row: int) -> list[dict[str, Any]]:
+    def tokens(row: int) -> tuple[Token, ...]:
         texts = [model.tokenizer.hf.decode([int(i)]) for i in ids[row]]
-        return [
-            {"token": text, "score": float(value), "refusal": any(s in text.lower() for s in REFUSAL_STEMS)}
+        return tuple(
+            Token(text, float(value), any(stem in text.lower() for stem in REFUSAL_STEMS))
             for text, value in zip(texts, values[row], strict=True)
-        ]
+        )
 
     names = ("former", "middle", "latter")
-    return {
-        "segments": [
-            {
-                "name": names[i],
-                "layers": [bounds[i], bounds[i + 1] - 1],
-                "explained_variance": explained[i],
-                "tokens": tokens(i),
-            }
-            for i in range(3)
-        ],
-        "layers": [{"layer": layer, "tokens": tokens(3 + layer)} for layer in range(L)],
-    }
+    segments = (Segment(name, ranges[i], explained[i], tokens(i)) for i, name in enumerate(names))
+    return Vocabulary(tuple(segments), tuple(tokens(len(names) + layer) for layer in range(L)))

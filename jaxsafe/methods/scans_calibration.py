@@ -4,88 +4,108 @@ n prompts, L layers
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from jaxsafe.evaluation.judges import Judge
-from jaxsafe.evaluation.metrics import best_threshold, rate
-from jaxsafe.io.chat_model import ChatModel
-from jaxsafe.kernels.generate import Generated, as_arrays, eos_array, sampling_keys
-from jaxsafe.kernels.sampling import row_seeds
-from jaxsafe.kernels.steering import Steering, answer_divergence, rerun_slots, scans_answer, scans_prefill
-from jaxsafe.methods.scans import Decoding, Directions, affirmative_ids, steering_of, unsteered
-from jaxsafe.parallel import fetch, put_rows
-from jaxsafe.text.batches import Batch, map_batches
-from jaxsafe.text.chat import check_context
+from jaxsafe.chat.answers import Answers
+from jaxsafe.chat.model import ChatModel
+from jaxsafe.evaluation.judges.judge import Judge
+from jaxsafe.evaluation.stats import best_threshold, rate
+from jaxsafe.io.store import Store
+from jaxsafe.kernels.sampling import Decoding
+from jaxsafe.kernels.steering import Steering
+from jaxsafe.methods.scans import Directions, Reading, directions_identity, steering_of
+from jaxsafe.model.layers import LayerRange
+from jaxsafe.progress import Progress, silent
+from jaxsafe.records.run import Json, from_json, plain
+from jaxsafe.records.scans import Candidate, Choice, Strength, Vocabulary
+from jaxsafe.rows import data_sha256
 
-Range = tuple[int, int]
+Setting = tuple[LayerRange, float]
+"""Layers to steer, and alpha_rel."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Candidate:
-    """A setting and what it did to the calibration prompts (rates in [0, 1], KL in nats a token)."""
+class Calibration:
+    """Labelled prompts that settings are tried on, how answers to them are made and judged, and what is allowed.
 
-    layers: Range
-    alpha_rel: float
-    threshold: float
-    refusal_safe: float
-    refusal_harmful: float
-    kl_benign: float
+    kl_limit: nats a token on safe prompts that the model answers anyway; max_drop: of the refusal rate of harmful
+    prompts.
+    """
 
-    @property
-    def balanced_accuracy(self) -> float:
-        """Mean of compliance on safe prompts and refusal on harmful ones."""
-        return (1 - self.refusal_safe + self.refusal_harmful) / 2
+    prompts: tuple[str, ...]
+    harmful: tuple[bool, ...]
+    judge: Judge
+    decoding: Decoding
+    batch_size: int = 32
+    kl_limit: float = 0.1
+    max_drop: float = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Open:
+    """What is given of a choice; None is chosen. threshold_by: "outcome" (refusals under steering) or "roc"."""
+
+    scored: LayerRange | None = None
+    layers: LayerRange | None = None
+    threshold: float | None = None
+    strengths: tuple[float, ...] = (0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1)
+    threshold_by: str = "outcome"
+
+    def __post_init__(self) -> None:
+        if self.threshold_by not in ("roc", "outcome"):
+            raise ValueError(f"config.threshold_by {self.threshold_by!r} is not known; use 'outcome' or 'roc'")
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """Verdicts on the calibration prompts' answers: True where refused, None where that could not be told.
+    """Verdicts on the calibration prompts' answers: True where refused, None where that cannot be told.
 
-    before: unsteered [n]; toward, away: steered toward refusal and away from it, by (layers, alpha_rel), [n]
-    each. Which of the two a prompt gets is then a matter of the threshold alone.
+    before: unsteered [n]; toward, away: steered toward refusal and away from it, by setting, [n] each. Which of the two
+    a prompt gets is then a matter of the threshold alone. answers: the unsteered ones.
     """
 
     before: list[bool | None]
-    toward: dict[tuple[Range, float], list[bool | None]]
-    away: dict[tuple[Range, float], list[bool | None]]
-    answers: Generated
+    toward: dict[Setting, list[bool | None]]
+    away: dict[Setting, list[bool | None]]
+    answers: Answers
 
 
-def choose_classifier(cosines: np.ndarray, harmful: Sequence[bool], shortest: int | None = None) -> tuple[Range, float]:
-    """The layers [first, end) whose mean cosine tells harmful prompts best (AUROC), and the threshold there.
+def choose_classifier(
+    cosines: np.ndarray, harmful: Sequence[bool], shortest: int | None = None
+) -> tuple[LayerRange, float]:
+    """The layers whose mean cosine tells harmful prompts best (AUROC), and the threshold there.
 
     `cosines` [n, L]. Every contiguous range of at least `shortest` layers (default: a quarter of them) is
     tried; of equally good ones the longest is taken. The threshold has the best balanced accuracy on the ROC.
     """
     L = cosines.shape[1]
     shortest = max(1, L // 4) if shortest is None else shortest
-    ranges = [(a, b) for a in range(L) for b in range(a + shortest, L + 1)]
+    ranges = [LayerRange(a, b) for a in range(L) for b in range(a + shortest, L + 1)]
     totals = np.concatenate([np.zeros((len(cosines), 1)), np.cumsum(cosines, axis=1)], axis=1)
     labels = np.asarray(harmful, bool)
 
-    def scores(r: Range) -> np.ndarray:
-        return (totals[:, r[1]] - totals[:, r[0]]) / (r[1] - r[0])
+    def scores(r: LayerRange) -> np.ndarray:
+        return (totals[:, r.stop] - totals[:, r.first]) / len(r)
 
     # Rounded, since sums of equal areas differ in their last bits and would decide between equals.
-    best = max(ranges, key=lambda r: (round(roc_auc_score(labels, scores(r)), 12), r[1] - r[0]))
+    best = max(ranges, key=lambda r: (round(roc_auc_score(labels, scores(r)), 12), len(r)))
     return best, best_threshold(scores(best), labels.tolist())
 
 
-def layer_candidates(layers: int, vocabulary: dict[str, Any] | None = None) -> list[Range]:
+def layer_candidates(layers: int, vocabulary: Vocabulary | None = None) -> list[LayerRange]:
     """Ranges to try: the third whose projection names refusal most often, the middle third, and the one behind it."""
     third = [(0, layers // 3), (layers // 3, 2 * layers // 3), (2 * layers // 3, layers)]
     ranges = [third[1], (layers // 2, 5 * layers // 6)]
     if vocabulary:
-        named = [sum(t["refusal"] for t in segment["tokens"]) for segment in vocabulary["segments"]]
+        named = [sum(token.refusal for token in segment.tokens) for segment in vocabulary.segments]
         if max(named) and third[int(np.argmax(named))] not in ranges:
             ranges.insert(0, third[int(np.argmax(named))])
     # A control vector cannot name block 0.
-    return list(dict.fromkeys((max(1, first), end) for first, end in ranges if end > max(1, first)))
+    return list(dict.fromkeys(LayerRange(max(1, first), end) for first, end in ranges if end > max(1, first)))
 
 
 def toward(steering: Steering) -> Steering:
@@ -101,52 +121,27 @@ def away(steering: Steering) -> Steering:
 def try_strengths(
     model: ChatModel,
     directions: Directions,
-    settings: Sequence[tuple[Range, float]],
-    prompts: Sequence[str],
-    judge: Judge,
-    decoding: Decoding,
-    done: Callable[[int], None] = lambda count: None,
+    settings: Sequence[Setting],
+    calibration: Calibration,
+    done: Progress = silent,
 ) -> Trial:
-    """Answers `prompts` under each of `settings` (layers, alpha_rel), toward refusal and away from it.
-
-    One prefill of a batch serves all of them, and all of them run the same compiled program. `done(n)` hears
-    of n prompts answered under one setting.
-    """
-    L = len(directions.norm)
-    steerings = [steering_of(directions, (0, L), 0.0, layers, alpha_rel=a) for layers, a in settings]
-    rows = model.rows(prompts)
-    numbers = row_seeds(rows)
-    affirmative, eos = affirmative_ids(model), np.asarray(eos_array(model.tokenizer.eos_ids))
-    new = decoding.max_new_tokens
-    check_context(rows, model.config.context, max(new, len(affirmative)))
-
-    def call(batch: Batch, indices: np.ndarray) -> dict[str, Any]:
-        again = rerun_slots(batch)
-        batch = put_rows(batch, model.mesh)
-        start = (model.config, model.params, batch)
-        prefilled = scans_prefill(*start, affirmative, directions.reference, max(new, len(affirmative)))
-        rest = (as_arrays(decoding.sampling), sampling_keys(decoding.seed, numbers[indices]), eos, new, again)
-        out: dict[str, Any] = {"before": scans_answer(*start, prefilled, unsteered(steerings[0]), *rest), "steered": []}
-        for steering in steerings:
-            signed = (toward(steering), away(steering))
-            out["steered"].append([scans_answer(*start, prefilled, s, *rest) for s in signed])
-            done(int((indices >= 0).sum()))
-        return out
-
-    out = map_batches(call, rows, decoding.batch_size, model.row_multiple)
-
-    def refused(answers: Generated) -> list[bool | None]:
-        return [judge.refused(text) for text in model.tokenizer.decode(answers.tokens, answers.lengths)]
-
+    """Answers the calibration prompts under each of `settings`, toward refusal and away from it, from one prefill."""
+    whole = LayerRange(0, len(directions.norm))
+    steerings = [steering_of(directions, Choice(whole, layers, 0.0, alpha_rel=a)) for layers, a in settings]
+    rules = [None, *(signed(steering) for steering in steerings for signed in (toward, away))]
+    prompts = calibration.prompts
+    answers = model.steered(rules).answers(prompts, calibration.decoding, calibration.batch_size, done)
+    verdicts = [calibration.judge.refused(prompts, each.texts) for each in answers]
+    before, both = verdicts[0], verdicts[1:]
     return Trial(
-        before=refused(out["before"]),
-        toward={setting: refused(both[0]) for setting, both in zip(settings, out["steered"], strict=True)},
-        away={setting: refused(both[1]) for setting, both in zip(settings, out["steered"], strict=True)},
-        answers=out["before"],
+        before,
+        toward=dict(zip(settings, both[0::2], strict=True)),
+        away=dict(zip(settings, both[1::2], strict=True)),
+        answers=answers[0],
     )
 
 
-def outcome(trial: Trial, setting: tuple[Range, float], scores: np.ndarray, threshold: float) -> list[bool | None]:
+def outcome(trial: Trial, setting: Setting, scores: np.ndarray, threshold: float) -> list[bool | None]:
     """The verdicts under `setting` when prompts of `scores` [n] are told apart at `threshold`."""
     told = zip(trial.toward[setting], trial.away[setting], scores >= threshold, strict=True)
     return [t if harmful else a for t, a, harmful in told]
@@ -159,9 +154,7 @@ def refusals(verdicts: Sequence[bool | None], harmful: Sequence[bool]) -> tuple[
     return safe, unsafe
 
 
-def best_outcome(
-    trial: Trial, setting: tuple[Range, float], scores: np.ndarray, harmful: Sequence[bool], max_drop: float
-) -> float:
+def best_outcome(trial: Trial, setting: Setting, scores: np.ndarray, harmful: Sequence[bool], max_drop: float) -> float:
     """The threshold whose outcome under `setting` has the best balanced refusal accuracy.
 
     Only thresholds are taken that lower the refusal of harmful prompts by no more than `max_drop`; where none
@@ -177,34 +170,6 @@ def best_outcome(
         return (min(0.0, unsafe - floor), unsafe - safe, threshold)
 
     return float(max(middles, key=merit))
-
-
-def benign_divergence(
-    model: ChatModel,
-    prompts: Sequence[str],
-    answers: Generated,
-    steerings: Sequence[Steering],
-    batch_size: int = 32,
-    done: Callable[[int], None] = lambda count: None,
-) -> list[float]:
-    """KL(unsteered || steered), nats a token, along the `answers` [n, new] to `prompts`, for each steering."""
-    affirmative = affirmative_ids(model)
-
-    def call(batch: Batch, indices: np.ndarray) -> Any:
-        again = rerun_slots(batch)
-        placed = put_rows(batch, model.mesh)
-        given = put_rows(Generated(answers.tokens[indices], answers.lengths[indices] * (indices >= 0)), model.mesh)
-        slots = max(answers.tokens.shape[1], len(affirmative))
-        start = (model.config, model.params, placed)
-        prefilled = scans_prefill(*start, affirmative, steerings[0].reference, slots)
-        kl = []
-        for steering in steerings:
-            kl.append(fetch(answer_divergence(*start, prefilled, steering, given, again)[0]))
-            done(int((indices >= 0).sum()))
-        return np.stack(kl, axis=1)
-
-    sums = map_batches(call, model.rows(prompts), batch_size, model.row_multiple)
-    return [float(total) for total in sums.sum(0) / max(1, int(answers.lengths.sum()))]
 
 
 def choose_strength(candidates: Sequence[Candidate], kl_limit: float, least_refusal: float) -> Candidate:
@@ -224,41 +189,89 @@ def choose_strength(candidates: Sequence[Candidate], kl_limit: float, least_refu
 def calibrate(
     model: ChatModel,
     directions: Directions,
-    scored: Range,
-    settings: Sequence[tuple[Range, float]],
-    prompts: Sequence[str],
-    harmful: Sequence[bool],
-    scores: np.ndarray,
-    judge: Judge,
-    decoding: Decoding,
-    kl_limit: float,
-    max_drop: float,
+    classifier: tuple[LayerRange, np.ndarray],
+    settings: Sequence[Setting],
+    calibration: Calibration,
     threshold: float | None = None,
-    done: Callable[[int], None] = lambda count: None,
-) -> tuple[Candidate, list[Candidate]]:
-    """The chosen candidate and all of them, one a setting, each at its own best threshold or at the given one.
+    done: Progress = silent,
+) -> list[Candidate]:
+    """Every setting as a candidate, each at its own best threshold or at the given one, the chosen one marked.
 
-    `scores` [n] are the classifier's for `prompts`, over the layers `scored`. The divergence is measured on
-    up to one batch of the safe prompts that the model answers without refusing, along its own answers.
+    `classifier` holds the layers that it averages over and its scores [n] of the prompts. The divergence is measured
+    on up to one batch of the safe prompts that the model answers without refusing, along its own answers. Raises
+    ValueError where there is none, and as `choose_strength` does.
     """
-    trial = try_strengths(model, directions, settings, prompts, judge, decoding, done)
+    scored, scores = classifier
+    prompts, harmful = calibration.prompts, calibration.harmful
+    trial = try_strengths(model, directions, settings, calibration, done)
     complied = [i for i, (v, h) in enumerate(zip(trial.before, harmful, strict=True)) if v is False and not h]
     if not complied:
         raise ValueError("the model refuses every safe calibration prompt; the divergence of answers cannot be told")
-    some = np.array(complied)[np.linspace(0, len(complied) - 1, min(len(complied), decoding.batch_size)).astype(int)]
-    thresholds = [
-        best_outcome(trial, setting, scores, harmful, max_drop) if threshold is None else threshold
-        for setting in settings
+    count = min(len(complied), calibration.batch_size)
+    some = np.array(complied)[np.linspace(0, len(complied) - 1, count).astype(int)]
+    choices = [
+        Choice(
+            scored,
+            layers,
+            best_outcome(trial, (layers, a), scores, harmful, calibration.max_drop) if threshold is None else threshold,
+            alpha_rel=a,
+        )
+        for layers, a in settings
     ]
-    steerings = [
-        steering_of(directions, scored, at, layers, alpha_rel=a)
-        for (layers, a), at in zip(settings, thresholds, strict=True)
+    steerings = [steering_of(directions, choice) for choice in choices]
+    rows = model.rows([prompts[i] for i in some])
+    answers = Answers((), trial.answers.tokens[some], trial.answers.lengths[some])
+    nats = model.steered(steerings).divergences(rows, answers, calibration.batch_size)
+    divergences = [float(total) / max(1, answers.written) for total in nats.sum(1)]
+    candidates = []
+    for setting, choice, kl in zip(settings, choices, divergences, strict=True):
+        safe, unsafe = refusals(outcome(trial, setting, scores, choice.threshold), harmful)
+        strength = setting[1] * float(directions.residual_norm[setting[0].slice].mean())
+        accuracy, allowed = (1 - safe + unsafe) / 2, kl <= calibration.kl_limit
+        candidates.append(
+            Candidate(*setting, strength, choice.threshold, safe, unsafe, accuracy, kl, allowed, chosen=False)
+        )
+    least = refusals(trial.before, harmful)[1] - calibration.max_drop
+    best = choose_strength(candidates, calibration.kl_limit, least)
+    return [dataclasses.replace(c, chosen=c is best) for c in candidates]
+
+
+def choose_once(
+    store: Store,
+    model: ChatModel,
+    directions: Directions,
+    found: tuple[Reading, Vocabulary],
+    given: Open,
+    calibration: Calibration,
+    done: Progress = silent,
+) -> tuple[Choice, Strength, np.ndarray]:
+    """What `given` leaves open, chosen on the calibration prompts; all candidates; and the classifier's scores [n].
+
+    Kept in `store`.
+    """
+    reading, vocabulary = found
+    scored = given.scored or choose_classifier(reading.cosines, calibration.harmful)[0]
+    scores = reading.cosines[:, scored.slice].mean(1)
+    by_roc = given.threshold is None and given.threshold_by == "roc"
+    threshold = best_threshold(scores, calibration.harmful) if by_roc else given.threshold
+    ranges = [given.layers] if given.layers else layer_candidates(model.config.layers, vocabulary)
+    settings = [(layers, a) for layers in ranges for a in given.strengths]
+    judge, decoding = calibration.judge, calibration.decoding
+
+    def make() -> Json:
+        return plain(calibrate(model, directions, (scored, scores), settings, calibration, threshold, done))
+
+    follows = [
+        model.fingerprint(),
+        directions_identity(directions),
+        data_sha256(model.rows(calibration.prompts)),
+        [list(calibration.harmful), judge.name, judge.version, calibration.kl_limit, calibration.max_drop],
+        [decoding.max_new_tokens, decoding.seed, calibration.batch_size],
+        [[float(value) for value in dataclasses.astuple(decoding.sampling)], list(model.tokenizer.eos_ids)],
+        plain([scored, settings, threshold]),
     ]
-    answers = Generated(trial.answers.tokens[some], trial.answers.lengths[some])
-    divergences = benign_divergence(model, [prompts[i] for i in some], answers, steerings, decoding.batch_size)
-    candidates = [
-        Candidate(setting[0], setting[1], at, *refusals(outcome(trial, setting, scores, at), harmful), kl)
-        for setting, at, kl in zip(settings, thresholds, divergences, strict=True)
-    ]
-    least = refusals(trial.before, harmful)[1] - max_drop
-    return choose_strength(candidates, kl_limit, least), candidates
+    candidates = from_json(store.once("strength", follows, make), tuple[Candidate, ...])
+    best = next(candidate for candidate in candidates if candidate.chosen)
+    choice = Choice(scored, best.layers, best.threshold, alpha_rel=best.alpha_rel)
+    strength = Strength(calibration.kl_limit, calibration.max_drop, len(calibration.prompts), candidates)
+    return choice, strength, scores

@@ -11,13 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsafe.kernels.blocks import embed, layer_of, run_block
+from jaxsafe.kernels.forward import embed, layer_of, run_block
 from jaxsafe.kernels.importance import counted, input_taps
-from jaxsafe.methods.statistics import Statistics, gather
+from jaxsafe.kernels.sums import Scoring, Statistics, batches_of, gather, kind_of
 from jaxsafe.model.config import ModelConfig
-from jaxsafe.model.taps import Gram, Reducer, SquareSum
+from jaxsafe.model.taps import Reducer
 from jaxsafe.model.transformer import Params
-from jaxsafe.text.batches import Batch, Row, group_by_length, pad_rows
+from jaxsafe.progress import Progress, silent
+from jaxsafe.rows import Batch, Row, pad_rows
 
 Change = Callable[[ModelConfig, Params, Statistics], Params]
 """(configuration of one layer, its weights, its statistics) -> its changed weights; every array keeps a layer axis
@@ -25,33 +26,32 @@ of length 1, so that scores, selection and rank removal apply as they do to a wh
 
 
 def change_blocks(
-    kind: str,
+    scoring: Scoring,
     config: ModelConfig,
     params: Params,
     rows: Sequence[Row],
     change: Change,
-    batch_size: int = 8,
-    positions: str = "response",
-    loss: str = "mean",
-    done: Callable[[int], None] = lambda n: None,
+    done: Progress = silent,
 ) -> dict[str, Any]:
-    """`params` with `change` applied to block after block, each with the `kind` of statistics it has by then.
+    """`params` with `change` applied to block after block, each with the statistics that it has by then.
 
-    "wanda" and "gram" are read from the kept inputs of the block. "snip" needs the gradient from above, so each
-    block costs a pass of the whole model. `done` hears of finished blocks.
+    Wanda and Gram sums are read from the kept inputs of the block. SNIP needs the gradient from above, so each block
+    costs a pass of the whole model. `done` is called after every block.
     """
     one = dataclasses.replace(config, layers=1)
-    batches = [pad_rows([rows[i] for i in g]) for g in group_by_length([len(r.ids) for r in rows], batch_size)]
-    states = [] if kind == "snip" else [embed(params, jnp.asarray(batch.tokens)) for batch in batches]
+    reducer = kind_of(scoring.kind).reducer
+    batches = [pad_rows([rows[i] for i in group]) for group in batches_of(scoring, rows)]
+    states = [] if reducer is None else [embed(params, jnp.asarray(batch.tokens)) for batch in batches]
     for layer in range(config.layers):
-        if kind == "snip":
-            whole = gather(kind, config, params, rows, batch_size, positions, loss)
+        if reducer is None:
+            whole = gather(scoring, config, params, rows)
             sums = jax.tree.map(lambda a, layer=layer: a[layer : layer + 1], whole.sums)
         else:
-            sums = _block_sums(kind, config, params, layer, states, batches, positions)
+            reducers = [reducer(jnp.asarray(counted(batch, scoring.positions), jnp.float32)) for batch in batches]
+            sums = _block_sums(config, layer_of(params, layer), states, batches, reducers)
         slot = slice(layer, layer + 1)
         view = {"layers": jax.tree.map(lambda a, slot=slot: a[slot], dict(params["layers"]))}
-        new = change(one, view, Statistics(kind, sums, len(rows)))
+        new = change(one, view, Statistics(scoring.kind, sums, len(rows)))
         put = {
             name: stack.at[slot].set(new["layers"][name]) if new["layers"][name] is not view["layers"][name] else stack
             for name, stack in params["layers"].items()
@@ -67,21 +67,15 @@ def change_blocks(
 
 
 def _block_sums(
-    kind: str,
     config: ModelConfig,
-    params: Params,
-    layer: int,
+    weights: Params,
     states: Sequence[jax.Array],
     batches: Sequence[Batch],
-    positions: str,
+    reducers: Sequence[Reducer],
 ) -> dict[str, jax.Array]:
-    """{tap: [1, F] or [1, F, F]} over all batches, from the inputs of one block."""
-    taps, weights, sums = input_taps(config), layer_of(params, layer), None
-    reducers: dict[str, Callable[[Any], Reducer]] = {"wanda": SquareSum, "gram": Gram}
-    for x, batch in zip(states, batches, strict=True):
-        weight = jnp.asarray(counted(batch, positions), jnp.float32)
-        _, read = run_block(
-            config, weights, x, jnp.asarray(batch.valid), taps, dict.fromkeys(taps, reducers[kind](weight))
-        )
+    """{tap: [1, F] or [1, F, F]} over all batches, from the inputs of the block of these `weights`."""
+    taps, sums = input_taps(config), None
+    for x, batch, reducer in zip(states, batches, reducers, strict=True):
+        _, read = run_block(config, weights, x, jnp.asarray(batch.valid), taps, dict.fromkeys(taps, reducer))
         sums = read if sums is None else jax.tree.map(jnp.add, sums, read)
     return jax.tree.map(lambda a: a[None], sums)

@@ -1,17 +1,25 @@
-"""Rotary embeddings, masks and grouped-query attention over a cache.
+"""Rotary embeddings, what a query sees, and grouped-query attention over a cache.
 
-B batch, T query position, S key position, N heads, K kv_heads, G = N // K, H head_dim
+Axes: B batch, T query position, S key position, N heads, K kv_heads, G = N // K, H head_dim, R = H / 2
 """
 
+from typing import Any
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
+from jaxsafe.model.blockwise import blockwise, scores
 from jaxsafe.model.config import Rope
 
+DENSE = 512 * 512
+"""Up to so many pairs of a query and a key the scores of a head exist all at once."""
 
-def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Angle per position of each pair of features, float32 [H / 2].
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, " R"]:
+    """Angle per position of each pair of features, float32.
 
     `linear` divides every frequency by `factor`; `llama3` (Llama 3.1) divides only the slow ones, those
     with fewer than `low_freq_factor` turns in the original context, and blends up to `high_freq_factor`.
@@ -27,48 +35,138 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     return f.astype(np.float32)
 
 
-def rotation(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of every angle, float32 [B, T, 1, H / 2], for `positions` int32 [B, T]."""
-    angle = positions[..., None, None].astype(jnp.float32) * inverse_frequencies(rope, head_dim)
+def rotation(
+    rope: Rope, head_dim: int, positions: Int[Array, "B T"]
+) -> tuple[Float[Array, "B T 1 R"], Float[Array, "B T 1 R"]]:
+    """cos and sin of every angle, float32."""
+    rates = jnp.asarray(inverse_frequencies(rope, head_dim))
+    angle = positions[..., None, None].astype(jnp.float32) * rates[None, None, None]
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """`x` [B, T, heads, H] turned in float32, features paired by halves as in Hugging Face checkpoints."""
+def rotate(
+    x: Float[Array, "B T heads H"], cos: Float[Array, "B T 1 R"], sin: Float[Array, "B T 1 R"]
+) -> Float[Array, "B T heads H"]:
+    """`x` turned in float32, features paired by halves as in Hugging Face checkpoints."""
     a, b = jnp.split(x.astype(jnp.float32), 2, -1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
 
-def positions_of(valid: jax.Array) -> jax.Array:
-    """Position of each token counted without padding, int32 [B, T]; padding in front counts as 0."""
+def positions_of(valid: Bool[Array, "B S"]) -> Int[Array, "B S"]:
+    """Position of each token counted without padding; padding in front counts as 0."""
     return jnp.maximum(jnp.cumsum(valid.astype(jnp.int32), axis=-1) - 1, 0)
 
 
-def causal_mask(query_slots: jax.Array, valid: jax.Array, window: int | None) -> jax.Array:
-    """Which key slots each query slot sees, bool [B, T, S].
+@flax.struct.dataclass
+class Slots:
+    """Where the tokens of a call are: what the model makes its positions and masks of.
 
-    `query_slots` int32 [T]; `valid` bool [B, S] over the slots of the keys; with `window` W a query sees
-    the W latest keys, itself among them. Slots of one row are contiguous, so distance in slots is distance
-    in positions.
+    valid: which key slots hold a token, of all slots that the queries may see
+    first: the slot of the first query, 0 without a cache
+
+    A query sees the tokens up to its own slot. Positions count the tokens of a row, so a row's slots may have gaps.
     """
-    slots = jnp.arange(valid.shape[1])
-    seen = slots[None, :] <= query_slots[:, None]
-    if window is not None:
-        seen &= slots[None, :] > query_slots[:, None] - window
-    return seen[None] & valid[:, None, :].astype(bool)
+
+    valid: Bool[Array, "B S"]
+    first: int | Int[Array, ""] = 0
+
+    def queries(self, T: int) -> "Queries":
+        """The `T` queries of the call and what they may see."""
+        valid = jnp.asarray(self.valid)
+        positions = positions_of(valid)
+        return Queries(
+            slots=self.first + jnp.arange(T, dtype=jnp.int32),
+            positions=jax.lax.dynamic_slice_in_dim(positions, self.first, T, axis=1),
+            valid=valid,
+            key_positions=positions,
+        )
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Grouped-query attention with a float32 softmax; finite where a query sees no key.
+@flax.struct.dataclass
+class Queries:
+    """The queries of a call and what they may see: their slots and positions, and those of the keys."""
 
-    q [B, T, N, H]; k, v [B, K, S, H]; mask bool [B, T, S]. Returns [B, T, N * H].
+    slots: Int[Array, " T"]
+    positions: Int[Array, "B T"]
+    valid: Bool[Array, "B S"]
+    key_positions: Int[Array, "B S"]
+
+    def mask(self, window: int | Int[Array, ""] | None) -> Bool[Array, "B T S"]:
+        """Which key slots each query sees; of the `window` latest positions alone, its own among them."""
+        seen = jnp.arange(self.valid.shape[1])[None, :] <= self.slots[:, None]
+        mask = seen[None] & self.valid[:, None, :]
+        if window is not None:
+            mask &= self.key_positions[:, None, :] > self.positions[:, :, None] - window
+        return mask
+
+
+def attend(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    queries: Queries,
+    window: int | Int[Array, ""] | None = None,
+) -> Float[Array, "B T N*H"]:
+    """Grouped-query attention with a float32 softmax; 0 for padding, which sees no key.
+
+    Short texts and single queries form their scores at once; long ones block by block, so that memory grows with
+    T and S and not with their product; half-precision prompts on NVIDIA take cuDNN's kernel.
     """
     B, T, N, H = q.shape
-    K = k.shape[1]
+    K, S = k.shape[1:3]
+    if T > 1 and T * S > DENSE and T == S and window is None and cudnn_serves(q.dtype, H):
+        return fused(q, k, v, queries.valid, "cudnn").reshape(B, T, N * H)
     # Operands and results in the order of the matrix products, so that the compiler adds no transposes.
-    q = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
-    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * H**-0.5
-    scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    heads = jnp.einsum("bkgts,bksh->bkgth", weights, v)
+    grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    if T == 1 or T * S <= DENSE:
+        heads = dense(grouped, k, v, queries.mask(window))
+    else:
+        heads = blockwise(grouped, k, v, queries, window)
     return heads.transpose(0, 3, 1, 2, 4).reshape(B, T, N * H)
+
+
+def dense(
+    q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Bool[Array, "B T S"]
+) -> Float[Array, "B K G T H"]:
+    """Attention whose scores exist all at once; 0 where a query sees no key."""
+    seen = mask[:, None, None]
+    weights = jax.nn.softmax(jnp.where(seen, scores(q, k), jnp.finfo(jnp.float32).min), axis=-1)
+    heads = jnp.einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v)
+    return jnp.where(seen.any(-1, keepdims=True), heads, 0)
+
+
+def cudnn_serves(dtype: jnp.dtype, head_dim: int) -> bool:
+    """Whether the default device is an NVIDIA one whose cuDNN has attention for this dtype and size of a head."""
+    if jax.default_backend() != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    major = str(getattr(jax.devices()[0], "compute_capability", "")).partition(".")[0]
+    return major.isdigit() and int(major) >= 8 and head_dim % 8 == 0 and head_dim <= 128
+
+
+def fused(
+    q: Float[Array, "B S N H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    valid: Bool[Array, "B S"],
+    implementation: Any,
+) -> Float[Array, "B S N H"]:
+    """Attention of every token to itself and those before it by `jax.nn.dot_product_attention`; 0 for padding.
+
+    Kernels know lengths and no masks, so each row's tokens are moved to its front, and what they gave back again.
+    """
+    front = jnp.argsort(~valid, axis=1, stable=True)
+    back = jnp.argsort(front, axis=1)
+    lengths = jnp.maximum(valid.sum(1, dtype=jnp.int32), 1)
+
+    def moved(x: Array, order: Array) -> Array:
+        return jnp.take_along_axis(x, order[:, :, None, None], axis=1)
+
+    heads = jax.nn.dot_product_attention(
+        moved(q, front),
+        *(moved(x.swapaxes(1, 2), front) for x in (k, v)),
+        is_causal=True,
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation=implementation,
+    )
+    return jnp.where(valid[:, :, None, None], moved(heads, back), 0)

@@ -3,55 +3,61 @@
 Edits and reducers are pytrees of arrays, so another vector, strength, gate or position is other data for the
 same compiled program.
 
-B batch, T query position, L layers, F features at the tap, P positions read
+Axes: B batch, T query position, L layers, F features at the tap, P positions read
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-TAPS = ("attn_in", "heads", "attn_out", "mlp_in", "mlp_hidden", "mlp_out", "resid")
-"""Taps inside every block: normed input of attention, input of o, output of o, normed input of the MLP,
-input of down, output of down, and the residual stream after the block."""
-FINAL = "final"
-"""The tap after the last norm: what the unembedding reads."""
+TAPS = ("attn_in", "q", "k", "v", "heads", "attn_out", "mlp_in", "mlp_hidden", "mlp_out", "resid")
+"""Taps inside every block: normed input of attention; outputs of the maps q, k and v, features of all heads in a row,
+before rotation; input of o, output of o, normed input of the MLP, input of down, output of down, and the residual
+stream after the block."""
+EMBED, FINAL = "embed", "final"
+OUTSIDE = (EMBED, FINAL)
+"""The taps outside the blocks: what enters the first one, and what the unembedding reads, after the last norm."""
+
+# Modules share names with parameters, and these taps are called like the maps that feed them.
+MODULES = {name: f"{name}_tap" if name in ("embed", "q", "k", "v") else name for name in (*TAPS, *OUTSIDE)}
 
 
 @flax.struct.dataclass
 class Edit:
     """x <- x + gate * (add - (x . ablate) ablate) at positions >= start. Zero vectors are the identity.
 
-    Fields hold one entry a layer (one in all at the tap "final"); a tap sees its own, without the leading L.
+    Fields hold one entry a layer (one in all at "embed" and "final"); a tap sees its own, without the leading L.
       add:    [L, F] vector added, its strength included
       ablate: [L, F] unit direction removed, or zero
       gate:   [L, B] or [L, 1] what each row takes of the edit: 1 whole, 0 nothing, -1 the opposite
       start:  [L, B] or [L, 1] first position (counted without padding) that is edited
     """
 
-    add: jax.Array
-    ablate: jax.Array
-    gate: jax.Array
-    start: jax.Array
+    add: Float[Array, "*L F"]
+    ablate: Float[Array, "*L F"]
+    gate: Float[Array, "*L rows"]
+    start: Int[Array, "*L rows"]
 
-    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """The edited `x` [B, T, F], `positions` int32 [B, T]."""
+    def __call__(self, x: Float[Array, "B T F"], positions: Int[Array, "B T"]) -> Float[Array, "B T F"]:
+        """`x` as a tap passes it on."""
         r = self.ablate.astype(x.dtype)
-        change = self.add.astype(x.dtype) - (x @ r)[..., None] * r
+        change = self.add.astype(x.dtype)[None, None] - (x @ r)[..., None] * r[None, None]
         gate = jnp.where(positions >= self.start[:, None], self.gate[:, None], 0)
         return x + gate[..., None].astype(x.dtype) * change
 
 
 def edit(
-    add: jax.Array | None = None,
-    ablate: jax.Array | None = None,
-    gate: jax.Array | float = 1.0,
-    start: jax.Array | int = 0,
+    add: Float[Array, "L F"] | None = None,
+    ablate: Float[Array, "L F"] | None = None,
+    gate: Float[Array, " B"] | float = 1.0,
+    start: Int[Array, " B"] | int = 0,
 ) -> Edit:
-    """An `Edit` from the parts that are wanted: `add`, `ablate` [L, F]; `gate`, `start` scalars or [B].
+    """An `Edit` of every layer, from the parts that are wanted.
 
     Raises ValueError when neither `add` nor `ablate` is given.
     """
@@ -61,7 +67,7 @@ def edit(
     assert shape_like is not None
     layers = shape_like.shape[0]
 
-    def per_layer(value: Any, dtype: Any) -> jax.Array:
+    def per_layer(value: Any, dtype: Any) -> Array:
         row = jnp.atleast_1d(jnp.asarray(value, dtype))
         return jnp.broadcast_to(row, (layers, *row.shape))
 
@@ -76,61 +82,55 @@ def edit(
 
 @flax.struct.dataclass
 class At:
-    """Reads the given slots: [B, T, F] -> [B, P, F]. Fields: slots int32 [B, P]."""
+    """Reads the given slots."""
 
-    slots: jax.Array
+    slots: Int[Array, "B P"]
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B P F"]:
         return jnp.take_along_axis(x, self.slots[..., None], axis=1)
 
 
 @flax.struct.dataclass
-class WeightedSum:
-    """Sums over rows and positions: [B, T, F] -> [F] float32. Fields: weight float32 [B, T]."""
-
-    weight: jax.Array
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return jnp.einsum("btf,bt->f", x, self.weight, preferred_element_type=jnp.float32)
-
-
-@flax.struct.dataclass
 class SquareSum:
-    """Sums squares over rows and positions: [B, T, F] -> [F] float32. Fields: weight float32 [B, T]."""
+    """Sums squares over rows and positions, in float32."""
 
-    weight: jax.Array
+    weight: Float[Array, "B T"]
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, " F"]:
         squares = jnp.square(x.astype(jnp.float32))
         return jnp.einsum("btf,bt->f", squares, self.weight, precision=jax.lax.Precision.HIGHEST)
 
 
 @flax.struct.dataclass
 class Gram:
-    """Sums outer products over rows and the last P positions: [B, T, F] -> [F, F] float32.
+    """Sums outer products over rows and the last P positions, in float32; those before are not read."""
 
-    Fields: weight float32 [B, P]. Positions before the last P are not read.
-    """
+    weight: Float[Array, "B P"]
 
-    weight: jax.Array
-
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "F F"]:
         x = x[:, x.shape[1] - self.weight.shape[1] :].astype(jnp.float32).reshape(-1, x.shape[-1])
         weighted = x * self.weight.reshape(-1, 1)
         # Accelerators would round float32 factors to fewer bits by default.
         return jnp.einsum("pf,pg->fg", weighted, x, precision=jax.lax.Precision.HIGHEST)
 
 
-Reducer = Callable[[jax.Array], jax.Array]
+Reducer = Callable[[Array], Array]
 
 
 class Tap(nn.Module):
-    """A named identity: `edits` may change what passes, `reducers` what a reading of it holds."""
+    """A named identity: `edits` may change what passes, `reducers` what a reading of it holds.
+
+    Inside the blocks the scan hands a tap its layer's entry of an edit; `outside` of them there is one entry.
+    """
+
+    outside: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B T F"], positions: Int[Array, "B T"]) -> Float[Array, "B T F"]:
         if self.has_variable("edits", "edit"):
-            x = self.get_variable("edits", "edit")(x, positions)
+            change: Any = self.get_variable("edits", "edit")
+            change = jax.tree.map(lambda a: a[0], change) if self.outside else change
+            x = change(x, positions)
         self.read(x)
         return x
 
@@ -138,40 +138,48 @@ class Tap(nn.Module):
     def _reducer(self) -> Reducer | None:
         return self.get_variable("reducers", "reduce") if self.has_variable("reducers", "reduce") else None
 
-    def read(self, x: jax.Array) -> jax.Array:
-        """What `capture_intermediates` stores: `x` [B, T, F], or its reduction."""
+    def read(self, x: Float[Array, "B T F"]) -> Float[Array, "..."]:
+        """What `capture_intermediates` stores: `x`, or its reduction."""
         reduce = self._reducer()
         return x if reduce is None else reduce(x)
 
 
-def at(*names: str) -> Callable[[nn.Module, str], bool]:
-    """The filter for `capture_intermediates` that reads the taps of these names."""
-    unknown = sorted(set(names) - {*TAPS, FINAL})
+def tap(name: str) -> Tap:
+    """The tap of that name, to be called inside a module."""
+    return Tap(name=MODULES[name], outside=name in OUTSIDE)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises ValueError for a name that is no tap's."""
+    unknown = sorted(set(names) - MODULES.keys())
     if unknown:
-        raise ValueError(f"unknown taps {unknown}; the taps are {[*TAPS, FINAL]}")
-    return lambda module, method: isinstance(module, Tap) and module.name in names and method == "read"
+        raise ValueError(f"unknown taps {unknown}; the taps are {[*MODULES]}")
+
+
+def at(*names: str) -> Callable[[nn.Module, str], bool]:
+    """The filter for `capture_intermediates` that reads the taps of these names. Raises ValueError for another."""
+    check_names(names)
+    modules = {MODULES[name] for name in names}
+    return lambda module, method: isinstance(module, Tap) and module.name in modules and method == "read"
 
 
 def collection(by_tap: Mapping[str, Any] | None, leaf: str) -> dict[str, Any]:
-    """{"resid": value} as the tree of a Linen collection, values inside blocks under `layers`."""
+    """{"resid": value} as the tree of a Linen collection, values inside blocks under `layers`.
+
+    Raises ValueError for the name of no tap.
+    """
     by_tap = by_tap or {}
-    unknown = sorted(by_tap.keys() - {*TAPS, FINAL})
-    if unknown:
-        raise ValueError(f"unknown taps {unknown}; the taps are {[*TAPS, FINAL]}")
-    tree: dict[str, Any] = {}
-    inside = {name: {leaf: value} for name, value in by_tap.items() if name != FINAL}
-    if inside:
-        tree["layers"] = inside
-    if FINAL in by_tap:
-        # The scan over layers takes the leading axis of an edit away; outside of it that is done here.
-        final = by_tap[FINAL]
-        tree[FINAL] = {leaf: jax.tree.map(lambda a: a[0], final) if isinstance(final, Edit) else final}
-    return tree
+    check_names(by_tap)
+    tree: dict[str, Any] = {MODULES[name]: {leaf: by_tap[name]} for name in OUTSIDE if name in by_tap}
+    inside = {MODULES[name]: {leaf: value} for name, value in by_tap.items() if name in TAPS}
+    return tree | ({"layers": inside} if inside else {})
 
 
-def readings(intermediates: Mapping[str, Any]) -> dict[str, jax.Array]:
+def readings(intermediates: Mapping[str, Any]) -> dict[str, Float[Array, "..."]]:
     """{"resid": [L, B, T, F]} from the `intermediates` collection of an `apply`."""
-    blocks = dict(intermediates.get("layers", {}))
-    if FINAL in intermediates:
-        blocks[FINAL] = intermediates[FINAL]
-    return {name: tap["read"][0] for name, tap in blocks.items()}
+    return block_readings(intermediates) | block_readings(intermediates.get("layers", {}))
+
+
+def block_readings(intermediates: Mapping[str, Any]) -> dict[str, Float[Array, "..."]]:
+    """{"resid": [B, T, F]} from the `intermediates` collection of one block, or of the taps outside."""
+    return {name: intermediates[key]["read"][0] for name, key in MODULES.items() if key in intermediates}

@@ -1,6 +1,6 @@
 """The Llama and Mistral decoder: pure, scanned over layers, the key/value cache in the carry of the scan.
 
-B batch, T query position, S key position, D embed, N heads, K kv_heads, H head_dim, F mlp, V vocab, L layers
+Axes: B batch, T query position, S key position, D embed, N heads, K kv_heads, H head_dim, R = H / 2, V vocab, L layers
 """
 
 from collections.abc import Mapping
@@ -10,21 +10,25 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxsafe.model.attention import attend, causal_mask, positions_of, rotate, rotation
+from jaxsafe.model.attention import Queries, Slots, attend, rotate, rotation
 from jaxsafe.model.config import ModelConfig
-from jaxsafe.model.taps import FINAL, Tap, collection
+from jaxsafe.model.taps import EMBED, FINAL, collection, tap
 from jaxsafe.model.weights import layer_shape, weights
 
 Params = Mapping[str, Any]
+"""The tree of weights, by the paths of the weight table."""
+Edits = Mapping[str, Any] | None
+"""What changes the activations, by tap: an `Edit` or another pytree that is called in the same way."""
 
 
 @flax.struct.dataclass
 class Cache:
-    """Keys and values of every layer, [L, B, K, S, H]; the slots of a row are filled in order."""
+    """Keys and values of every layer; the slots of a row are filled in order."""
 
-    k: jax.Array
-    v: jax.Array
+    k: Float[Array, "L B K S H"]
+    v: Float[Array, "L B K S H"]
 
     @property
     def length(self) -> int:
@@ -32,11 +36,11 @@ class Cache:
         return self.k.shape[3]
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: Float[Array, "*B F"], scale: Float[Array, " F"], eps: float) -> Float[Array, "*B F"]:
     """x / rms(x) * scale over the last axis, the division in float32."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
-    return scale * y.astype(x.dtype)
+    return scale.reshape((1,) * (x.ndim - 1) + (-1,)) * y.astype(x.dtype)
 
 
 KEEPS: Mapping[str, Any] = {
@@ -55,62 +59,74 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        carry: tuple,
-        _: None,
-        cos: jax.Array,
-        sin: jax.Array,
-        mask: jax.Array,
-        positions: jax.Array,
-        slot: Any,
-    ) -> tuple:
+        carry: tuple[Float[Array, "B T D"], Cache | None, Int[Array, ""]],
+        window: int | Int[Array, ""] | None,
+        queries: Queries,
+        cos: Float[Array, "B T 1 R"],
+        sin: Float[Array, "B T 1 R"],
+    ) -> tuple[tuple[Float[Array, "B T D"], Cache | None, Int[Array, ""]], Cache | None]:
+        """The carry (residual stream, cache, number of the layer) after the layer, and its keys and values.
+
+        `window`: how many of the latest positions this layer's queries see; None for all. Keys and values are
+        returned, without a leading L, where there is no cache to hold them.
+        """
         c = self.config
         x, cache, layer = carry
         table = weights(c)
 
-        def weight(name: str) -> jax.Array:
+        def weight(name: str) -> Array:
             row = table[f"layers/{name}"]
-            return self.param(name, initializer(row.linear, bool(row.needs)), layer_shape(c, row), c.dtype)
+            return self.param(name, initializer(row.kind), layer_shape(c, row), c.dtype)
 
-        def linear(h: jax.Array, name: str) -> jax.Array:
+        def linear(h: Array, name: str) -> Array:
             w = weight(name)
             features = w.shape[1:] if name in "qkv" else w.shape[-1:]
             y = h @ w.reshape(h.shape[-1], -1)
             if f"layers/{name}_bias" in table:
-                y = y + weight(f"{name}_bias").reshape(-1)
+                y = y + weight(f"{name}_bias").reshape(1, 1, -1)
             # The gradient at a zero perturbation of collection "perturbations" is that of the map's output.
             return self.perturb(f"{name}_out", y.reshape(*h.shape[:-1], *features))
 
-        def tap(name: str, value: jax.Array) -> jax.Array:
-            return Tap(name=name)(value, positions)
+        def passed(name: str, value: Array) -> Array:
+            return tap(name)(value, queries.positions)
+
+        def heads(h: Array, name: str) -> Array:
+            y = linear(h, name)
+            return passed(name, y.reshape(*h.shape[:-1], -1)).reshape(y.shape)
 
         with jax.named_scope("attention"):
-            h = tap("attn_in", rms_norm(x, weight("attn_norm"), c.norm_eps))
-            q, k, v = (linear(h, name) for name in "qkv")
+            h = passed("attn_in", rms_norm(x, weight("attn_norm"), c.norm_eps))
+            q, k, v = (heads(h, name) for name in "qkv")
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
             new: Cache | None = Cache(k, v)
             if cache is not None:
                 cache = jax.tree.map(
-                    lambda old, u: jax.lax.dynamic_update_slice(old, u[None], (layer, 0, 0, slot, 0)),
+                    lambda old, u: jax.lax.dynamic_update_slice(old, u[None], (layer, 0, 0, queries.slots[0], 0)),
                     cache,
                     new,
                 )
                 k, v = (jax.lax.dynamic_index_in_dim(old, layer, 0, keepdims=False) for old in (cache.k, cache.v))
                 new = None
-            h = tap("heads", attend(q, k, v, mask))
-            x = x + tap("attn_out", linear(h, "o"))
+            h = passed("heads", attend(q, k, v, queries, window))
+            x = x + passed("attn_out", linear(h, "o"))
         with jax.named_scope("mlp"):
-            h = tap("mlp_in", rms_norm(x, weight("mlp_norm"), c.norm_eps))
-            h = tap("mlp_hidden", jax.nn.silu(linear(h, "gate")) * linear(h, "up"))
-            x = tap("resid", x + tap("mlp_out", linear(h, "down")))
+            h = passed("mlp_in", rms_norm(x, weight("mlp_norm"), c.norm_eps))
+            h = passed("mlp_hidden", jax.nn.silu(linear(h, "gate")) * linear(h, "up"))
+            x = passed("resid", x + passed("mlp_out", linear(h, "down")))
         return (x, cache, layer + 1), new
 
 
-def initializer(linear: bool, bias: bool = False) -> nn.initializers.Initializer:
-    """Normal(0.02) for maps and embeddings, one for norms, zero for biases."""
-    if bias:
-        return nn.initializers.zeros
-    return nn.initializers.normal(0.02) if linear else nn.initializers.ones
+def layer_windows(config: ModelConfig, slots: int) -> Int[Array, " L"] | None:
+    """How many positions the queries of each layer see; None where they see all `slots` in every layer."""
+    if config.window is None or config.window >= slots:
+        return None
+    return jnp.full(config.layers, config.window, jnp.int32)
+
+
+def initializer(kind: str) -> nn.initializers.Initializer:
+    """Normal(0.02) for maps and the embedding, one for norms, zero for biases."""
+    return {"map": nn.initializers.normal(0.02), "norm": nn.initializers.ones, "bias": nn.initializers.zeros}[kind]
 
 
 class Transformer(nn.Module):
@@ -125,62 +141,59 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
-        mask: jax.Array,
+        tokens: Int[Array, "B T"],
+        slots: Slots,
         cache: Cache | None = None,
-        slot: jax.Array | int = 0,
         last: int | None = None,
-    ) -> tuple[jax.Array, Cache]:
-        """Logits float32 [B, T, V] (of the `last` positions only, where given) and the keys and values.
+    ) -> tuple[Float[Array, "B T V"], Cache]:
+        """Logits, float32 (of the `last` positions only, where given), and the keys and values.
 
-        `tokens`, `positions` int32 [B, T]; `mask` bool [B, T, S]. Without `cache` the queries see the T
-        keys of this call, which are returned; with it, keys and values are written from `slot` on, the S
-        slots of the cache are seen, and the whole cache is returned.
+        Without `cache` the queries see the T keys of this call, which are returned; with it,
+        keys and values are written from slot `slots.first` on, the S slots of the cache are seen, and the whole
+        cache is returned.
         """
         c = self.config
-        embedding = self.param("embed", initializer(True), (c.vocab, c.embed), c.dtype)
+        embedding = self.param("embed", initializer("map"), (c.vocab, c.embed), c.dtype)
+        queries = slots.queries(tokens.shape[1])
         with jax.named_scope("embed"):
-            x = embedding[tokens]
-            cos, sin = rotation(c.rope, c.head_dim, positions)
+            x = tap(EMBED)(embedding[tokens], queries.positions)
+            cos, sin = rotation(c.rope, c.head_dim, queries.positions)
         policy = KEEPS[self.keeps]
         blocks = nn.scan(
             Block if policy is None else nn.remat(Block, prevent_cse=False, policy=policy),
             variable_axes={"params": 0, "intermediates": 0, "edits": 0, "perturbations": 0},
             variable_broadcast="reducers",
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
             length=c.layers,
         )
         carry = (x, cache, jnp.int32(0))
-        (x, cache, _), new = blocks(c, name="layers")(carry, None, cos, sin, mask, positions, slot)
+        windows = layer_windows(c, slots.valid.shape[1])
+        new: Any
+        (x, cache, _), new = blocks(c, name="layers")(carry, windows, queries, cos, sin)
         with jax.named_scope("unembed"):
-            x = rms_norm(x, self.param("norm", initializer(False), (c.embed,), c.dtype), c.norm_eps)
-            x = Tap(name=FINAL)(x, positions)
+            x = rms_norm(x, self.param("norm", initializer("norm"), (c.embed,), c.dtype), c.norm_eps)
+            x = tap(FINAL)(x, queries.positions)
             x = x if last is None else x[:, x.shape[1] - last :]
-            head = embedding if c.tied else self.param("unembed", initializer(True), (c.embed, c.vocab), c.dtype)
+            head = embedding if c.tied else self.param("unembed", initializer("map"), (c.embed, c.vocab), c.dtype)
             logits = unembed(x, head, c.tied)
         return logits, cache if cache is not None else new
 
 
-def unembed(x: jax.Array, head: jax.Array, tied: bool) -> jax.Array:
-    """Logits float32 [..., V] of normed `x` [..., D]; `head` is [V, D] where tied, else [D, V]."""
+def unembed(
+    x: Float[Array, "*B D"], head: Float[Array, "V D"] | Float[Array, "D V"], tied: bool
+) -> Float[Array, "*B V"]:
+    """Logits, float32, of normed `x`; `head` is [V, D] where tied, else [D, V]."""
     return jnp.einsum("...d,vd->...v" if tied else "...d,dv->...v", x, head, preferred_element_type=jnp.float32)
 
 
-def unembedding(config: ModelConfig, params: Params) -> jax.Array:
+def unembedding(config: ModelConfig, params: Params) -> Float[Array, "V D"] | Float[Array, "D V"]:
     """The matrix that `unembed` takes."""
     return params["embed"] if config.tied else params["unembed"]
 
 
-def new_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
-    """An empty cache of `slots` for `batch` rows."""
-    shape = (config.layers, batch, config.kv_heads, slots, config.head_dim)
-    return Cache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
-
-
-def variables(params: Params, edits: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The collections of an `apply`: parameters and the edits {tap: Edit}."""
+def variables(params: Params, edits: Edits = None) -> dict[str, Any]:
+    """The collections of an `apply`: parameters and the edits."""
     tree = collection(edits, "edit")
     return {"params": params, **({"edits": tree} if tree else {})}
 
@@ -188,25 +201,21 @@ def variables(params: Params, edits: Mapping[str, Any] | None = None) -> dict[st
 def forward(
     config: ModelConfig,
     params: Params,
-    tokens: jax.Array,
-    valid: jax.Array,
-    edits: Mapping[str, Any] | None = None,
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    edits: Edits = None,
     last: int | None = None,
-) -> jax.Array:
-    """Logits float32 [B, T, V] of left-padded `tokens` int32 [B, T] with `valid` bool [B, T].
+) -> Float[Array, "B T V"]:
+    """Logits, float32, of left-padded `tokens`, of which `valid` are no padding.
 
     Pure, jittable (`config` and `last` static) and differentiable. `edits` maps a tap to an `Edit`; `last`
     keeps only the final positions.
     """
-    positions = positions_of(valid)
-    mask = causal_mask(jnp.arange(tokens.shape[1]), valid, config.window)
-    logits, _ = Transformer(config).apply(variables(params, edits), tokens, positions, mask, last=last)
+    logits, _ = Transformer(config).apply(variables(params, edits), tokens, Slots(valid), last=last)
     return logits
 
 
 def init(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
     """Random parameters of a model of this `config`."""
-    one = jnp.zeros((1, 1), jnp.int32)
-    mask = jnp.ones((1, 1, 1), bool)
-    key = jax.random.key(seed)
-    return dict(Transformer(config).init(key, one, one, mask, mutable=["params"])["params"])
+    one, slots = jnp.zeros((1, 1), jnp.int32), Slots(jnp.ones((1, 1), bool))
+    return dict(Transformer(config).init(jax.random.key(seed), one, slots, mutable=["params"])["params"])

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -15,15 +15,18 @@ from jaxsafe.model.config import ModelConfig
 
 @dataclasses.dataclass(frozen=True)
 class Weight:
-    """One weight: its `path` in the parameter tree, its Hugging Face name, its named axes and its feeding tap.
+    """One weight: its `path` in the parameter tree, its Hugging Face name, its named axes and what it is.
 
-    `axes` of a linear map read "in -> out"; Hugging Face stores such a map as the matrix [out, in].
-    A name with `{}` stands for one array a layer, stacked in the tree on a leading axis L.
+    `axes` of a linear map read "in -> out"; Hugging Face stores such a map as the matrix [out, in], and norms and
+    biases flat. A name with `{}` stands for one array a layer, stacked in the tree on a leading axis L.
+    `kind`: a "map" (the embedding too), a "norm" or a "bias"; `tap`: what feeds a map;
+    `needs`: the flag of `ModelConfig` without which a model does not have the weight.
     """
 
     path: str
     hf: str
     axes: str
+    kind: Literal["map", "norm", "bias"] = "map"
     tap: str | None = None
     needs: str | None = None
 
@@ -46,24 +49,24 @@ class Weight:
 
 TABLE = (
     Weight("embed", "model.embed_tokens.weight", "vocab embed"),
-    Weight("layers/attn_norm", "model.layers.{}.input_layernorm.weight", "embed"),
-    Weight("layers/q", "model.layers.{}.self_attn.q_proj.weight", "embed -> heads head_dim", "attn_in"),
-    Weight("layers/k", "model.layers.{}.self_attn.k_proj.weight", "embed -> kv_heads head_dim", "attn_in"),
-    Weight("layers/v", "model.layers.{}.self_attn.v_proj.weight", "embed -> kv_heads head_dim", "attn_in"),
-    Weight("layers/o", "model.layers.{}.self_attn.o_proj.weight", "heads head_dim -> embed", "heads"),
-    Weight("layers/q_bias", "model.layers.{}.self_attn.q_proj.bias", "heads head_dim", needs="attn_bias"),
-    Weight("layers/k_bias", "model.layers.{}.self_attn.k_proj.bias", "kv_heads head_dim", needs="attn_bias"),
-    Weight("layers/v_bias", "model.layers.{}.self_attn.v_proj.bias", "kv_heads head_dim", needs="attn_bias"),
-    Weight("layers/o_bias", "model.layers.{}.self_attn.o_proj.bias", "embed", needs="attn_bias"),
-    Weight("layers/mlp_norm", "model.layers.{}.post_attention_layernorm.weight", "embed"),
-    Weight("layers/gate", "model.layers.{}.mlp.gate_proj.weight", "embed -> mlp", "mlp_in"),
-    Weight("layers/up", "model.layers.{}.mlp.up_proj.weight", "embed -> mlp", "mlp_in"),
-    Weight("layers/down", "model.layers.{}.mlp.down_proj.weight", "mlp -> embed", "mlp_hidden"),
-    Weight("layers/gate_bias", "model.layers.{}.mlp.gate_proj.bias", "mlp", needs="mlp_bias"),
-    Weight("layers/up_bias", "model.layers.{}.mlp.up_proj.bias", "mlp", needs="mlp_bias"),
-    Weight("layers/down_bias", "model.layers.{}.mlp.down_proj.bias", "embed", needs="mlp_bias"),
-    Weight("norm", "model.norm.weight", "embed"),
-    Weight("unembed", "lm_head.weight", "embed -> vocab", "final", needs="untied"),
+    Weight("layers/attn_norm", "model.layers.{}.input_layernorm.weight", "embed", "norm"),
+    Weight("layers/q", "model.layers.{}.self_attn.q_proj.weight", "embed -> heads head_dim", tap="attn_in"),
+    Weight("layers/k", "model.layers.{}.self_attn.k_proj.weight", "embed -> kv_heads head_dim", tap="attn_in"),
+    Weight("layers/v", "model.layers.{}.self_attn.v_proj.weight", "embed -> kv_heads head_dim", tap="attn_in"),
+    Weight("layers/o", "model.layers.{}.self_attn.o_proj.weight", "heads head_dim -> embed", tap="heads"),
+    Weight("layers/q_bias", "model.layers.{}.self_attn.q_proj.bias", "heads head_dim", "bias", needs="attn_bias"),
+    Weight("layers/k_bias", "model.layers.{}.self_attn.k_proj.bias", "kv_heads head_dim", "bias", needs="attn_bias"),
+    Weight("layers/v_bias", "model.layers.{}.self_attn.v_proj.bias", "kv_heads head_dim", "bias", needs="attn_bias"),
+    Weight("layers/o_bias", "model.layers.{}.self_attn.o_proj.bias", "embed", "bias", needs="attn_bias"),
+    Weight("layers/mlp_norm", "model.layers.{}.post_attention_layernorm.weight", "embed", "norm"),
+    Weight("layers/gate", "model.layers.{}.mlp.gate_proj.weight", "embed -> mlp", tap="mlp_in"),
+    Weight("layers/up", "model.layers.{}.mlp.up_proj.weight", "embed -> mlp", tap="mlp_in"),
+    Weight("layers/down", "model.layers.{}.mlp.down_proj.weight", "mlp -> embed", tap="mlp_hidden"),
+    Weight("layers/gate_bias", "model.layers.{}.mlp.gate_proj.bias", "mlp", "bias", needs="mlp_bias"),
+    Weight("layers/up_bias", "model.layers.{}.mlp.up_proj.bias", "mlp", "bias", needs="mlp_bias"),
+    Weight("layers/down_bias", "model.layers.{}.mlp.down_proj.bias", "embed", "bias", needs="mlp_bias"),
+    Weight("norm", "model.norm.weight", "embed", "norm"),
+    Weight("unembed", "lm_head.weight", "embed -> vocab", tap="final", needs="untied"),
 )
 
 # Named axis -> mesh axis. Inputs of a map and the embedding width are split over `data` (as in fully sharded
@@ -73,8 +76,7 @@ RULES = {"vocab": "model", "heads": "model", "kv_heads": "model", "mlp": "model"
 
 def weights(config: ModelConfig) -> dict[str, Weight]:
     """The rows of the table that a model of this `config` has, by path."""
-    has = {"attn_bias": config.attn_bias, "mlp_bias": config.mlp_bias, "untied": not config.tied}
-    return {w.path: w for w in TABLE if w.needs is None or has[w.needs]}
+    return {w.path: w for w in TABLE if w.needs is None or getattr(config, w.needs)}
 
 
 def linear_maps(config: ModelConfig) -> dict[str, Weight]:
@@ -119,9 +121,9 @@ def shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
 
 
 def to_matrix(config: ModelConfig, weight: Weight, array: Any) -> Any:
-    """One layer's array in Hugging Face's layout: [out, in] for a linear map, flat for a bias, else as it is."""
+    """One layer's array in Hugging Face's layout: [out, in] for a linear map, flat for norms and biases."""
     if not weight.linear:
-        return array.reshape(-1) if len(weight.outputs) > 1 and weight.needs else array
+        return array if weight.kind == "map" else array.reshape(-1)
     n_in = len(weight.inputs)
     out = array.transpose(*range(n_in, array.ndim), *range(n_in))
     i, o = math.prod(sizes(config, weight.inputs)), math.prod(sizes(config, weight.outputs))
@@ -166,7 +168,7 @@ def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shape = layer_shape(config, w)
         if w.linear:
             shape = (math.prod(sizes(config, w.outputs)), math.prod(sizes(config, w.inputs)))
-        elif w.needs:
+        elif w.kind != "map":
             shape = (math.prod(shape),)
         for layer in range(config.layers) if w.stacked else [0]:
             out[w.hf.format(layer)] = shape

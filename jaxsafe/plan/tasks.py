@@ -14,16 +14,16 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsafe.kernels.generate import as_arrays, decode, prefill
+from jaxsafe.kernels.generate import decode, prefill
 from jaxsafe.kernels.lowrank import by_layers, layer_axes
-from jaxsafe.kernels.sampling import Sampling
-from jaxsafe.kernels.training import one_step
-from jaxsafe.methods.statistics import add_batch, outline
-from jaxsafe.methods.statistics import shardings as sum_shardings
+from jaxsafe.kernels.sampling import Drawing, Sampling, as_arrays
+from jaxsafe.kernels.sums import Scoring, add_batch, kind_of
+from jaxsafe.kernels.sums import shardings as sum_shardings
+from jaxsafe.kernels.training import Recipe, one_step
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.weights import flatten, linear_maps, nest, shapes, shardings, sizes
 from jaxsafe.plan.costs import decomposition_flops, flops
-from jaxsafe.text.batches import Batch
+from jaxsafe.rows import Batch
 
 Groups = Mapping[str, Any]
 
@@ -84,9 +84,8 @@ def generation(config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Program, ..
     groups = {"parameters": parameters(config, mesh), "cache": cache}
 
     def run(params: Any, batch: Batch, keys: Any, eos: Any) -> Any:
-        logits, cache = prefill(config, params, batch, None, new - 1)
-        sampling = as_arrays(Sampling())
-        return decode(config, params, logits, cache, batch.tokens, batch.valid, None, sampling, keys, eos, new)
+        prompted = prefill(config, params, batch, None, new - 1)
+        return decode(config, params, batch, prompted, Drawing(as_arrays(Sampling()), keys, eos, new))
 
     @functools.cache
     def compiled() -> Any:
@@ -107,13 +106,13 @@ def scoring(kind: str, config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Pro
     """The sums of `kind` over all samples, batch after batch."""
     B, T = work.sample_batch, work.length
     place, data = sum_shardings(kind, config, mesh), mesh.shape["data"]
-    sums = jax.tree.map(lambda a, s: _array((data, *a.shape), a.dtype, s), outline(kind, config), place)
+    sums = jax.tree.map(lambda a, s: _array((data, *a.shape), a.dtype, s), kind_of(kind).outline(config), place)
     groups = {"parameters": parameters(config, mesh), "sums": sums}
     snip = kind == "snip"
     last = T // 2
 
     def compiled() -> Any:
-        args = kind, config, groups["parameters"], _batch(mesh, B, T), sums, "response", "mean", last, mesh
+        args = Scoring(kind), config, groups["parameters"], _batch(mesh, B, T), sums, last, mesh
         return add_batch.lower(*args).compile()
 
     # SNIP goes forward and back to the inputs of every map, and forms a row's gradients once more; a row's
@@ -170,12 +169,12 @@ def fine_tuning(config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Program, .
         transform_non_params=lambda a: _array(a.shape, a.dtype, everywhere),
     )
     groups = {"parameters": masters, "optimiser state": state}
-    where = jax.tree.map(lambda a: a.sharding, (masters, state))
-    step = functools.partial(one_step, config, optimizer, last=T // 2, remat=True)
+    tree = {"params": masters, "optimizer": state}
+    where = jax.tree.map(lambda a: a.sharding, tree)
+    step = functools.partial(one_step, Recipe(config, optimizer, T // 2, remat=True))
 
     def compiled() -> Any:
-        jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*where, None))
-        return jitted.lower(masters, state, _batch(mesh, B, T)).compile()
+        return jax.jit(step, donate_argnums=0, out_shardings=(where, None)).lower(tree, _batch(mesh, B, T)).compile()
 
     # Forward, once more for the backward pass, and the backward pass of twice as much.
     once = 4 * flops(config, mesh, B, T, T, (T // 2 + 1) * B)
@@ -198,7 +197,8 @@ def device_bytes(tree: Any) -> float:
     return float(sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in leaves))
 
 
-def _array(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> jax.ShapeDtypeStruct:
+def _array(shape: tuple[int, ...], dtype: Any, where: NamedSharding) -> Any:
+    """What stands for an array of this shape, dtype and sharding."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
 
@@ -215,6 +215,6 @@ def _matrix_sharding(mesh: Mesh, weight: Any, row: Any) -> NamedSharding:
 
 def _gram_flops(config: ModelConfig, mesh: Mesh, tokens: int) -> float:
     """Operations of one device for the outer products of `tokens` inputs, at every tap of every layer."""
-    taps = outline("gram", config)
+    taps = kind_of("gram").outline(config)
     split = {tap: mesh.shape["model"] if a.shape[1] % mesh.shape["model"] == 0 else 1 for tap, a in taps.items()}
     return sum(2.0 * tokens * math.prod(a.shape) / split[tap] for tap, a in taps.items()) / mesh.shape["data"]

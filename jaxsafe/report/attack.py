@@ -1,135 +1,154 @@
-"""The report of fine-tuning attacks: how cheaply safety is undone, and what freezing or rewinding is worth.
+"""What the report of fine-tuning attacks has of its own: how fast safety goes, and what freezing is worth.
 
 The attacks are those of Qi et al. (arXiv 2310.03693), the table is after that of Wei et al. (arXiv 2402.05162).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
 
-from markupsafe import Markup
-
+from jaxsafe.model.layers import LayerRange
+from jaxsafe.records.attack import About, Details, LayerScan
+from jaxsafe.records.run import Comparison, Difference, Rate, Run, TableRow, from_json
 from jaxsafe.report import plots_attack as plots
-from jaxsafe.report.brittleness import VERDICTS, answers, verdict
-from jaxsafe.report.page import Run, is_number, page, percent
+from jaxsafe.report.own import Own
+from jaxsafe.report.plots_attack import Defended
+from jaxsafe.report.sections import columns, main_comparison, spoken
+from jaxsafe.report.style import Drawing
 
-Rows = Sequence[Mapping[str, Any]]
+Row = tuple[TableRow, About]
 
 
-def render(run: Run, samples: Iterable[Mapping[str, Any]]) -> str:
-    """The page of a run of fine-tuning attacks as HTML text.
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """One attack and one way of training: attack success before it, and at its end by defence, no defence first."""
 
-    Args:
-      run: the content of run.json (schema 1): `before`, `table` and `cells` of the grid.
-      samples: rows of samples.jsonl: cell, set, setting, harmful, prompt, text, refused, suffix, sample.
-    """
-    groups = grouped(run.get("table") or [])
-    starts = {label: _start(point) for label, point in (run.get("before") or {}).items()}
-    ids = [f"before {label}" for label in starts] + [cell["id"] for cell in run.get("cells") or []]
-    listed = answers(({**row, "point": row.get("cell")} for row in samples), ids)
+    attack: str
+    tuning: str
+    start: Rate | None
+    rows: tuple[Defended, ...]
+
+    @property
+    def label(self) -> str:
+        """Its name."""
+        return f"{self.attack}, {self.tuning}"
+
+    @property
+    def regions(self) -> list[str]:
+        """What its defences keep."""
+        return list(dict.fromkeys(row.about.region for row in self.rows if not row.undefended))
+
+
+def own(run: Run) -> Own:
+    """The sections of a run of attacks. Raises ValueError where its details or its columns are none."""
+    details, groups = from_json(run.details, Details), grouped(run)
+    rows = [(row, from_json(row.about, About)) for row in run.table]
+    best = _best(groups)
     figures = _figures(groups)
-    return page(
-        "attack.html.j2",
-        ["report.js", "brittleness.js"],
-        run,
-        headline=headline(groups, starts),
-        starts=starts,
-        groups=groups,
-        pivot=pivot(groups),
-        name_of=plots.name_of,
-        points_of=points_of,
-        figures={name: Markup(svg) for name, svg in figures.items()},
-        answers=listed,
-        shown=1 if len(listed["points"]) > 1 else None,
-        table=_table(listed),
-        verdict=verdict,
-        verdicts=VERDICTS,
+    worth = any(figure.name.startswith("differences-") for figure in figures)
+    contents = {"pivot": "Defences"} if len(groups) > 1 else {}
+    contents |= {"steps": "Steps"} if groups else {}
+    contents |= {"worth": "Worth"} if worth else {}
+    return Own(
+        title="Fine-tuning attacks on",
+        kicker="Fine-tuning attacks, and what freezing is worth",
+        best=best.row if best else None,
+        headline=headline(groups),
+        template="attack.html.j2",
+        contents=contents | ({"layers": "Layers"} if details.layers else {}),
+        figures=figures,
+        values={
+            "groups": groups,
+            "worth": worth,
+            "pivot": pivot(groups),
+            "scans": [_scan(scan) for scan in details.layers],
+            "loss": {name: loss for name, loss in details.loss.items() if loss is not None},
+        },
+        shown=[row for row, about in rows if about.last or about.tuning is None],
     )
 
 
-def grouped(table: Rows) -> list[dict[str, Any]]:
-    """The rows of every attack and way of training: {"label", "attack", "tuning", "rows"}."""
-    groups: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
-    for row in table:
-        groups.setdefault((str(row["attack"]), str(row["tuning"])), []).append(row)
-    return [
-        {"label": f"{attack}, {tuning}", "attack": attack, "tuning": tuning, "rows": rows}
-        for (attack, tuning), rows in groups.items()
-    ]
+def grouped(run: Run) -> list[Group]:
+    """The rows of every attack and way of training that the run has been through."""
+    names = columns(run.table).starting("asr_")
+    rows = [(row, from_json(row.about, About)) for row in run.table]
+    trained = dict.fromkeys((about.attack, about.tuning) for _, about in rows if about.tuning is not None)
+    return [_group(rows, attack, str(tuning), names) for attack, tuning in trained]
 
 
-def pivot(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A line a defence with its rate in every group, None where it has none; as table 3 of arXiv 2402.05162."""
-    names = dict.fromkeys(row["defence"] for group in groups for row in group["rows"])
-    found = [{row["defence"]: row for row in group["rows"]} for group in groups]
-    out = []
-    for name in names:
-        row = next(rows[name] for rows in found if name in rows)
-        out.append({**row, "rates": [rows[name]["asr"] if name in rows else None for rows in found]})
-    return out
+def _group(rows: Sequence[Row], attack: str, tuning: str, names: Sequence[str]) -> Group:
+    mine = [(row, about) for row, about in rows if about.attack == attack]
+    start = next((_asr(row, names) for row, about in mine if about.tuning is None), None)
+    trained = [(row, about) for row, about in mine if about.tuning == tuning]
+    defended = []
+    for row, about in trained:
+        if not about.last:
+            continue
+        steps = [(0, start)] if start else []
+        others = [(b.step, _asr(other, names)) for other, b in trained if b.defence == about.defence]
+        curve = [*steps, *sorted(((step, rate) for step, rate in others if rate), key=lambda point: point[0])]
+        against = _prevented(main_comparison(row.against_baseline)), _prevented(main_comparison(row.against_control))
+        defended.append(Defended(row, about, tuple(curve), *against))
+    return Group(attack, tuning, start, tuple(sorted(defended, key=lambda row: not row.undefended)))
 
 
-def _start(point: Mapping[str, Any]) -> dict[str, Any]:
-    """Rates before the attack: {"asr", "refusal", "perplexity"}."""
-    metrics = point.get("metrics") or {}
-
-    def first(start: str) -> Any:
-        return next((rate for name, rate in metrics.items() if name.startswith(start)), {})
-
-    return {"asr": first("asr_"), "refusal": first("refusal_"), "perplexity": point.get("perplexity")}
+def _asr(row: TableRow, names: Sequence[str]) -> Rate | None:
+    return next((row.rates[name] for name in names if name in row.rates), None)
 
 
-def headline(groups: Sequence[Mapping[str, Any]], starts: Mapping[str, Mapping[str, Any]]) -> str:
+def _prevented(compared: Comparison | None) -> Difference | None:
+    """Refusals of harmful prompts that a defence adds are attacks that it prevents."""
+    return compared.difference if compared and compared.harmful else None
+
+
+def pivot(groups: Sequence[Group]) -> list[tuple[Defended, list[Defended | None]]]:
+    """A defence and its rows in every group, None where it has none; as table 3 of arXiv 2402.05162."""
+    found = [{row.about.defence: row for row in group.rows} for group in groups]
+    names = dict.fromkeys(name for rows in found for name in rows)
+    return [(next(rows[name] for rows in found if name in rows), [rows.get(name) for rows in found]) for name in names]
+
+
+def _best(groups: Sequence[Group]) -> Defended | None:
+    """The defence of the first group that prevents most; no defence where there is none."""
+    rows = groups[0].rows if groups else ()
+    kept = [row for row in rows if not row.undefended and not row.about.control and _known(row.prevented)]
+    best = max(kept, key=lambda row: (row.prevented and row.prevented.value) or 0.0, default=None)
+    return best or next(iter(rows), None)
+
+
+def _known(value: Rate | Difference | None) -> bool:
+    return value is not None and value.value is not None
+
+
+def headline(groups: Sequence[Group]) -> str:
     """The result in one sentence: what the first attack does, and the frozen region that prevents most of it."""
-    if not groups or not is_number(groups[0]["rows"][0]["asr"].get("value")):
+    if not groups or not groups[0].rows or not _known(groups[0].rows[0].end):
         return ""
-    group = groups[0]
-    none, rows = group["rows"][0], group["rows"][1:]
-    before = (starts.get(group["attack"]) or {}).get("asr") or {}
-    came = f"from {_spoken(before)} " if is_number(before.get("value")) else ""
-    sentence = f"Fine-tuning ({group['label']}) raised attack success {came}to {_spoken(none['asr'])}"
-    kept = [row for row in rows if not row.get("control") and is_number((row.get("against_none") or {}).get("value"))]
-    if not kept:
+    group, best = groups[0], _best(groups)
+    came = f"from {spoken(group.start)} " if _known(group.start) else ""
+    sentence = f"Fine-tuning ({group.label}) raised attack success {came}to {spoken(group.rows[0].end)}"
+    if best is None or best.undefended:
         return sentence
-    best = max(kept, key=lambda row: row["against_none"]["value"])
-    sentence += f"; of the defences {best['defence']} left {_spoken(best['asr'])}"
-    control = best.get("against_control") or {}
-    random = next((row for row in rows if row["defence"] == control.get("control")), None)
+    sentence += f"; of the defences {best.about.defence} left {spoken(best.end)}"
+    random = next((row for row in group.rows if row.row.group == best.row.control), None)
     if random is None:
         return f"{sentence}, without a random control"
-    return f"{sentence}, its random control {_spoken(random['asr'])}"
+    return f"{sentence}, its random control {spoken(random.end)}"
 
 
-def _spoken(rate: Mapping[str, Any]) -> str:
-    if not is_number(rate.get("ci_low")) or not is_number(rate.get("ci_high")):
-        return percent(rate.get("value"), 0)
-    return f"{percent(rate['value'], 0)} ({100 * rate['ci_low']:.0f}–{percent(rate['ci_high'], 0)})"
-
-
-def points_of(rate: Mapping[str, Any] | None) -> str:
-    """A difference of rates in points with its interval: "+12 (−3 to +27)"."""
-    if not rate or not is_number(rate.get("value")):
-        return "–"
-    value, low, high = (f"{100 * rate[field]:+.0f}".replace("-", "−") for field in ("value", "ci_low", "ci_high"))
-    return f"{value} ({low} to {high})"
-
-
-def _figures(groups: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    figures = {}
+def _figures(groups: Sequence[Group]) -> list[Drawing]:
+    figures = []
     for index, group in enumerate(groups):
-        none, rows = group["rows"][0], group["rows"][1:]
-        regions = dict.fromkeys(row["region"] for row in rows)
-        for place, region in enumerate(regions):
-            name = f"curves-{index}-{place}"
-            figures[name] = plots.curves(name, [none, *(row for row in rows if row["region"] == region)])
-        if not regions:
-            figures[f"curves-{index}-0"] = plots.curves(f"curves-{index}-0", [none])
-        compared = [row for row in rows if is_number((row.get("against_none") or {}).get("value"))]
+        none = [row for row in group.rows if row.undefended]
+        for place, region in enumerate(group.regions or [""]):
+            rows = [row for row in group.rows if not row.undefended and row.about.region == region]
+            figures.append(plots.curves(f"curves-{index}-{place}", [*none, *rows]))
+        compared = [row for row in group.rows if not row.undefended and _known(row.prevented)]
         if compared:
-            figures[f"differences-{index}"] = plots.differences(f"differences-{index}", compared)
+            figures.append(plots.differences(f"differences-{index}", compared))
     return figures
 
 
-def _table(listed: Mapping[str, Any]) -> dict[str, Any]:
-    """The answers as the page's script reads them: [text, refused] or None, a row a prompt, a column a cell."""
-    cells = [[answer and [answer["text"], answer["refused"]] for answer in row["answers"]] for row in listed["rows"]]
-    return {"points": listed["points"], "answers": cells}
+def _scan(scan: LayerScan) -> tuple[str, int, list[tuple[str, int]]]:
+    """The range in words, refusals without scaling, and (range in words, refusals) of all that were tried."""
+    tried = [(f"layers {LayerRange(end.first, end.stop)}", end.refused) for end in (*scan.upper, *scan.lower)]
+    return str(LayerRange(scan.first, scan.stop)), scan.dense, tried

@@ -1,42 +1,29 @@
-"""What the pages of all reports share: the templates' environment, and how numbers and names are written."""
+"""How the pages of all reports are filled in, and how numbers and names are written."""
 
 import base64
 import hashlib
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeGuard
 
 import jinja2
 from markupsafe import Markup
 
 from jaxsafe.report import style
 
-Run = Mapping[str, Any]
-
 TEMPLATES = pathlib.Path(__file__).parent / "templates"
-IDENTITY = "task jaxsafe git date device model seed judge chat_template_sha256".split()
-"""Entries of run.json that say which run it was."""
 
 
-def page(template: str, scripts: Sequence[str], run: Run, **values: Any) -> str:
-    """A template filled in, with the run, its style and its scripts, as HTML text.
-
-    Args:
-      template: name of the template, which extends base.html.j2.
-      scripts: names of the files whose text becomes the page's one script, the only one that may run.
-      run: the content of run.json.
-      values: what else the template names.
-    """
-    script = "".join((TEMPLATES / name).read_text(encoding="utf-8") for name in scripts)
+def page(template: str, **values: Any) -> str:
+    """A template that extends report.html.j2, filled in with its style and the one script that may run, as HTML."""
+    script = (TEMPLATES / "report.js").read_text(encoding="utf-8")
     return (
         _environment()
         .get_template(template)
         .render(
-            run=run,
-            identity={key: run[key] for key in IDENTITY if run.get(key) is not None},
             light=style.LIGHT,
             dark=style.DARK,
             script=Markup(script),
@@ -50,7 +37,7 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
-        undefined=jinja2.ChainableUndefined,
+        undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -62,14 +49,16 @@ def _environment() -> jinja2.Environment:
         "token": visible_token,
         "words": words,
         "flat": flat,
+        "points": points,
+        "times": times,
     }
     environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "separators": (",", ":")}
     environment.tests["measured"] = is_number
     return environment
 
 
-def is_number(value: object) -> bool:
-    """Whether a value is a finite number, not null, absent, NaN or a boolean."""
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value is a finite number, not None, NaN or a boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -92,22 +81,36 @@ def p_value(value: Any) -> str:
     return "< 0.001" if value < 0.001 else f"= {value:.2g}"
 
 
-def moment(text: Any) -> str:
+def points(difference: Any) -> str:
+    """A difference of shares in points with its interval: "+12 (−3 to +27)"; a dash where there is none."""
+    if difference is None or not is_number(difference.value):
+        return "–"
+    ends = (difference.value, difference.ci_low, difference.ci_high)
+    value, low, high = (f"{100 * end:+.0f}".replace("-", "−") for end in ends)
+    return f"{value} ({low} to {high})"
+
+
+def times(ratio: float) -> str:
+    """A ratio in words: 1.089 -> "+8.9%", 8.53 -> "8.53 times"."""
+    return f"{100 * (ratio - 1):+.1f}%" if ratio < 2 else f"{number(ratio)} times"
+
+
+def moment(text: str) -> str:
     """An ISO date as "2025-03-01 12:30 UTC"; any other text as it is."""
     try:
         return datetime.fromisoformat(text).strftime("%Y-%m-%d %H:%M %Z").strip()
-    except (TypeError, ValueError):
-        return str(text)
+    except ValueError:
+        return text
 
 
-def visible_token(text: Any) -> str:
+def visible_token(text: str) -> str:
     """A token with its line breaks and tabs made visible."""
-    return str(text).replace("\n", "↵").replace("\t", "⇥")
+    return text.replace("\n", "↵").replace("\t", "⇥")
 
 
-def words(text: Any) -> str:
+def words(text: str) -> str:
     """A name for reading: "figurative_language" -> "figurative language"."""
-    return str(text).replace("_", " ")
+    return text.replace("_", " ")
 
 
 def flat(value: Any, prefix: str = "") -> list[tuple[str, str]]:

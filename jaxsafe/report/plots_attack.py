@@ -3,24 +3,28 @@
 A control is dashed and hollow beside what it is the control of; rewinds stand at the right end, where training ended.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from jaxsafe.records.attack import About
+from jaxsafe.records.run import Difference, Rate, TableRow
 from jaxsafe.report.style import (
     DASHED,
     LEGEND,
     LIGHT,
-    Row,
-    array,
+    Drawing,
+    drawing,
+    interval,
     new_axes,
     one_line,
     percent,
     percent_axis,
     styled,
-    to_svg,
     upright,
     value_of,
 )
@@ -34,30 +38,60 @@ _LOOKS: dict[tuple[bool, bool], dict[str, Any]] = {
 """(control, rewind) -> how a defence is drawn."""
 
 
-def name_of(row: Row) -> str:
-    """A defence without its region: "frozen", "random, rewound"."""
-    if row.get("defence") == "none":
-        return "no defence"
-    words = (["random"] if row.get("control") else []) + ["rewound" if row.get("rewind") else "frozen"]
-    return ", ".join(words)
+@dataclasses.dataclass(frozen=True)
+class Defended:
+    """A defence against one attack and way of training.
+
+    row: of the end of training; curve: attack success by training step, from the model before the attack on;
+    prevented, beyond_random: by how much fewer of the harmful prompts are complied with than without a defence and
+    than with its control, None where there is no such comparison.
+    """
+
+    row: TableRow
+    about: About
+    curve: tuple[tuple[int, Rate], ...]
+    prevented: Difference | None
+    beyond_random: Difference | None
+
+    @property
+    def undefended(self) -> bool:
+        """Whether it is no defence at all."""
+        return self.about.defence == "none"
+
+    @property
+    def words(self) -> str:
+        """A defence without its region: "frozen", "random, rewound"."""
+        if self.undefended:
+            return "no defence"
+        words = (["random"] if self.about.control else []) + ["rewound" if self.about.rewind else "frozen"]
+        return ", ".join(words)
+
+    @property
+    def end(self) -> Rate | None:
+        """Attack success at the end of training."""
+        return self.curve[-1][1] if self.curve else None
+
+    @property
+    def look(self) -> dict[str, Any]:
+        """How it is drawn."""
+        if self.undefended:
+            return {"color": LIGHT["harmful"], "marker": "o", "linestyle": "-"}
+        return _LOOKS[self.about.control, self.about.rewind]
 
 
 @styled
-def curves(name: str, rows: Sequence[Row]) -> str:
+def curves(name: str, rows: Sequence[Defended]) -> Drawing:
     """Attack success by training step with its intervals, one line a defence of the same region.
 
     Args:
       name: prefix of the ids.
-      rows: rows of run.json's table, the undefended one first; `curve` has step, value, ci_low and ci_high.
+      rows: the undefended one first.
     """
     figure, axes = new_axes(270)
-    steps = [point["step"] for row in rows for point in row["curve"]]
+    steps = [step for row in rows for step, _ in row.curve]
     width = max([1, *steps])
     for place, row in enumerate(rows):
-        look = {"color": LIGHT["harmful"], "marker": "o", "linestyle": "-"}
-        if row.get("defence") != "none":
-            look = _LOOKS[bool(row.get("control")), bool(row.get("rewind"))]
-        _curve(axes, row, look, width * 0.012 * place, width)
+        _curve(axes, row, width * 0.012 * place, width)
     axes.set_xlim(-0.03 * width, 1.13 * width)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.set_xlabel("training steps")
@@ -66,46 +100,43 @@ def curves(name: str, rows: Sequence[Row]) -> str:
     percent_axis(axes.yaxis)
     axes.grid(axis="y")
     axes.legend(**LEGEND | {"ncols": 2})
-    shown = (f"{name_of(row)}: {_words(row)}" for row in rows)
-    return to_svg(figure, name, "Attack success by training step. " + "; ".join(shown))
+    shown = (f"{row.words}: {_words(row)}" for row in rows)
+    return drawing(figure, name, "Attack success by training step. " + "; ".join(shown))
 
 
-def _curve(axes: Axes, row: Row, look: dict[str, Any], shift: float, width: float) -> None:
-    points = row["curve"]
-    if row.get("rewind"):
-        points, shift = points[-1:], shift + 0.05 * width
-    x = array(point["step"] for point in points) + shift
-    y, low, high = (array(point.get(field) for point in points) for field in ("value", "ci_low", "ci_high"))
-    axes.vlines(x, low, high, color=look["color"], linewidth=1, alpha=0.5)
-    axes.plot(x, y, **look, markeredgewidth=1.4, markersize=5.5, clip_on=False, label=name_of(row), zorder=3)
+def _shown(row: Defended) -> Sequence[tuple[int, Rate]]:
+    return row.curve[-1:] if row.about.rewind else row.curve
 
 
-def _words(row: Row) -> str:
-    points = row["curve"][-1:] if row.get("rewind") else row["curve"]
-    return ", ".join(f"{percent(value_of(point))} at {point['step']}" for point in points)
+def _curve(axes: Axes, row: Defended, shift: float, width: float) -> None:
+    points, look = _shown(row), row.look
+    if row.about.rewind:
+        shift += 0.05 * width
+    x = np.array([step for step, _ in points]) + shift
+    y = [value_of(rate) for _, rate in points]
+    axes.vlines(x, *interval(rate for _, rate in points), color=look["color"], linewidth=1, alpha=0.5)
+    axes.plot(x, y, **look, markeredgewidth=1.4, markersize=5.5, clip_on=False, label=row.words, zorder=3)
+
+
+def _words(row: Defended) -> str:
+    return ", ".join(f"{percent(value_of(rate))} at {step}" for step, rate in _shown(row))
 
 
 @styled
-def differences(name: str, rows: Sequence[Row]) -> str:
-    """How much lower each defence keeps attack success than no defence does, with intervals, a row a defence.
-
-    Args:
-      name: prefix of the ids.
-      rows: rows of run.json's table with `against_none` {value, ci_low, ci_high}.
-    """
-    lines: list[tuple[str, Row | None]] = []
-    for region in dict.fromkeys(row["region"] for row in rows):
+def differences(name: str, rows: Sequence[Defended]) -> Drawing:
+    """How much lower each defence keeps attack success than no defence does, with intervals, a row a defence."""
+    lines: list[tuple[str, Defended | None]] = []
+    for region in dict.fromkeys(row.about.region for row in rows):
         lines.append((one_line(region, 26), None))
-        lines += [(name_of(row), row) for row in rows if row["region"] == region]
+        lines += [(row.words, row) for row in rows if row.about.region == region]
     figure, axes = new_axes(44 + 17.5 * len(lines))
     for y, (label, row) in enumerate(lines):
         if row is None:
             axes.text(-0.02, y, label, ha="right", va="center_baseline", transform=axes.get_yaxis_transform())
             continue
-        look = _LOOKS[bool(row.get("control")), bool(row.get("rewind"))] | {"linestyle": "none"}
-        found = row["against_none"]
-        axes.hlines(y, value_of(found, "ci_low"), value_of(found, "ci_high"), color=look["color"], linewidth=1.4)
-        axes.plot(value_of(found), y, **look, markeredgewidth=1.4, markersize=5.5, clip_on=False)
+        look = row.look | {"linestyle": "none"}
+        axes.hlines(y, *interval([row.prevented]), color=look["color"], linewidth=1.4)
+        axes.plot(value_of(row.prevented), y, **look, markeredgewidth=1.4, markersize=5.5, clip_on=False)
     upright(axes, 0)
     axes.set_yticks([y for y, (_, row) in enumerate(lines) if row], [label for label, row in lines if row])
     axes.set_ylim(len(lines) - 0.4, -0.6)
@@ -115,9 +146,9 @@ def differences(name: str, rows: Sequence[Row]) -> str:
     axes.grid(axis="x")
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
-    shown = (f"{row['defence']} {percent(value_of(row['against_none']))}" for row in rows)
-    return to_svg(figure, name, "Attack success prevented: " + "; ".join(shown))
+    shown = (f"{row.about.defence} {percent(value_of(row.prevented))}" for row in rows)
+    return drawing(figure, name, "Attack success prevented: " + "; ".join(shown))
 
 
-def _lowest(rows: Sequence[Row]) -> float:
-    return min((value_of(row["against_none"], "ci_low") for row in rows), default=0.0)
+def _lowest(rows: Sequence[Defended]) -> float:
+    return min((row.prevented.ci_low or 0.0 for row in rows if row.prevented), default=0.0)

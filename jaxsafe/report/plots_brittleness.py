@@ -3,6 +3,7 @@
 Colour groups a family with its control and tells maps apart, always beside a shape, a dash or a place of its own.
 """
 
+import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,13 +16,18 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
+from jaxsafe.records.brittleness import About, Energy
+from jaxsafe.records.run import Rate
+from jaxsafe.report.sections import BROKEN, Line
 from jaxsafe.report.style import (
     DASHED,
     LEGEND,
     LIGHT,
     WIDTH,
-    Row,
+    Drawing,
     array,
+    drawing,
+    interval,
     layer_axis,
     level,
     log_axis,
@@ -32,7 +38,6 @@ from jaxsafe.report.style import (
     percent_axis,
     printable,
     styled,
-    to_svg,
     upright,
     value_of,
 )
@@ -51,57 +56,74 @@ _LINES = (
 )
 
 
-def families(points: Sequence[Row]) -> dict[str, list[Row]]:
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A line of the table of rates, and what its `about` says."""
+
+    line: Line
+    about: About
+
+    @property
+    def name(self) -> str:
+        """The group of variants that it is."""
+        return self.line.row.group
+
+    @property
+    def rates(self) -> Mapping[str, Rate]:
+        """Its rates by name."""
+        return self.line.row.rates
+
+
+def families(points: Sequence[Point]) -> dict[str, list[Point]]:
     """Points by their family, in the order of the run, without the dense model, which comes first."""
-    groups: dict[str, list[Row]] = {}
+    groups: dict[str, list[Point]] = {}
     for point in points[1:]:
-        groups.setdefault(str(point.get("family") or "other"), []).append(point)
+        groups.setdefault(point.about.family, []).append(point)
     return groups
 
 
-def parameters(point: Row) -> str:
-    """What sets a point apart within its family: "q=0.01 p=0.002"; its id where it has no parameters."""
-    pairs = [f"{key}={value}" for key, value in (point.get("parameters") or {}).items()]
-    return " ".join(pairs) or str(point.get("id"))
+def parameters(point: Point) -> str:
+    """What sets a point apart within its family: "q=0.01 p=0.002"; its name where it has no parameters."""
+    pairs = [f"{key}={value}" for key, value in point.about.parameters.items()]
+    return " ".join(pairs) or point.name
 
 
-def _hues(groups: Mapping[str, Sequence[Row]]) -> dict[str, str]:
+def _hues(groups: Mapping[str, Sequence[Point]]) -> dict[str, str]:
     """Family -> colour; a control takes the colour of the first family that is compared with it."""
-    methods = [name for name, rows in groups.items() if not rows[0].get("control")]
+    methods = [name for name, rows in groups.items() if not rows[0].line.control]
     hues = dict(zip(methods, itertools.cycle(_HUES), strict=False))
-    home = {str(row.get("id")): name for name, rows in groups.items() for row in rows}
+    home = {row.name: name for name, rows in groups.items() for row in rows}
     for name in methods:
         for row in groups[name]:
-            control = home.get(str((row.get("against_control") or {}).get("control")))
+            control = home.get(row.line.row.control or "")
             if control:
                 hues.setdefault(control, hues[name])
     return {name: hues.get(name, LIGHT["muted"]) for name in groups}
 
 
 @styled
-def against_perplexity(name: str, points: Sequence[Row], metric: str, broken: float, headline: object = None) -> str:
+def against_perplexity(name: str, points: Sequence[Point], metric: str, ringed: str | None = None) -> Drawing:
     """An attack success rate with its interval against perplexity on a logarithmic scale.
 
     Args:
       name: prefix of the ids.
-      points: records of run.json, the dense model first; `metrics[metric]` is a rate in 0..1; `ratio` is the
-        perplexity as a multiple of the dense model's.
-      broken: multiple of the dense model's perplexity above which a model counts as broken; shaded.
-      headline: id of the point to be ringed.
+      points: the dense model first; where a model counts as broken is shaded.
+      metric: name of the rate.
+      ringed: name of the point to be ringed.
     """
     figure, axes = new_axes(300)
-    x = array(point["ratio"] for point in points) * points[0]["perplexity"]
+    x = array([1.0, *(point.line.ratio for point in points[1:])]) * (points[0].line.row.perplexity or math.nan)
     far = np.isinf(x) | (x > FAR * x[0])
-    nearest = np.nanmax(x[~far], initial=broken * x[0])
+    nearest = np.nanmax(x[~far], initial=BROKEN * x[0])
     edge = FAR * x[0] if far.any() else nearest
-    _scatter(axes, points, np.where(far, edge * 1.2, x), metric, headline)
+    _scatter(axes, points, np.where(far, edge * 1.2, x), metric, ringed)
     axes.set_xlim(np.nanmin(x) / 1.1, edge * 1.4 if far.any() else edge * 1.06)
-    axes.axvspan(broken * x[0], edge * 2, color=LIGHT["rule"], alpha=0.45, linewidth=0)
+    axes.axvspan(BROKEN * x[0], edge * 2, color=LIGHT["rule"], alpha=0.45, linewidth=0)
     word = {"ha": "left", "va": "top", "color": LIGHT["muted"]}
-    note(axes, "broken", (broken * x[0], 1), (4, -3), ("data", "axes fraction"), **word)
+    note(axes, "broken", (BROKEN * x[0], 1), (4, -3), ("data", "axes fraction"), **word)
     _plain_ticks(axes, edge if far.any() else None)
     axes.set_xlabel("perplexity")
-    return to_svg(figure, name, _trade_off_words("perplexity", points, metric, x))
+    return drawing(figure, name, _trade_off_words("perplexity", points, metric, x))
 
 
 def _plain_ticks(axes: Axes, margin: float | None) -> None:
@@ -119,42 +141,43 @@ def _plain_ticks(axes: Axes, margin: float | None) -> None:
 
 @styled
 def against_accuracy(
-    name: str, points: Sequence[Row], metric: str, accuracy: str, label: str, headline: object = None
-) -> str:
+    name: str, points: Sequence[Point], metric: str, accuracy: str, label: str, ringed: str | None = None
+) -> Drawing:
     """An attack success rate with its interval against another metric, as in Figure 2 of arXiv 2402.05162.
 
     Args:
       name: prefix of the ids.
-      points: records of run.json, the dense model first; `metrics[metric]`, `metrics[accuracy]` are rates in 0..1.
+      points: the dense model first.
+      metric, accuracy: names of the rates.
       label: name of the x axis.
-      headline: id of the point to be ringed.
+      ringed: name of the point to be ringed.
     """
     figure, axes = new_axes(300)
-    x = array(value_of(point["metrics"].get(accuracy)) for point in points)
-    _scatter(axes, points, x, metric, headline)
+    x = array(value_of(point.rates.get(accuracy)) for point in points)
+    _scatter(axes, points, x, metric, ringed)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     axes.set_xlabel(label)
-    return to_svg(figure, name, _trade_off_words(label, points, metric, x))
+    return drawing(figure, name, _trade_off_words(label, points, metric, x))
 
 
-def _scatter(axes: Axes, points: Sequence[Row], x: np.ndarray, metric: str, headline: object) -> None:
+def _scatter(axes: Axes, points: Sequence[Point], x: np.ndarray, metric: str, ringed: str | None) -> None:
     """The points of every family in its shape and colour, controls hollow, the dense model a star."""
     groups = families(points)
-    place = {id(point): value for point, value in zip(points, x, strict=True)}
+    place = {point.name: value for point, value in zip(points, x, strict=True)}
     handles, hues = [], _hues(groups)
     shapes = {False: itertools.cycle(_SHAPES), True: itertools.cycle(_CONTROL_SHAPES)}
     for family, rows in groups.items():
-        color, hollow = hues[family], bool(rows[0].get("control"))
+        color, hollow = hues[family], rows[0].line.control
         look: dict[str, Any] = {
             "marker": next(shapes[hollow]),
             "color": color,
             "markerfacecolor": LIGHT["paper"] if hollow else color,
         }
-        order = sorted((row for row in rows if not math.isnan(place[id(row)])), key=lambda row: place[id(row)])
-        rates = [row["metrics"].get(metric) for row in order]
-        at = array(place[id(row)] for row in order)
-        axes.vlines(at, *_interval(rates), color=color, linewidth=1, alpha=0.5)
+        order = sorted((row for row in rows if not math.isnan(place[row.name])), key=lambda row: place[row.name])
+        rates = [row.rates.get(metric) for row in order]
+        at = array(place[row.name] for row in order)
+        axes.vlines(at, *interval(rates), color=color, linewidth=1, alpha=0.5)
         line: dict[str, Any] = {
             "linewidth": 0,
             "markersize": 6.5,
@@ -164,13 +187,13 @@ def _scatter(axes: Axes, points: Sequence[Row], x: np.ndarray, metric: str, head
         }
         axes.plot(at, array(map(value_of, rates)), **look, **line)
         handles.append(Line2D([], [], **look, linewidth=0, markeredgewidth=1.4, label=one_line(family, 24)))
-        ringed = [(a, value_of(r)) for a, r, row in zip(at, rates, order, strict=True) if row.get("id") == headline]
-        for spot in ringed if headline is not None else []:
+        spots = [(a, value_of(r)) for a, r, row in zip(at, rates, order, strict=True) if row.name == ringed]
+        for spot in spots:
             axes.plot(*spot, "o", markersize=14, color=LIGHT["ink"], markerfacecolor="none", clip_on=False, zorder=4)
-    dense = points[0]["metrics"].get(metric)
+    dense = points[0].rates.get(metric)
     star: dict[str, Any] = {"marker": "*", "color": LIGHT["ink"], "linewidth": 0, "markersize": 11}
     axes.axhline(value_of(dense), color=LIGHT["muted"], linewidth=0.8, linestyle=DASHED)
-    axes.vlines(x[0], *_interval([dense]), color=LIGHT["ink"], linewidth=1)
+    axes.vlines(x[0], *interval([dense]), color=LIGHT["ink"], linewidth=1)
     axes.plot(x[0], value_of(dense), **star, clip_on=False, zorder=4)
     axes.legend(handles=[Line2D([], [], **star, label="dense model"), *handles], **LEGEND | {"ncols": 2})
     axes.set_ylim(-0.02, 1)
@@ -179,23 +202,20 @@ def _scatter(axes: Axes, points: Sequence[Row], x: np.ndarray, metric: str, head
     axes.set_ylabel("attack success")
 
 
-def _interval(rates: Sequence[Row | None]) -> tuple[np.ndarray, np.ndarray]:
-    return array(value_of(rate, "ci_low") for rate in rates), array(value_of(rate, "ci_high") for rate in rates)
-
-
-def _trade_off_words(what: str, points: Sequence[Row], metric: str, x: np.ndarray) -> str:
-    pairs = [(point, at, value_of(point["metrics"].get(metric))) for point, at in zip(points, x, strict=True)]
-    shown = [f"{point.get('id')}: {percent(y)} at {at:.3g}" for point, at, y in pairs if not math.isnan(at + y)]
+def _trade_off_words(what: str, points: Sequence[Point], metric: str, x: np.ndarray) -> str:
+    pairs = [(point, at, value_of(point.rates.get(metric))) for point, at in zip(points, x, strict=True)]
+    shown = [f"{point.name}: {percent(y)} at {at:.3g}" for point, at, y in pairs if not math.isnan(at + y)]
     return f"Attack success against {what}. " + "; ".join(shown)
 
 
 @styled
-def harmless(name: str, points: Sequence[Row], metric: str) -> str:
+def harmless(name: str, points: Sequence[Point], metric: str) -> Drawing:
     """The share of harmless prompts that each point refuses, with its interval, a row a point under its family.
 
     Args:
       name: prefix of the ids.
-      points: records of run.json, the dense model first; `metrics[metric]` is a rate in 0..1.
+      points: the dense model first.
+      metric: name of the rate.
     """
     rows = list(_listed(points, metric))
     figure, axes = new_axes(34 + 17.5 * len(rows))
@@ -203,16 +223,16 @@ def harmless(name: str, points: Sequence[Row], metric: str) -> str:
         if point is None:
             axes.text(-0.02, y, label, ha="right", va="center_baseline", transform=axes.get_yaxis_transform())
             continue
-        rate = point["metrics"][metric]
-        color = LIGHT["muted"] if point.get("control") else LIGHT["safe"]
-        face = LIGHT["paper"] if point.get("control") else color
-        axes.hlines(y, *_interval([rate]), color=color, linewidth=1.4, alpha=0.6)
+        rate = point.rates[metric]
+        color = LIGHT["muted"] if point.line.control else LIGHT["safe"]
+        face = LIGHT["paper"] if point.line.control else color
+        axes.hlines(y, *interval([rate]), color=color, linewidth=1.4, alpha=0.6)
         axes.plot(value_of(rate), y, "o", color=color, markerfacecolor=face, markeredgewidth=1.4, clip_on=False)
-    upright(axes, value_of(points[0]["metrics"].get(metric)))
+    upright(axes, value_of(points[0].rates.get(metric)))
     axes.set_yticks([y for y, (_, point) in enumerate(rows) if point], [label for label, point in rows if point])
     axes.set_ylim(len(rows) - 0.4, -0.6)
-    rates = [point["metrics"][metric] for _, point in rows if point]
-    reached = max((v for rate in rates for v in (value_of(rate), value_of(rate, "ci_high")) if v == v), default=1)
+    rates = [point.rates[metric] for _, point in rows if point]
+    reached = max((v for rate in rates for v in (rate.value, rate.ci_high) if v is not None), default=1)
     end = next(end for end in (0.2, 0.4, 1) if reached <= end or end == 1)
     percent_axis(axes.xaxis)
     axes.set_xticks([0, end / 2, end])
@@ -220,16 +240,16 @@ def harmless(name: str, points: Sequence[Row], metric: str) -> str:
     axes.grid(axis="x")
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
-    shown = (f"{point.get('id')} {percent(value_of(point['metrics'][metric]))}" for _, point in rows if point)
-    return to_svg(figure, name, "Harmless prompts refused: " + "; ".join(shown))
+    shown = (f"{point.name} {percent(value_of(point.rates[metric]))}" for _, point in rows if point)
+    return drawing(figure, name, "Harmless prompts refused: " + "; ".join(shown))
 
 
-def _listed(points: Sequence[Row], metric: str) -> Iterator[tuple[str, Row | None]]:
+def _listed(points: Sequence[Point], metric: str) -> Iterator[tuple[str, Point | None]]:
     """The dense model, then each family's name (without a point) before its points."""
-    if metric in points[0]["metrics"]:
+    if metric in points[0].rates:
         yield "dense model", points[0]
     for family, rows in families(points).items():
-        measured = [row for row in rows if metric in row["metrics"]]
+        measured = [row for row in rows if metric in row.rates]
         if measured:
             yield one_line(family, 26), None
         seen: dict[str, int] = {}
@@ -240,7 +260,7 @@ def _listed(points: Sequence[Row], metric: str) -> Iterator[tuple[str, Row | Non
 
 
 @styled
-def heat_map(name: str, layers: Mapping[str, Sequence[float]], highest: float, what: str, color: str) -> str:
+def heat_map(name: str, layers: Mapping[str, Sequence[float]], highest: float, what: str, color: str) -> Drawing:
     """The share of each map's weights that were selected in every layer, a cell a map and layer.
 
     Args:
@@ -270,7 +290,7 @@ def heat_map(name: str, layers: Mapping[str, Sequence[float]], highest: float, w
     scale.ax.tick_params(length=0)
     scale.outline.set_visible(False)
     words = f"Share of weights of {what} in {values.shape[1]} layers; mean by map: {_means(layers, '.2%')}"
-    return to_svg(figure, name, words)
+    return drawing(figure, name, words)
 
 
 def _means(values: Mapping[str, Sequence[float]], form: str) -> str:
@@ -280,9 +300,7 @@ def _means(values: Mapping[str, Sequence[float]], form: str) -> str:
 
 
 @styled
-def per_layer(
-    name: str, values: Mapping[str, Sequence[float]], label: str, chance: float | None = None, low: float = 0.0
-) -> str:
+def per_layer(name: str, values: Mapping[str, Sequence[float]], label: str, chance: float | None = None) -> Drawing:
     """A number for every layer of every map: the maps of attention above, those of the MLP below.
 
     Args:
@@ -290,7 +308,6 @@ def per_layer(
       values: map -> [L] numbers.
       label: name of the y axis.
       chance: the number that unrelated selections give, drawn as a level; or None.
-      low: where the y axis starts.
     """
     others = tuple(key for key in values if key not in ATTENTION)
     panels = [[key for key in keys if key in values] for keys in (ATTENTION, others)]
@@ -304,24 +321,17 @@ def per_layer(
             level(axes, chance, "chance", LIGHT["muted"], linestyle="-")
         axes.legend(**LEGEND | {"ncols": 4})
         axes.grid(axis="y")
-    rows[0].set_ylim(bottom=low)
+    rows[0].set_ylim(bottom=0)
     layer_axis(rows[-1], max(len(value) for value in values.values()))
     figure.supylabel(label, fontsize=11.5, color=LIGHT["muted"])
     words = f"{label[:1].upper()}{label[1:]} in every layer; mean by map: {_means(values, '.2g')}"
-    return to_svg(figure, name, words)
+    return drawing(figure, name, words)
 
 
 @styled
-def energy(
-    name: str, ranks: Sequence[int], safety: Mapping[str, Sequence[float]], utility: Mapping[str, Sequence[float]]
-) -> str:
-    """The share of the output's energy in the top ranks of every map, on safety (solid) and utility data (dashed).
-
-    Args:
-      name: prefix of the ids.
-      ranks: [K] numbers of top ranks.
-      safety, utility: map -> [K] shares in 0..1.
-    """
+def energy(name: str, found: Energy) -> Drawing:
+    """The share of the output's energy in the top ranks of every map, on safety (solid) and utility data (dashed)."""
+    ranks, safety, utility = found.ranks, found.safety, found.utility
     keys = [*dict.fromkeys([*safety, *utility])]
     count = math.ceil(len(keys) / 2)
     figure = Figure(figsize=(WIDTH / 72, (44 + 92 * count) / 72))
@@ -354,4 +364,4 @@ def energy(
         for label, part in (("safety", safety), ("utility", utility))
         if key in part
     ]
-    return to_svg(figure, name, f"Energy captured by the top {first} ranks: " + ", ".join(shown))
+    return drawing(figure, name, f"Energy captured by the top {first} ranks: " + ", ".join(shown))

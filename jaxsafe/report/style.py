@@ -1,15 +1,16 @@
-"""The look of the figures: small matplotlib drawings returned as inline SVG that takes the page's colours and font.
+"""The look of the figures: small matplotlib drawings, as files and as inline SVG in the page's colours and font.
 
 A figure is 360 units wide, the width of a phone's text column, so its text is as large as the page's own.
 Nothing is said by colour alone.
 """
 
+import dataclasses
 import functools
 import io
 import math
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ParamSpec
 
 import matplotlib
@@ -19,8 +20,8 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-Row = Mapping[str, Any]
-"""A record of run.json, any value of which may be None."""
+from jaxsafe.model.layers import LayerRange
+from jaxsafe.records.run import Difference, Rate
 
 LIGHT = {
     "ink": "#1e2329",
@@ -46,6 +47,7 @@ DASHED = (0, (4, 3))
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "jaxsafe",
+    "pdf.fonttype": 42,
     "text.usetex": False,
     "text.parse_math": False,
     "font.family": ["DejaVu Sans"],
@@ -81,19 +83,41 @@ _VARIABLES = {color: f"var(--{role}, {color})" for role, color in LIGHT.items()}
 P = ParamSpec("P")
 
 
-def styled(draw: Callable[P, str]) -> Callable[P, str]:
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """A figure under a name that is unique in its report.
+
+    svg: the content of its file; inline: an SVG element to be put into a page, its colours CSS variables and its ids
+    prefixed with the name; it carries what the figure shows in words, for those who do not see it.
+    """
+
+    name: str
+    svg: str
+    inline: str
+    figure: Figure = dataclasses.field(compare=False, repr=False)
+
+    def pdf(self) -> bytes:
+        """The figure as a PDF."""
+        buffer = io.BytesIO()
+        with matplotlib.rc_context(STYLE):
+            metadata = dict.fromkeys(("Creator", "Producer", "CreationDate"))
+            self.figure.savefig(buffer, format="pdf", metadata=metadata)
+        return buffer.getvalue()
+
+
+def styled(draw: Callable[P, Drawing]) -> Callable[P, Drawing]:
     """Draws under the style of the reports and leaves matplotlib's settings as they were."""
 
     @functools.wraps(draw)
-    def drawn(*args: P.args, **kwargs: P.kwargs) -> str:
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> Drawing:
         with matplotlib.rc_context(STYLE):
             return draw(*args, **kwargs)
 
     return drawn
 
 
-def to_svg(figure: Figure, name: str, alt: str) -> str:
-    """A figure as an SVG element to be put into a page.
+def drawing(figure: Figure, name: str, alt: str) -> Drawing:
+    """What becomes of a figure.
 
     Args:
       figure: drawn with the colours of `LIGHT`; each becomes the CSS variable of its role.
@@ -102,7 +126,12 @@ def to_svg(figure: Figure, name: str, alt: str) -> str:
     """
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    root = ElementTree.fromstring(buffer.getvalue())
+    svg = buffer.getvalue()
+    return Drawing(name, svg, _element(svg, name, alt), figure)
+
+
+def _element(svg: str, name: str, alt: str) -> str:
+    root = ElementTree.fromstring(svg)
     for parent in list(root.iter()):
         # A style element inside an inline SVG would style the whole page.
         for child in [c for c in parent if c.tag.endswith(("}style", "}metadata"))]:
@@ -138,10 +167,15 @@ def array(values: Iterable[Any]) -> np.ndarray:
     return np.array([math.nan if value is None else value for value in values], dtype=float)
 
 
-def value_of(rate: Row | None, field: str = "value") -> float:
-    """A field of a rate, NaN where it was not measured."""
-    value = (rate or {}).get(field)
-    return math.nan if value is None else float(value)
+def value_of(rate: Rate | Difference | None) -> float:
+    """The value of a rate, NaN where it was not measured."""
+    return math.nan if rate is None or rate.value is None else rate.value
+
+
+def interval(rates: Iterable[Rate | Difference | None]) -> tuple[np.ndarray, np.ndarray]:
+    """The lower and the upper ends of the intervals of rates, NaN where there are none."""
+    known = list(rates)
+    return array(rate and rate.ci_low for rate in known), array(rate and rate.ci_high for rate in known)
 
 
 def printable(text: object, limit: int = 30) -> str:
@@ -199,12 +233,14 @@ def level(axes: Axes, y: float, label: str, color: str, **line: Any) -> None:
     note(axes, label, (1, y), (0, 3), ("axes fraction", "data"), ha="right", color=color)
 
 
-def layer_axis(axes: Axes, count: int, layers: Sequence[int] | None = None) -> None:
-    """The x axis of `count` layers, the steered ones (first, last) shaded."""
-    if layers is not None:
-        axes.axvspan(layers[0] - 0.5, layers[-1] + 0.5, color=LIGHT["rule"], alpha=0.6, linewidth=0)
-        middle = (layers[0] + layers[-1]) / 2
-        note(axes, "steered", (middle, 0), (0, 4), ("data", "axes fraction"), ha="center", color=LIGHT["muted"])
+def layer_axis(axes: Axes, count: int, steered: LayerRange | None = None) -> None:
+    """The x axis of `count` layers, the steered ones shaded."""
+    if steered is not None:
+        low, high = steered.first - 0.5, steered.stop - 0.5
+        axes.axvspan(low, high, color=LIGHT["rule"], alpha=0.6, linewidth=0)
+        note(
+            axes, "steered", ((low + high) / 2, 0), (0, 4), ("data", "axes fraction"), ha="center", color=LIGHT["muted"]
+        )
     axes.set_xlim(-0.5, count - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.set_xlabel("layer")

@@ -1,0 +1,240 @@
+"""A chat model: the one place that knows how a model is asked.
+
+n prompts or rows, B batch
+"""
+
+import dataclasses
+import enum
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float, Int
+
+from jaxsafe.chat.answers import Answers, collected
+from jaxsafe.chat.steered import Steered
+from jaxsafe.chat.tokenizer import Tokenizer
+from jaxsafe.digest import digest
+from jaxsafe.io.hub import load_hf, resolve
+from jaxsafe.kernels.generate import Generated, generate
+from jaxsafe.kernels.likelihood import answer_nll
+from jaxsafe.kernels.sampling import Decoding, row_seeds
+from jaxsafe.kernels.steering import Rule
+from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.families import config_to_hf
+from jaxsafe.model.taps import Edit
+from jaxsafe.model.transformer import Params
+from jaxsafe.parallel import fetch, put_rows
+from jaxsafe.progress import Progress, silent
+from jaxsafe.rows import (
+    Batch,
+    Call,
+    Row,
+    Tree,
+    answer_slots,
+    bucket,
+    check_context,
+    in_order,
+    reported,
+    run_batches,
+)
+
+
+class Keep(enum.Enum):
+    """The type of `KEEP`."""
+
+    KEEP = "keep"
+
+
+KEEP = Keep.KEEP
+"""In place of a system prompt: the model's own."""
+System = str | None | Keep
+"""A system prompt; None leaves it to the chat template."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatModel:
+    """A model, its tokenizer, the devices that hold it, and how it is asked.
+
+    `system` is the system prompt of every conversation; None leaves it to the chat template. `raw` asks prompts
+    without any template. `edits` {tap: edit} change every pass; their gates and starts are the same for all rows.
+    """
+
+    name: str
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+    mesh: Mesh | None = None
+    system: str | None = None
+    raw: bool = False
+    edits: Mapping[str, Edit] | None = None
+
+    def row(self, prompt: str, answer: str = "", system: System = KEEP) -> Row:
+        """`prompt` as the model is asked it, and `answer` behind it; raw prompts have no system prompt.
+
+        Raises ValueError for a blank prompt and for one that the chat template changes.
+        """
+        if self.raw:
+            return self.tokenizer.raw_row(prompt, answer)
+        return self.tokenizer.chat_row(prompt, self.system if isinstance(system, Keep) else system, answer)
+
+    def rows(self, prompts: Sequence[str]) -> list[Row]:
+        """Each prompt as the model is asked it."""
+        return [self.row(prompt) for prompt in prompts]
+
+    def batches(
+        self, call: Call, rows: Sequence[Row], batch_size: int = 32, new_tokens: int = 0
+    ) -> Iterator[tuple[Any, Tree]]:
+        """`call(batch, indices)` over batches of `rows` on the devices, as (indices, result) of each finished one.
+
+        See `run_batches`. Raises ValueError for no rows and for one that, with `new_tokens`, exceeds the context.
+        """
+        check_context(rows, self.config.context, new_tokens)
+
+        def placed(batch: Batch, indices: np.ndarray) -> Tree:
+            return call(put_rows(batch, self.mesh), indices)
+
+        return run_batches(placed, rows, batch_size, self.row_multiple)
+
+    def map(
+        self, call: Call, rows: Sequence[Row], batch_size: int = 32, done: Progress = silent, new_tokens: int = 0
+    ) -> Tree:
+        """The results of `batches` in the order of `rows`; `done` is called with each batch's number of rows."""
+        return in_order(reported(self.batches(call, rows, batch_size, new_tokens), done))
+
+    def asked(self, prompts: Sequence[str] | Sequence[Row], decoding: Decoding) -> tuple[list[Row], Decoding]:
+        """A row for every answer to `prompts` (texts, or rows as they are), and `decoding` with the tokenizer's ends.
+
+        Ends that `decoding` has are kept.
+        """
+        rows = [self.row(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+        repeated = [row for row in rows for _ in range(decoding.samples)]
+        return repeated, dataclasses.replace(decoding, eos=decoding.eos or self.tokenizer.eos_ids)
+
+    def answer_batches(
+        self,
+        prompts: Sequence[str] | Sequence[Row],
+        decoding: Decoding = Decoding(),
+        batch_size: int = 32,
+    ) -> Iterator[tuple[np.ndarray, Answers]]:
+        """(indices, answers) of each finished batch; answer i is one to prompt i // `decoding.samples`.
+
+        What is drawn depends on the seed and on the prompt's tokens, not on the batch. Raises ValueError for no
+        prompts, a blank one, one that exceeds the context, and a number of `decoding` out of range.
+        """
+        rows, decoding = self.asked(prompts, decoding)
+        numbers = row_seeds(rows)
+
+        def call(batch: Batch, indices: np.ndarray) -> Generated:
+            return generate(self.config, self.params, batch, decoding, self.edits, numbers[indices])
+
+        for indices, generated in self.batches(call, rows, batch_size, decoding.max_new_tokens):
+            yield indices, self.decoded(generated, read=sum(len(rows[i].ids) for i in indices))
+
+    def answers(
+        self,
+        prompts: Sequence[str] | Sequence[Row],
+        decoding: Decoding = Decoding(),
+        batch_size: int = 32,
+        done: Progress = silent,
+    ) -> Answers:
+        """The answers to `prompts` in their order, samples of a prompt together; see `answer_batches`."""
+        return collected(reported(self.answer_batches(prompts, decoding, batch_size), done))
+
+    def nll(
+        self, rows: Sequence[Row], batch_size: int = 16, done: Progress = silent
+    ) -> tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"]]:
+        """Summed negative log-likelihood (nats) of each row's answer, and the number of its tokens.
+
+        Programs are compiled by shape: a model with other parameters runs those that are there. Raises ValueError for
+        no rows and for one that exceeds the context.
+        """
+
+        def call(batch: Batch, indices: np.ndarray) -> Tree:
+            last = bucket(answer_slots(rows, indices))
+            return answer_nll(self.config, self.params, batch, self.edits, last)
+
+        nll, counts = self.map(call, rows, batch_size, done)
+        return nll, counts
+
+    def decoded(self, generated: Generated, read: int = 0) -> Answers:
+        """`generated` tokens with their texts."""
+        texts = self.tokenizer.decode(generated.tokens, generated.lengths)
+        return Answers(tuple(texts), np.asarray(generated.tokens), np.asarray(generated.lengths), read=read)
+
+    def with_params(self, params: Params) -> "ChatModel":
+        """The model with these weights."""
+        return dataclasses.replace(self, params=params)
+
+    def with_edits(self, edits: Mapping[str, Edit] | None) -> "ChatModel":
+        """The model with these edits in place of its own."""
+        return dataclasses.replace(self, edits=edits)
+
+    def with_prompt(self, system: System = KEEP, raw: bool | None = None) -> "ChatModel":
+        """The model asked with this system prompt, and with or without the chat template."""
+        return dataclasses.replace(
+            self,
+            system=self.system if isinstance(system, Keep) else system,
+            raw=self.raw if raw is None else raw,
+        )
+
+    def steered(self, rules: Sequence[Rule | None]) -> Steered:
+        """The model under each of `rules`, all answering from one prefill; None is the model itself.
+
+        Raises ValueError for no rules, and for rules of different affirmatives.
+        """
+        return Steered(self, tuple(rules))
+
+    @property
+    def row_multiple(self) -> int:
+        """The number of devices that share the rows of a batch."""
+        return 1 if self.mesh is None else self.mesh.shape["data"]
+
+    @property
+    def template_sha256(self) -> str | None:
+        """Digest of the chat template in use; None for raw prompts."""
+        return None if self.raw else self.tokenizer.template_sha256
+
+    def config_sha256(self) -> str:
+        """Digest of the model's configuration, which files of vectors hold."""
+        return hashlib.sha256(json.dumps(config_to_hf(self.config), sort_keys=True).encode()).hexdigest()
+
+    def fingerprint(self) -> str:
+        """Digest of configuration, weights and edits (by their sums and sums of squares) and how prompts are asked."""
+        sums = fetch(_sums((self.params, self.edits)))
+        by_path = sorted((jax.tree_util.keystr(path), leaf.tolist()) for path, leaf in jax.tree.leaves_with_path(sums))
+        return digest(config_to_hf(self.config), by_path, self.template_sha256, self.system, self.raw)
+
+
+@jax.jit
+def _sums(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda a: jnp.stack([a.astype(jnp.float32).sum(), jnp.square(a.astype(jnp.float32)).sum()]), tree
+    )
+
+
+def load_chat_model(
+    name: str | os.PathLike,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    template: str | None = None,
+    system: str | None = None,
+    raw: bool = False,
+) -> ChatModel:
+    """Loads the model `name` (folder, GGUF file, hub name or "smollm2-135m-instruct") with its tokenizer.
+
+    `template` is a Jinja chat template for a model that ships none. Raises FileNotFoundError and ValueError
+    with one line that names what is wrong.
+    """
+    path = resolve(name)
+    tokenizer = Tokenizer(path, template)
+    if not raw:
+        tokenizer.chat_template  # noqa: B018 (a model without one is refused before its weights are read)
+    config, params = load_hf(path, dtype, mesh)
+    return ChatModel(str(name), config, params, tokenizer, mesh, system, raw)

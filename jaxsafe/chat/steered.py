@@ -1,0 +1,183 @@
+"""Several steerings of one model, which answer from one prefill.
+
+n prompts or rows, B batch, A tokens of the affirmative
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxsafe.chat.answers import Answers, collected
+from jaxsafe.kernels.generate import Generated
+from jaxsafe.kernels.sampling import Decoding, drawing, row_seeds
+from jaxsafe.kernels.steering import (
+    Decision,
+    PromptStates,
+    Rule,
+    answer_divergence,
+    decide,
+    prefill_and_read,
+    steered_answers,
+    steered_nll,
+)
+from jaxsafe.parallel import put_rows
+from jaxsafe.progress import Progress, silent
+from jaxsafe.rows import Batch, Row, Tree, answer_slots, bucket, reported
+
+if TYPE_CHECKING:
+    from jaxsafe.chat.model import ChatModel
+
+
+@dataclasses.dataclass(frozen=True)
+class Steered:
+    """A model under each of some steering rules; None is the model itself.
+
+    One pass over the prompts, which no rule steers, serves all rules; without any rule the model answers as it does by
+    itself. Raises ValueError for no rules, and for rules whose affirmatives differ.
+    """
+
+    model: "ChatModel"
+    rules: tuple[Rule | None, ...]
+
+    def __post_init__(self) -> None:
+        if not self.rules:
+            raise ValueError("no rules to steer by; give at least one, or None for the model itself")
+        different = sorted({tuple(np.asarray(ids).tolist()) for ids in self._affirmatives()})
+        if len(different) > 1:
+            raise ValueError(
+                f"rules that share a prefill need one affirmative; these have the token ids {different[0]} and "
+                f"{different[1]}"
+            )
+
+    def with_prompt(self, *prompt: Any, **named: Any) -> "Steered":
+        """The same rules for the model asked in another way; see `ChatModel.with_prompt`."""
+        return dataclasses.replace(self, model=self.model.with_prompt(*prompt, **named))
+
+    def answer_batches(
+        self,
+        prompts: Sequence[str] | Sequence[Row],
+        decoding: Decoding = Decoding(),
+        batch_size: int = 32,
+    ) -> Iterator[tuple[np.ndarray, tuple[Answers, ...]]]:
+        """(indices, answers under each rule) of each finished batch; see `ChatModel.answer_batches`."""
+        model = self.model
+        if not self._steers:
+            for indices, own in model.answer_batches(prompts, decoding, batch_size):
+                yield indices, (own, *[dataclasses.replace(own, read=0)] * (len(self.rules) - 1))
+            return
+        rows, decoding = model.asked(prompts, decoding)
+        numbers = row_seeds(rows)
+        slots = max(decoding.max_new_tokens, self._affirmative_tokens)
+
+        def call(batch: Batch, indices: np.ndarray) -> Tree:
+            again = 1 + answer_slots(rows, indices)
+            draw = drawing(decoding, numbers[indices])
+            prefilled = self._prefill(batch, slots)
+
+            def under(rule: Rule | None) -> tuple:
+                decision = self._decision(rule, prefilled.states, batch)
+                start = (model.config, model.params, batch, prefilled.cache)
+                generated = steered_answers(*start, self._edits(decision), draw, again)
+                return (generated, None, None) if rule is None else (generated, decision.score, decision.gate)
+
+            return tuple(map(under, self.rules))
+
+        for indices, results in model.batches(call, rows, batch_size, slots):
+            read = sum(len(rows[i].ids) for i in indices)
+            yield (
+                indices,
+                tuple(
+                    dataclasses.replace(model.decoded(generated, 0 if place else read), scores=scores, gates=gates)
+                    for place, (generated, scores, gates) in enumerate(results)
+                ),
+            )
+
+    def answers(
+        self,
+        prompts: Sequence[str] | Sequence[Row],
+        decoding: Decoding = Decoding(),
+        batch_size: int = 32,
+        done: Progress = silent,
+    ) -> tuple[Answers, ...]:
+        """The answers to `prompts` under each rule; `done` is called with each finished batch's number of rows."""
+        pieces = list(reported(self.answer_batches(prompts, decoding, batch_size), done))
+        return tuple(collected((indices, own[i]) for indices, own in pieces) for i in range(len(self.rules)))
+
+    def nll(
+        self, rows: Sequence[Row], batch_size: int = 16, done: Progress = silent
+    ) -> tuple[tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"]], ...]:
+        """Summed negative log-likelihood (nats) of each row's answer, and its tokens, under each rule.
+
+        Each row is steered by what the rule reads at its instruction's end, as a prompt is. Raises ValueError for no
+        rows and for one that exceeds the context.
+        """
+        model = self.model
+        if not self._steers:
+            return (model.nll(rows, batch_size, done),) * len(self.rules)
+        slots = self._affirmative_tokens
+
+        def call(batch: Batch, indices: np.ndarray) -> Tree:
+            again = min(bucket(1 + answer_slots(rows, indices)), batch.tokens.shape[1])
+            prefilled = self._prefill(batch, slots)
+            start = (model.config, model.params, batch, prefilled.cache)
+            return tuple(
+                steered_nll(*start, self._edits(self._decision(rule, prefilled.states, batch)), again)
+                for rule in self.rules
+            )
+
+        return model.map(call, rows, batch_size, done, slots)
+
+    def divergences(
+        self, rows: Sequence[Row], answers: Answers, batch_size: int = 32, done: Progress = silent
+    ) -> Float[np.ndarray, "rules n"]:
+        """KL(unsteered || steered) of the next token, summed (nats) along each of `answers` to `rows`, by rule."""
+        model = self.model
+        if not self._steers:
+            return np.zeros((len(self.rules), len(rows)), np.float32)
+        new = answers.tokens.shape[1]
+        slots = max(new, self._affirmative_tokens)
+
+        def call(batch: Batch, indices: np.ndarray) -> Tree:
+            again = 1 + answer_slots(rows, indices)
+            lengths = answers.lengths[indices] * (indices >= 0)
+            given = put_rows(Generated(answers.tokens[indices], lengths.astype(np.int32)), model.mesh)
+            prefilled = self._prefill(batch, slots)
+            start = (model.config, model.params, batch, prefilled.cache)
+            plain = self._edits(self._decision(None, prefilled.states, batch))
+            decisions = [self._decision(rule, prefilled.states, batch) for rule in self.rules]
+            return tuple(answer_divergence(*start, (plain, self._edits(d)), given, again)[0] for d in decisions)
+
+        return np.stack(model.map(call, rows, batch_size, done, slots))
+
+    @property
+    def _steers(self) -> bool:
+        return any(rule is not None for rule in self.rules)
+
+    def _affirmatives(self) -> list[Any]:
+        rules = [rule for rule in self.rules if rule is not None]
+        return [rule.affirmative for rule in rules if rule.affirmative is not None]
+
+    @property
+    def _affirmative_tokens(self) -> int:
+        """A, or 0 where no rule reads an affirmative."""
+        return max(map(len, self._affirmatives()), default=0)
+
+    def _prefill(self, batch: Batch, slots: int) -> Any:
+        affirmative = next(map(jnp.asarray, self._affirmatives()), None)
+        return prefill_and_read(self.model.config, self.model.params, batch, affirmative, slots, self.model.edits)
+
+    def _decision(self, rule: Rule | None, states: PromptStates, batch: Batch) -> Decision:
+        """What `rule` makes of the prompts; for None, the edits of another rule at no strength: the same program."""
+        acting = rule if rule is not None else next(other for other in self.rules if other is not None)
+        return decide(acting, states, batch, jnp.float32(rule is not None))
+
+    def _edits(self, decision: Decision) -> dict[str, Any]:
+        """The edits of a decision and those of the model. Raises ValueError where both edit one tap."""
+        own = self.model.edits or {}
+        if both := own.keys() & decision.edits.keys():
+            raise ValueError(f"tap {min(both)!r} is edited by the model and by a rule; leave one of the two out")
+        return {**own, **decision.edits}

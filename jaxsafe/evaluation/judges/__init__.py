@@ -1,0 +1,1 @@
+"""Judges: did a response refuse?"""

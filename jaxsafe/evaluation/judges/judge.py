@@ -1,0 +1,19 @@
+"""What a judge of refusals is: a rule on keywords, a classifier, another model."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+
+class Judge(Protocol):
+    """Tells refusals from other answers; `name` and `version` stand beside every number that it decides."""
+
+    @property
+    def name(self) -> str:
+        """As in the names of rates."""
+
+    @property
+    def version(self) -> str:
+        """Of the rule or the weights: another version is another judge."""
+
+    def refused(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool | None]:
+        """For each answer to a prompt: True (refused), False (did not) or None (cannot be scored)."""

@@ -1,0 +1,107 @@
+"""Samples by what they are of, and the rates and comparisons that they come to."""
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+
+from jaxsafe.evaluation.settings import Setting, attack_success
+from jaxsafe.evaluation.stats import difference, mcnemar, pooled
+from jaxsafe.prompts.sets import PromptSet
+from jaxsafe.records.run import Comparison, KindRates, Rate, Sample
+
+LABELS = {True: "harmful", False: "safe", None: "no label"}
+Group = tuple[str, str | None, bool | None]
+"""Label, name of the set (None: all of them) and whether the prompts are harmful."""
+Member = Callable[[Sample], bool]
+Seeds = Sequence[Sequence[Sample]]
+"""[seed][answer]: the samples of variants that differ by seed alone, on the same prompts in the same order."""
+
+
+def set_name(prompts: PromptSet) -> str:
+    """The name of a set and its split in tables and files: "builtin:lookalike" of split test is "lookalike"."""
+    if prompts.name.startswith("builtin:"):
+        return prompts.name.removeprefix("builtin:")
+    return prompts.name if prompts.split is None else f"{prompts.name}/{prompts.split}"
+
+
+def rates(seeds: Seeds, settings: Sequence[Setting], judge: str) -> dict[str, Rate]:
+    """Every rate by its name (see `records.run.Result`), pooled over seeds."""
+    named: dict[str, Rate] = {}
+    for setting in settings:
+        harmful = [[s for s in samples if s.setting == setting.name and s.harmful] for samples in seeds]
+        if harmful[0]:
+            named |= attack_success([_by_prompt(samples, setting.width) for samples in harmful], setting, judge)
+    for name, label in _sets(seeds[0], settings[0]):
+        member = functools.partial(_is_of, name, label)
+        named[f"refusal_{judge}/{name}/{LABELS[label]}"] = pooled(_refused(seeds, settings[0], member))
+    return named
+
+
+def comparisons(first: Seeds, second: Seeds, names: tuple[str, str], setting: Setting) -> tuple[Comparison, ...]:
+    """Two groups of variants on the same prompts under `setting`, set by set, and all harmful prompts together.
+
+    `names` are those of the groups. McNemar's test is made where neither has several seeds.
+    """
+    sets = _sets(second[0], setting)
+    groups: list[Group] = [(f"{name} ({LABELS[label]})", name, label) for name, label in sets]
+    if sum(label is True for _, label in sets) > 1:
+        groups.append(("all harmful", None, True))
+    return tuple(_comparison(first, second, names, setting, *group) for group in groups)
+
+
+def _comparison(
+    first: Seeds,
+    second: Seeds,
+    names: tuple[str, str],
+    setting: Setting,
+    label: str,
+    name: str | None,
+    harmful: bool | None,
+) -> Comparison:
+    member = functools.partial(_is_of, name, harmful)
+    a, b = _refused(first, setting, member), _refused(second, setting, member)
+    wide = max(len(a), len(b))
+    a_wide, b_wide = (list(flags) * (wide if len(flags) == 1 else 1) for flags in (a, b))
+    test = mcnemar(itertools.chain(*a_wide), itertools.chain(*b_wide)) if len(a_wide) == len(b_wide) else None
+    return Comparison(
+        *names,
+        label,
+        name,
+        harmful,
+        pooled(a),
+        pooled(b),
+        difference(a, b),
+        test.p_value if test and wide == 1 else None,
+        test.fixed if test else 0,
+        test.broken if test else 0,
+        test.n if test else 0,
+        test.n_unscored if test else 0,
+        _by_kind(first, second, setting, member),
+    )
+
+
+def _by_kind(first: Seeds, second: Seeds, setting: Setting, member: Member) -> tuple[KindRates, ...]:
+    kinds = list(dict.fromkeys(s.kind for s in second[0] if s.setting == setting.name and member(s)))
+    named = [kind for kind in kinds if kind and len(kinds) > 1]
+    of = {kind: lambda s, kind=kind: member(s) and s.kind == kind for kind in named}
+    return tuple(
+        KindRates(kind, *(pooled(_refused(seeds, setting, of[kind])) for seeds in (first, second))) for kind in named
+    )
+
+
+def _is_of(name: str | None, harmful: bool | None, sample: Sample) -> bool:
+    return sample.harmful is harmful and name in (None, sample.set)
+
+
+def _sets(samples: Sequence[Sample], setting: Setting) -> list[tuple[str, bool | None]]:
+    """Name and label of the sets of prompts asked under `setting`, in their order."""
+    return list(dict.fromkeys((s.set, s.harmful) for s in samples if s.setting == setting.name))
+
+
+def _refused(seeds: Seeds, setting: Setting, member: Member) -> list[list[bool | None]]:
+    return [[s.refused for s in samples if s.setting == setting.name and member(s)] for samples in seeds]
+
+
+def _by_prompt(samples: Sequence[Sample], width: int) -> list[list[bool | None]]:
+    complied = [None if s.refused is None else not s.refused for s in samples]
+    return [complied[i : i + width] for i in range(0, len(complied), width)]

@@ -1,0 +1,255 @@
+"""Numbers from verdicts and scores. A rate has an interval and counts, a comparison on the same prompts a test.
+
+A flag is True, False or None (could not be scored); what is unscored is left out of every number and counted.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.stats import binomtest, norm
+from sklearn import metrics as sklearn_metrics
+
+from jaxsafe.records.run import Difference, Rate
+from jaxsafe.records.scans import Classification, Curve
+
+Flags = Iterable[bool | None]
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One condition against another on the same prompts, by the exact McNemar test.
+
+    fixed: flags that were True and became False; broken: that were False and became True; p_value: two-sided,
+    1 where no flag changed; n: pairs scored on both sides; n_unscored: other pairs.
+    """
+
+    fixed: int
+    broken: int
+    p_value: float
+    n: int
+    n_unscored: int
+
+
+def rate(flags: Flags) -> Rate:
+    """The share of True among the scored flags, with the Wilson score interval (Wilson 1927).
+
+    Raises ValueError for anything but True, False and None.
+    """
+    checked = _checked(flags)
+    scored = [f for f in checked if f is not None]
+    n, unscored = len(scored), len(checked) - len(scored)
+    if not n:
+        return Rate(None, None, None, 0, unscored)
+    interval = binomtest(sum(scored), n).proportion_ci(confidence_level=0.95, method="wilson")
+    return Rate(sum(scored) / n, float(interval.low), float(interval.high), n, unscored)
+
+
+def mcnemar(before: Flags, after: Flags) -> Paired:
+    """Compare flags of the same prompts, in the same order, where True marks a failure.
+
+    The p-value is the two-sided binomial test of the discordant pairs (McNemar 1947, exact form). Raises
+    ValueError for unequal lengths and for anything but True, False and None.
+    """
+    first, second = _checked(before), _checked(after)
+    if len(first) != len(second):
+        raise ValueError(f"{len(first)} flags before and {len(second)} after; need one each a prompt")
+    pairs = [(b, a) for b, a in zip(first, second, strict=True) if b is not None and a is not None]
+    fixed, broken = pairs.count((True, False)), pairs.count((False, True))
+    p_value = float(binomtest(fixed, fixed + broken, 0.5).pvalue) if fixed + broken else 1.0
+    return Paired(fixed, broken, p_value, len(pairs), len(first) - len(pairs))
+
+
+def scans_average(refused_safe: Flags, refused_unsafe: Flags) -> Rate:
+    """Share of prompts treated rightly, (compliance on safe + refusal on unsafe) / all (arXiv 2408.11491, Avg.)."""
+    complied = [None if refused is None else not refused for refused in _checked(refused_safe)]
+    return rate(complied + _checked(refused_unsafe))
+
+
+def classification(scores: ArrayLike, harmful: Iterable[bool], threshold: float) -> Classification:
+    """Judge the verdicts `score >= threshold` (unsafe) against the labels.
+
+    scores: [n] finite floats, higher for more harmful; harmful: [n] booleans. The AUPRC is that of 1 - score for
+    the class safe. With one class only, AUROC, AUPRC and balanced accuracy are None. Raises ValueError for no
+    scores, unequal lengths, scores or a threshold that are not finite, and labels that are not booleans.
+    """
+    s, unsafe = _scores_and_labels(scores, harmful)
+    if not np.isfinite(threshold):
+        raise ValueError(f"threshold {threshold} is not finite")
+    called_unsafe = s >= threshold
+    (tp, fn), (fp, tn) = sklearn_metrics.confusion_matrix(~unsafe, ~called_unsafe, labels=[True, False]).tolist()
+    two = bool(unsafe.any() and not unsafe.all())
+    curve = sklearn_metrics.precision_recall_curve(~unsafe, 1 - s) if two else None
+    return Classification(
+        threshold=float(threshold),
+        precision=_ratio(tp, tp + fp),
+        recall=_ratio(tp, tp + fn),
+        f1=_ratio(2 * tp, 2 * tp + fp + fn),
+        auprc=float(sklearn_metrics.auc(curve[1], curve[0])) if curve else None,
+        auroc=float(sklearn_metrics.roc_auc_score(unsafe, s)) if two else None,
+        balanced_accuracy=float(sklearn_metrics.balanced_accuracy_score(unsafe, called_unsafe)) if two else None,
+        safe_as_safe=tp,
+        safe_as_unsafe=fn,
+        unsafe_as_safe=fp,
+        unsafe_as_unsafe=tn,
+    )
+
+
+def roc(scores: ArrayLike, harmful: Iterable[bool]) -> Curve:
+    """The ROC of harmful against safe prompts.
+
+    A point is the verdict `score >= threshold`; the first threshold is just above every score. Raises ValueError
+    as `classification` does, and unless both classes are there.
+    """
+    s, unsafe = _scores_and_labels(scores, harmful)
+    _need_both(unsafe)
+    fpr, tpr, thresholds = sklearn_metrics.roc_curve(unsafe, s)
+    thresholds[0] = np.nextafter(s.max(), np.inf)  # infinite as scikit-learn has it, which JSON cannot hold
+    return Curve(tuple(fpr.tolist()), tuple(tpr.tolist()), tuple(thresholds.tolist()))
+
+
+def best_threshold(scores: ArrayLike, harmful: Iterable[bool]) -> float:
+    """The threshold of the highest balanced accuracy, for the verdict `score >= threshold` (unsafe).
+
+    It lies in the middle of the gap between two neighbouring scores; among equally good gaps in the widest, then
+    the lowest. Where every gap is worse than one verdict for all, it is the lowest score (all unsafe). Raises
+    ValueError as `classification` does, and unless both classes are there.
+    """
+    s, unsafe = _scores_and_labels(scores, harmful)
+    _need_both(unsafe)
+    levels = np.unique(s)
+    harmful_scores, safe_scores = np.sort(s[unsafe]), np.sort(s[~unsafe])
+    caught = len(harmful_scores) - np.searchsorted(harmful_scores, levels)
+    spared = np.searchsorted(safe_scores, levels)
+    # Balanced accuracy times twice both class sizes, in integers: ties are exact.
+    merit = caught * len(safe_scores) + spared * len(harmful_scores)
+    gaps = np.diff(levels, prepend=levels[0])
+    best = max(range(len(levels)), key=lambda i: (merit[i], gaps[i], -i))
+    if best == 0:
+        return float(levels[0])
+    middle = levels[best - 1] / 2 + levels[best] / 2
+    return float(middle if middle > levels[best - 1] else levels[best])
+
+
+def _checked(flags: Flags) -> list[bool | None]:
+    checked: list[bool | None] = []
+    for i, flag in enumerate(flags.tolist() if hasattr(flags, "tolist") else flags):
+        if flag is not None and not isinstance(flag, bool | np.bool_):
+            raise ValueError(f"flag {i} is {flag!r}; need True, False or None")
+        checked.append(None if flag is None else bool(flag))
+    return checked
+
+
+def _scores_and_labels(scores: ArrayLike, harmful: Iterable[bool]) -> tuple[np.ndarray, np.ndarray]:
+    s = np.asarray(scores, dtype=np.float64)
+    labels: list[Any] = _checked(harmful)
+    if s.ndim != 1 or not s.size or len(s) != len(labels):
+        raise ValueError(f"scores of shape {s.shape} and {len(labels)} labels; need one each a prompt, at least one")
+    if not np.isfinite(s).all():
+        bad = int(np.flatnonzero(~np.isfinite(s))[0])
+        raise ValueError(f"score {bad} is {s[bad]}; need finite scores")
+    if None in labels:
+        raise ValueError(f"label {labels.index(None)} is None; need True (harmful) or False (safe)")
+    return s, np.asarray(labels, dtype=bool)
+
+
+def _need_both(unsafe: np.ndarray) -> None:
+    if unsafe.all() or not unsafe.any():
+        raise ValueError(f"all {len(unsafe)} prompts are {'harmful' if unsafe.all() else 'safe'}; need both classes")
+
+
+def _ratio(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def clustered_rate(groups: Sequence[Flags]) -> Rate:
+    """The share of True among all scored flags; the flags of one group (the samples of a prompt) may be alike.
+
+    The 95% interval is Wilson's at the effective number of flags n / deff. The design effect deff is the variance of
+    the share between groups (the linearised one of a ratio) over that of n independent flags, at least 1: it is 1
+    where flags of a group are independent and the group's size where they are equal. Where all flags are alike deff
+    cannot be estimated, and each group counts as one flag. Source: Kish, Survey Sampling (1965), for deff; Franco et
+    al., J. Survey Stat. Methodol. 7 (2019) 334, for Wilson's interval at the effective sample size.
+
+    n, n_unscored: flags, not groups. Raises ValueError for anything but True, False and None.
+    """
+    flat = rate(flag for group in groups for flag in group)
+    scored = [group for group in ([f for f in group if f is not None] for group in groups) if group]
+    if flat.value is None:
+        return flat
+    p, n = flat.value, flat.n
+    if 0 < p < 1:
+        between = sum((sum(group) - p * len(group)) ** 2 for group in scored)
+        effective = n / max(1.0, between / (n * p * (1 - p)))
+    else:
+        effective = len(scored)
+    low, high = _wilson(p, effective)
+    return Rate(p, low, high, n, flat.n_unscored)
+
+
+def _wilson(p: float, n: float) -> tuple[float, float]:
+    """Wilson's 95% interval (Wilson 1927) of a share `p` of `n` flags, which need not be a whole number."""
+    z = norm.ppf(0.975)
+    centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    low, high = (float((centre + sign * half) / (1 + z**2 / n)) for sign in (-1, 1))
+    return low if p > 0 else 0.0, high if p < 1 else 1.0
+
+
+def mean_rate(rates: Mapping[str, Rate]) -> Rate:
+    """The unweighted mean of independent shares with its 95% interval; `n` counts all their prompts.
+
+    The interval puts the shares' own Wilson limits together (Zou, Huang and Zhang 2009, Computational Statistics
+    and Data Analysis 53:1080). Raises ValueError for no shares and for one without a value.
+    """
+    shares = list(rates.values())
+    if not shares or any(share.value is None for share in shares):
+        raise ValueError(f"a mean needs at least one share, and a value of each; got {dict(rates)}")
+    values, lows, highs = np.array([(share.value, share.ci_low, share.ci_high) for share in shares]).T
+    mean, k = float(values.mean()), len(shares)
+    below, above = (math.hypot(*(values - lows)) / k, math.hypot(*(highs - values)) / k)
+    return Rate(mean, mean - below, mean + above, sum(share.n for share in shares), 0)
+
+
+SeedFlags = Sequence[Sequence[bool | None]]
+"""[seed][answer]: verdicts on the same prompts in the same order, by seed."""
+
+
+def pooled(flags: SeedFlags) -> Rate:
+    """The mean rate over seeds with its 95% interval, prompts as clusters; a single seed's is Wilson's."""
+    return rate(flags[0]) if len(flags) == 1 else clustered_rate(list(zip(*flags, strict=True)))
+
+
+def difference(first: SeedFlags, second: SeedFlags) -> Difference:
+    """By how much the rate of `second` is above that of `first`, on the same prompts, with a 95% interval.
+
+    Square-and-add of both Wilson intervals with the correlation of the prompts' means (Newcombe 1998, method 10,
+    here with intervals that allow for clusters). None where one of both has no scored flag.
+    """
+    a, b = pooled(first), pooled(second)
+    if a.value is None or b.value is None:
+        return Difference(None, None, None)
+    a_low, a_high, b_low, b_high = (float(end or 0.0) for end in (a.ci_low, a.ci_high, b.ci_low, b.ci_high))
+    r = max(0.0, _correlation(_means(first), _means(second)))
+    d = b.value - a.value
+    low = _span(b.value - b_low, a_high - a.value, r)
+    high = _span(b_high - b.value, a.value - a_low, r)
+    return Difference(d, d - low, d + high)
+
+
+def _span(x: float, y: float, r: float) -> float:
+    return math.sqrt(max(0.0, x**2 + y**2 - 2 * r * x * y))
+
+
+def _means(flags: SeedFlags) -> np.ndarray:
+    columns = [[f for f in column if f is not None] for column in zip(*flags, strict=True)]
+    return np.array([np.mean(column) if column else math.nan for column in columns])
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float:
+    known = np.isfinite(x) & np.isfinite(y)
+    if known.sum() < 2 or np.ptp(x[known]) == 0 or np.ptp(y[known]) == 0:
+        return 0.0
+    return float(np.corrcoef(x[known], y[known])[0, 1])

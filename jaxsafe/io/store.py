@@ -1,0 +1,138 @@
+"""What a run has finished, by what it follows from: nothing stored is made again, and nothing is stored by halves."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxsafe.digest import digest
+from jaxsafe.io.atomic import new_file, write_text
+from jaxsafe.model.weights import flatten, nest
+from jaxsafe.parallel import fetch
+
+Json = Any
+
+
+class Codec(Protocol):
+    """How a kind of value lies in a file; `suffix` is that of its name."""
+
+    suffix: str
+
+    def write(self, path: pathlib.Path, value: Any) -> None:
+        """Writes `value` to `path`, whole or not at all."""
+
+    def read(self, path: pathlib.Path) -> Any:
+        """The value in `path`. Raises ValueError where it holds none."""
+
+
+class _Json:
+    """Values of JSON."""
+
+    suffix = ".json"
+
+    def write(self, path: pathlib.Path, value: Json) -> None:
+        write_text(path, json.dumps(value))
+
+    def read(self, path: pathlib.Path) -> Json:
+        return json.loads(path.read_text(encoding="utf-8"))
+
+
+class _Tree:
+    """Trees of arrays by path, as safetensors."""
+
+    suffix = ".safetensors"
+
+    def write(self, path: pathlib.Path, value: Any) -> None:
+        # safetensors stores the buffer of a transposed array as if it were contiguous.
+        arrays = {name: np.asarray(array, order="C") for name, array in flatten(fetch(value)).items()}
+        with new_file(path) as temporary:
+            save_file(arrays, temporary)
+
+    def read(self, path: pathlib.Path) -> Any:
+        # What lies on one process's devices could not be given to a program of several.
+        framework = "flax" if jax.process_count() == 1 else "numpy"
+        try:
+            with safe_open(path, framework=framework) as file:
+                return nest({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+
+
+JSON, TREE = _Json(), _Tree()
+
+
+@dataclasses.dataclass(frozen=True)
+class Store:
+    """The finished pieces in `folder`: each has a `name` for people and is told apart by what it `follows` from.
+
+    `follows` is in values of JSON and names everything that the piece depends on. Pieces of other experiments may lie
+    beside those of this one.
+    """
+
+    folder: pathlib.Path
+
+    def path(self, name: str, follows: Json, suffix: str) -> pathlib.Path:
+        """Where the piece lies, or would."""
+        return self.folder / f"{name}-{digest(follows)[:16]}{suffix}"
+
+    def has(self, name: str, follows: Json, codec: Codec = JSON) -> bool:
+        """Whether the piece is finished."""
+        return self.path(name, follows, codec.suffix).is_file()
+
+    def read(self, name: str, follows: Json, codec: Codec = JSON) -> Any:
+        """A finished piece. Raises FileNotFoundError where it is not, ValueError where its file is torn."""
+        return codec.read(self.path(name, follows, codec.suffix))
+
+    def write(self, name: str, follows: Json, value: Any, codec: Codec = JSON) -> None:
+        """Keeps a finished piece."""
+        codec.write(self.path(name, follows, codec.suffix), value)
+
+    def drop(self, name: str, follows: Json, suffix: str = ".json") -> None:
+        """Takes a piece away that is of no more use."""
+        self.path(name, follows, suffix).unlink(missing_ok=True)
+
+    def once(self, name: str, follows: Json, make: Callable[[], Any], codec: Codec = JSON) -> Any:
+        """The piece, made now unless it is finished; what is returned is always what the file holds."""
+        if not self.has(name, follows, codec):
+            self.write(name, follows, make(), codec)
+        return self.read(name, follows, codec)
+
+    def log(self, name: str, follows: Json) -> "Log":
+        """The log of a piece in hand, from which an interrupted run goes on."""
+        return Log(self.path(name, follows, ".jsonl"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """Finished parts of a piece, one JSON value a line, in `path`."""
+
+    path: pathlib.Path
+
+    def entries(self) -> list[Json]:
+        """The whole entries (none where the file is absent); a last line cut short is passed over and ended."""
+        if not self.path.is_file():
+            return []
+        found, text = [], self.path.read_text(encoding="utf-8")
+        for line in text.split("\n"):
+            with contextlib.suppress(json.JSONDecodeError):
+                found += [json.loads(line)] if line else []
+        if text and not text.endswith("\n"):
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n")
+        return found
+
+    def add(self, *entries: Json) -> None:
+        """Appends `entries`, which are on the disk when it returns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+            file.flush()
+            os.fsync(file.fileno())

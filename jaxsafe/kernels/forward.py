@@ -1,0 +1,123 @@
+"""Forward passes over a batch of texts: its final states, its activations, and one block at a time.
+
+Tokens that all rows begin with, such as a system prompt, are run once for all of them.
+
+Axes: B batch, T slots of the texts, S slots of a cache, R slots that are run, P tokens that all rows begin with,
+L layers, K kv_heads, H head_dim, D embed, F features at a tap
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsafe.model.attention import Slots, rotation
+from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.taps import FINAL, Reducer, at, block_readings, collection, readings
+from jaxsafe.model.transformer import Block, Cache, Edits, Params, Transformer, variables
+from jaxsafe.rows import Batch
+
+Given = tuple[Int[Array, "B R"], Slots, Cache | None]
+"""What `Transformer` is given: tokens, where they are, and a cache that holds what precedes them."""
+
+
+def prompt_inputs(config: ModelConfig, params: Params, batch: Batch, slots: int = 0, edits: Edits = None) -> Given:
+    """What `Transformer` is given to run the prompts.
+
+    Where `batch.shared` is P > 0 these are the T - P last slots, behind a cache of T + `slots` slots that holds the
+    first P tokens of every row; a shorter row's slots among them hold some of these tokens again. The numbers are
+    those of the whole prompts. Where there are `edits`, which may differ from row to row, nothing is shared.
+    """
+    T, P = batch.tokens.shape[1], batch.shared
+    if edits or not P:
+        return batch.tokens, Slots(batch.valid), None
+    held = Slots(jnp.pad(batch.valid, [(0, 0), (0, slots)]), P)
+    return batch.tokens[:, P:], held, _shared_cache(config, params, batch, T + slots)
+
+
+def _shared_cache(config: ModelConfig, params: Params, batch: Batch, slots: int) -> Cache:
+    """A cache of `slots` slots whose first P hold what of the shared tokens falls among them, by row."""
+    P = batch.shared
+    first = batch.tokens.shape[1] - batch.valid.sum(-1)  # the slot of each row's first token
+    tokens = jax.lax.dynamic_slice_in_dim(batch.tokens[0], first[0], P)[None]
+    _, once = Transformer(config).apply(variables(params), tokens, Slots(jnp.ones((1, P), bool)), last=0)
+    source = jnp.maximum(jnp.arange(P)[None] - first[:, None], 0)  # [B, P]; slots before the first are not seen
+
+    def spread(a: Float[Array, "L 1 K P H"]) -> Float[Array, "L B K P H"]:
+        return jnp.moveaxis(a[:, 0][:, :, source], 2, 1)
+
+    return extended(jax.tree.map(spread, once), slots)
+
+
+def extended(cache: Cache, slots: int) -> Cache:
+    """`cache` with empty slots behind, `slots` in all."""
+    return jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, slots - a.shape[3]), (0, 0)]), cache)
+
+
+def final_states(
+    config: ModelConfig, params: Params, given: Given, edits: Edits = None, keeps: str = "products"
+) -> Float[Array, "B R D"]:
+    """The normed states that the unembedding reads, of the slots that are run.
+
+    A backward pass keeps of every layer what `keeps` (static) says (see `KEEPS` of the transformer).
+    """
+    options: dict[str, Any] = {"last": 0, "capture_intermediates": at(FINAL), "mutable": ["intermediates"]}
+    _, state = Transformer(config, keeps).apply(variables(params, edits), *given, **options)
+    return readings(state["intermediates"])[FINAL]
+
+
+def capture(
+    config: ModelConfig,
+    params: Params,
+    tokens: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    taps: Sequence[str] = ("resid",),
+    edits: Edits = None,
+    reduce: Mapping[str, Reducer] | None = None,
+) -> dict[str, Float[Array, "..."]]:
+    """{tap: activations} of left-padded `tokens`, of which `valid` are no padding.
+
+    A tap inside the blocks gives [L, B, T, F], "embed" and "final" give [B, T, D]. A reducer for a tap, such as
+    `At(slots)` or `SquareSum(weight)`, is applied inside the scan over layers, so that only what it
+    returns is ever stacked. Pure and jittable (`config` and `taps` static). Raises ValueError for an
+    unknown tap.
+    """
+    collections = variables(params, edits) | {"reducers": collection(reduce, "reduce")}
+    options: dict[str, Any] = {"last": 0, "capture_intermediates": at(*taps), "mutable": ["intermediates"]}
+    _, state = Transformer(config).apply(collections, tokens, Slots(valid), **options)
+    return readings(state["intermediates"])
+
+
+@functools.partial(jax.jit, static_argnames=("config", "taps"))
+def run_block(
+    config: ModelConfig,
+    layer: Params,
+    x: Float[Array, "B T D"],
+    valid: Bool[Array, "B T"],
+    taps: tuple[str, ...] = (),
+    reduce: Mapping[str, Reducer] | None = None,
+) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "..."]]]:
+    """The residual stream after one block of weights `layer` (no layer axis), and what its taps read.
+
+    `valid` as in `capture`. One compilation serves every layer.
+    """
+    queries = Slots(valid).queries(x.shape[1])
+    turns = rotation(config.rope, config.head_dim, queries.positions)
+    collections = {"params": layer, "reducers": collection(reduce, "reduce").get("layers", {})}
+    options: dict[str, Any] = {"capture_intermediates": at(*taps), "mutable": ["intermediates"]}
+    carry = (x, None, jnp.int32(0))
+    ((x, _, _), _), state = Block(config).apply(collections, carry, config.window, queries, *turns, **options)
+    return x, block_readings(state.get("intermediates", {}))
+
+
+def embed(params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """What enters the first block."""
+    return params["embed"][tokens]
+
+
+def layer_of(params: Params, layer: int) -> dict[str, Any]:
+    """The weights of one block, without the layer axis."""
+    return jax.tree.map(lambda a: a[layer], dict(params["layers"]))

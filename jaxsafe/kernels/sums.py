@@ -1,0 +1,315 @@
+"""Sums over a data set that scores and bases are made from: one pass, batch by batch, on any number of devices.
+
+B batch, T position, L layers, I inputs and O outputs of a linear map, F features of a tap
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxsafe.kernels.importance import (
+    LOSSES,
+    POSITIONS,
+    Counting,
+    gram_sums,
+    input_taps,
+    no_sums,
+    snip_scores,
+    snip_sums,
+    wanda_scores,
+    wanda_sums,
+)
+from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.taps import Gram, Reducer, SquareSum
+from jaxsafe.model.transformer import Params
+from jaxsafe.model.weights import linear_maps, nest, partition_spec, sizes
+from jaxsafe.parallel import per_device
+from jaxsafe.progress import Progress, silent
+from jaxsafe.rows import Batch, Row, bucket, check_context, group_by_length, pad_rows, row_bucket
+
+Sums = Mapping[str, Any]
+"""A tree of float32 sums: of the linear maps {"layers": {"q": [L, *I, *O], ...}}, or by tap {tap: [L, F, ...]}."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scoring:
+    """How sums are made: of which `kind`, over which tokens, by which loss of a row, and from how many rows at a time.
+
+    positions: "response", "prompt" or "all"; loss, of "snip" alone: "mean" or "sum" over a row's counted tokens.
+    Raises ValueError for an unknown name and a batch_size that is not positive.
+    """
+
+    kind: str = "snip"
+    positions: str = "response"
+    loss: str = "mean"
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        kind_of(self.kind)
+        for name, known in (("positions", POSITIONS), ("loss", LOSSES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} {getattr(self, name)!r} is not known; use one of {', '.join(known)}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size {self.batch_size} is not positive")
+
+    @property
+    def counting(self) -> Counting:
+        """Which tokens count, and how."""
+        return Counting(self.positions, self.loss)
+
+    @property
+    def follows(self) -> dict[str, str]:
+        """What whole sums follow from besides the model and the data, in values of JSON."""
+        loss = {"loss": self.loss} if kind_of(self.kind).of_loss else {}
+        return {"kind": self.kind, "positions": self.positions, **loss}
+
+
+Add = Callable[[ModelConfig, Params, Batch, Sums, Counting, int | None], Sums]
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of sums: everything in which kinds differ.
+
+    outline: the tree as `jax.ShapeDtypeStruct`s
+    specs: how each leaf of it lies on a mesh, without the axis of data devices
+    add: (config, params, batch, sums, counting, last) -> `sums` with those of `batch` added
+    scores: (config, params, sums, n) -> a score of every weight, None where there is none
+    reducer: makes the sums of one block from its inputs, weighted [B, T]; None where they need the whole model
+    of_loss: whether they follow from a loss
+    """
+
+    outline: Callable[[ModelConfig], Sums]
+    specs: Callable[[ModelConfig, Mesh], Sums]
+    add: Add
+    scores: Callable[[ModelConfig, Params, Sums, int], dict[str, Any]] | None = None
+    reducer: Callable[[Any], Reducer] | None = None
+    of_loss: bool = False
+
+
+def _of_maps(config: ModelConfig) -> Sums:
+    return jax.eval_shape(lambda: no_sums(config))
+
+
+def _as_weights(config: ModelConfig, mesh: Mesh) -> Sums:
+    """As the weights are split over the model axis."""
+    wide = {path: partition_spec(config, w, mesh) for path, w in linear_maps(config).items()}
+    return nest({path: PartitionSpec(*(a if a == "model" else None for a in spec)) for path, spec in wide.items()})
+
+
+def _of_taps(axes: int) -> Callable[[ModelConfig], Sums]:
+    """{tap: [L, F, ...]} with so many axes of features."""
+
+    def outline(config: ModelConfig) -> Sums:
+        width = {str(w.tap): math.prod(sizes(config, w.inputs)) for w in linear_maps(config).values()}
+        taps = input_taps(config)
+        return {tap: jax.ShapeDtypeStruct((config.layers, *[width[tap]] * axes), jnp.float32) for tap in taps}
+
+    return outline
+
+
+def _by_features(config: ModelConfig, mesh: Mesh) -> Sums:
+    """By features where the model axis divides them."""
+    fits = {tap: a.shape[1] % mesh.shape["model"] == 0 for tap, a in _of_taps(1)(config).items()}
+    return {tap: PartitionSpec(None, "model" if fit else None) for tap, fit in fits.items()}
+
+
+def _add_snip(
+    config: ModelConfig, params: Params, batch: Batch, sums: Sums, counting: Counting, last: int | None
+) -> Sums:
+    return snip_sums(config, params, batch, sums, counting, last)
+
+
+def _add_wanda(
+    config: ModelConfig, params: Params, batch: Batch, sums: Sums, counting: Counting, last: int | None
+) -> Sums:
+    return jax.tree.map(jnp.add, sums, wanda_sums(config, params, batch, counting.positions))
+
+
+def _add_gram(
+    config: ModelConfig, params: Params, batch: Batch, sums: Sums, counting: Counting, last: int | None
+) -> Sums:
+    return jax.tree.map(jnp.add, sums, gram_sums(config, params, batch, counting.positions, last))
+
+
+KINDS: Mapping[str, Kind] = {
+    "snip": Kind(_of_maps, _as_weights, _add_snip, snip_scores, of_loss=True),
+    "wanda": Kind(_of_taps(1), _by_features, _add_wanda, wanda_scores, SquareSum),
+    "gram": Kind(_of_taps(2), _by_features, _add_gram, reducer=Gram),
+}
+"""SNIP sums |gradients| of the maps, Wanda squares of their inputs, Gram outer products of their inputs."""
+
+
+def kind_of(name: str) -> Kind:
+    """The kind of this name. Raises ValueError for an unknown one."""
+    if name not in KINDS:
+        raise ValueError(f"statistics {name!r} are not known; use one of {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+    """Sums over `n` samples of one `kind`: "snip" (tree of the maps), "wanda" and "gram" (by tap). Float32."""
+
+    kind: str
+    sums: Sums
+    n: int
+
+    def scores(self, config: ModelConfig, params: Params) -> dict[str, Any]:
+        """The score of every weight of the linear maps, float32 (higher: matters more).
+
+        Raises ValueError for a kind that scores no weights, and for sums of no samples.
+        """
+        make = kind_of(self.kind).scores
+        if make is None:
+            raise ValueError(f"statistics of kind {self.kind!r} score no weights; those of snip and wanda do")
+        return make(config, params, self.sums, self.n)
+
+
+def merge(a: Statistics, b: Statistics) -> Statistics:
+    """The statistics of both data sets together. Raises ValueError for different kinds."""
+    if a.kind != b.kind:
+        raise ValueError(f"statistics of kind {a.kind!r} and {b.kind!r} cannot be merged")
+    return Statistics(a.kind, jax.tree.map(jnp.add, a.sums, b.sums), a.n + b.n)
+
+
+def shardings(kind: str, config: ModelConfig, mesh: Mesh) -> Any:
+    """How the sums of `kind`, one entry a device of the data axis in front, lie on `mesh`."""
+    specs = kind_of(kind).specs(config, mesh)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, PartitionSpec("data", *spec)), specs)
+
+
+def nothing(kind: str, config: ModelConfig) -> Any:
+    """The sums of no samples. Raises ValueError for an unknown kind."""
+    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kind_of(kind).outline(config))
+
+
+@functools.partial(jax.jit, static_argnames=("scoring", "config", "last", "mesh"), donate_argnames=("sums",))
+def add_batch(
+    scoring: Scoring,
+    config: ModelConfig,
+    params: Params,
+    batch: Batch,
+    sums: Sums,
+    last: int | None,
+    mesh: Mesh | None,
+) -> Any:
+    """`sums` with those of `batch` added; on a mesh `sums` has one entry a device of the data axis in front.
+
+    `last` is a number of final slots that holds every counted token, None for all slots.
+    """
+    add = kind_of(scoring.kind).add
+    if mesh is None:
+        return add(config, params, batch, sums, scoring.counting, last)
+    n = mesh.shape["data"]
+    shares = jax.tree.map(lambda a: a.reshape(n, a.shape[0] // n, *a.shape[1:]), batch)
+
+    def own(params: Params, batch: Batch, sums: Sums) -> Sums:
+        return add(config, params, batch, sums, scoring.counting, last)
+
+    added = per_device(own, mesh, (None, 0, 0))(params, shares, sums)
+    return jax.lax.with_sharding_constraint(added, shardings(scoring.kind, config, mesh))
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A pass after its first `batches` batches, the last of which had so many `rows`.
+
+    tree: gives the sums so far; to be called before the next batch is added.
+    """
+
+    batches: int
+    rows: int
+    tree: Callable[[], Sums]
+
+
+def batches_of(scoring: Scoring, rows: Sequence[Row]) -> list[Any]:
+    """Indices of the rows of each batch of a pass over `rows`."""
+    return group_by_length([len(row.ids) for row in rows], scoring.batch_size)
+
+
+def gather_parts(
+    scoring: Scoring,
+    config: ModelConfig,
+    params: Params,
+    rows: Sequence[Row],
+    mesh: Mesh | None = None,
+    start: tuple[Sums, int] | None = None,
+) -> Iterator[Part]:
+    """One pass over `rows` (prompts with their answers), batch by batch, formed by length.
+
+    On a mesh every device sums over its own rows; the sums of all are added when a part's tree is asked for. `start`
+    are the sums of the first so many batches, from an interrupted pass. Raises ValueError for no rows, rows without a
+    counted token, rows longer than the context, and a batch that does not fit memory.
+    """
+    _check_rows(scoring, config, rows)
+    multiple = 1 if mesh is None else mesh.shape["data"]
+    sums, first = (None, 0) if start is None else start
+    if mesh is not None:
+        sums = _per_device_sums(scoring.kind, config, mesh, sums)
+    elif sums is None:
+        sums = nothing(scoring.kind, config)
+    for number, group in enumerate(batches_of(scoring, rows)[first:], first + 1):
+        batch = pad_rows([rows[i] for i in group], count=row_bucket(len(group), scoring.batch_size, multiple))
+        answers = batch.tokens.shape[1] - 1 - int(batch.instruction_end.min())
+        last = min(bucket(answers), batch.tokens.shape[1]) if scoring.positions == "response" else None
+        try:
+            sums = add_batch(scoring, config, params, batch, sums, last, mesh)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise ValueError(
+                f"{len(group)} rows do not fit memory; give a batch_size below {scoring.batch_size}"
+            ) from None
+        yield Part(number, len(group), functools.partial(_all_devices, sums, mesh))
+
+
+def gather(
+    scoring: Scoring,
+    config: ModelConfig,
+    params: Params,
+    rows: Sequence[Row],
+    mesh: Mesh | None = None,
+    done: Progress = silent,
+) -> Statistics:
+    """The statistics of `rows` (prompts with their answers), in one pass of `gather_parts`; errors as there.
+
+    `done` is called with the number of rows of each finished batch.
+    """
+    part = None
+    for part in gather_parts(scoring, config, params, rows, mesh):
+        done(part.rows)
+    assert part is not None, "a pass over rows has a batch"
+    return Statistics(scoring.kind, part.tree(), len(rows))
+
+
+def _check_rows(scoring: Scoring, config: ModelConfig, rows: Sequence[Row]) -> None:
+    if not rows:
+        raise ValueError("there are no rows to score; give at least one prompt with its answer")
+    check_context(rows, config.context)
+    if scoring.positions != "response":
+        return
+    for i, row in enumerate(rows):
+        if row.instruction_end + 1 >= len(row.ids):
+            raise ValueError(f"row {i} has no answer; positions='response' needs at least one answer token a row")
+
+
+def _per_device_sums(kind: str, config: ModelConfig, mesh: Mesh, sums: Sums | None) -> Any:
+    """`sums` (None: of no samples) in the first of as many entries as the data axis has devices, the others empty."""
+
+    def spread(sums: Any) -> Any:
+        shapes = kind_of(kind).outline(config)
+        empty = jax.tree.map(lambda a: jnp.zeros((mesh.shape["data"], *a.shape), a.dtype), shapes)
+        return empty if sums is None else jax.tree.map(lambda a, s: a.at[0].set(s), empty, sums)
+
+    return jax.jit(spread, out_shardings=shardings(kind, config, mesh))(sums)
+
+
+def _all_devices(sums: Any, mesh: Mesh | None) -> Any:
+    return sums if mesh is None else jax.jit(lambda tree: jax.tree.map(lambda a: a.sum(0), tree))(sums)

@@ -1,0 +1,285 @@
+"""Fine-tuning that can be killed and taken up again: all weights or low-rank adapters, any part of them frozen.
+
+The weights after a run follow from the given weights, rows and settings alone, however often it was interrupted.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxsafe.digest import digest
+from jaxsafe.io.checkpoint import checksum, open_checkpoints, outline, preemption, restore, save
+from jaxsafe.kernels import lora
+from jaxsafe.kernels.lora import LoRA
+from jaxsafe.kernels.training import Recipe, batch_plan, masters, model_weights, one_step
+from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.transformer import Params
+from jaxsafe.parallel import put_rows
+from jaxsafe.rows import Row, data_sha256, pad_rows
+
+SCHEDULES = ("constant", "linear", "cosine")
+FREE = optax.identity()
+"""Nothing is frozen."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuning:
+    """A run of `steps` batches of `batch_size` rows, each taken in `accumulation` parts, by AdamW.
+
+    The learning rate rises over `warmup` steps to `learning_rate` and stays ("constant") or falls to
+    `final_share` of it at the last step ("linear", "cosine"). `lora` None trains the weights themselves. `remat`
+    computes layers again in the backward pass instead of keeping their activations. `slots` (all, of the answer) is
+    the shape of every batch, formed without regard to length; None puts rows of like length together. A checkpoint
+    is written every `checkpoint_every` steps.
+    """
+
+    steps: int = 100
+    batch_size: int = 8
+    accumulation: int = 1
+    learning_rate: float = 2e-5
+    schedule: str = "constant"
+    warmup: int = 0
+    final_share: float = 0.0
+    weight_decay: float = 0.0
+    lora: LoRA | None = None
+    remat: bool = False
+    slots: tuple[int, int] | None = None
+    seed: int = 0
+    checkpoint_every: int = 100
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulation", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} is not positive")
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size {self.batch_size} does not divide into accumulation {self.accumulation}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule {self.schedule!r} is not known; use one of {', '.join(SCHEDULES)}")
+        if not 0 <= self.warmup < self.steps:
+            raise ValueError(f"warmup {self.warmup} must be at least 0 and below the {self.steps} steps of the run")
+
+
+def learning_rates(settings: FineTuning) -> optax.Schedule:
+    """The learning rate by step."""
+    peak, rest = settings.learning_rate, settings.steps - settings.warmup
+    after = {
+        "constant": optax.constant_schedule(peak),
+        "linear": optax.linear_schedule(peak, settings.final_share * peak, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest, settings.final_share),
+    }[settings.schedule]
+    if not settings.warmup:
+        return after
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, settings.warmup), after], [settings.warmup])
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Where a run is after `number` steps.
+
+    loss: of the last step, before it (nats a token of the answers), None where the run begins or goes on from here;
+    weights: gives the model's weights, in `config.dtype`; to be called before the next step is taken.
+    """
+
+    number: int
+    loss: float | None
+    weights: Callable[[], Params]
+
+
+def train(
+    config: ModelConfig,
+    params: Params,
+    rows: Sequence[Row],
+    settings: FineTuning,
+    frozen: optax.GradientTransformation = FREE,
+    mesh: Mesh | None = None,
+    folder: str | os.PathLike | None = None,
+) -> Iterator[Step]:
+    """Fine-tuning on the answers of `rows`: where the run begins, then every step as it is asked for.
+
+    `frozen` is what may not move (see `kernels/freezing.py`); of adapters it freezes the change that they make to
+    the weights. `params` lie on `mesh` and are left as they are; adapters are merged into the weights of a step.
+    Runs that differ in rows, seed or what is frozen share one compiled step where their shapes are alike.
+
+    Checkpoints go to `folder` (none without one), and a run that finds some there goes on from the latest, which is
+    the first step that it yields. On SIGTERM such a run writes a checkpoint when the next step is asked for and
+    ends, with SystemExit(143) where the signal does not end the process. Raises ValueError for rows without answers,
+    rows beyond the model's context, a batch that the mesh does not divide, and a folder of another run.
+    """
+    check_rows(config, rows, settings, mesh)
+    return _steps(config, params, rows, settings, frozen, mesh, folder)
+
+
+def trained(steps: Iterable[Step]) -> dict[str, Any]:
+    """The weights after all of `steps`. Raises ValueError where there are none."""
+    last = collections.deque(steps, maxlen=1)
+    if not last:
+        raise ValueError("a run without any step has no weights")
+    return dict(last[0].weights())
+
+
+def _steps(
+    config: ModelConfig,
+    params: Params,
+    rows: Sequence[Row],
+    settings: FineTuning,
+    frozen: optax.GradientTransformation,
+    mesh: Mesh | None,
+    folder: str | os.PathLike | None,
+) -> Iterator[Step]:
+    lengths = [len(row.ids) if settings.slots is None else 1 for row in rows]
+    plan = batch_plan(lengths, settings.batch_size, settings.steps, settings.seed)
+    width = None if settings.slots is None else settings.slots[0]
+    tree, fixed, recipe = begin(config, params, rows, settings, frozen, mesh)
+    step = compiled_step(recipe, tree)
+    weights = _weights_program(config, recipe.weights_of, *_hashable(jax.tree.map(lambda p: p.sharding, dict(params))))
+    with contextlib.ExitStack() as stack:
+        start, checkpoints = 0, None
+        asked: Callable[[int], bool] = _never
+        if folder is not None:
+            # Exits in reverse order: the last checkpoint is finished before SIGTERM is raised again.
+            asked = stack.enter_context(preemption())
+            checkpoints = stack.enter_context(open_checkpoints(folder))
+            run = identity(params, rows, settings, frozen)
+            if checkpoints.latest is not None:
+                like = outline(tree)
+                del tree  # the memory is needed for what is read
+                resumed: Any = restore(checkpoints, like, run)
+                start, tree = resumed
+        yield Step(start, None, functools.partial(weights, tree["params"], fixed))
+        for i in range(start, settings.steps):
+            batch = pad_rows([rows[j] for j in plan[i]], width, settings.batch_size)
+            tree, loss = step(tree, put_rows(batch, mesh), fixed)
+            yield Step(i + 1, float(loss), functools.partial(weights, tree["params"], fixed))
+            done, end = i + 1, asked(i)
+            if checkpoints and (end or done == settings.steps or done % settings.checkpoint_every == 0):
+                save(checkpoints, done, tree, run)
+            if end:
+                raise SystemExit(143)
+
+
+def check_rows(config: ModelConfig, rows: Sequence[Row], settings: FineTuning, mesh: Mesh | None) -> None:
+    """Raises ValueError for rows that cannot be trained on, or whose batches do not divide over `mesh`."""
+    if not any(len(row.ids) - 1 > row.instruction_end for row in rows):
+        raise ValueError(f"none of the {len(rows)} rows has an answer to train on")
+    for i, row in enumerate(rows):
+        if len(row.ids) > config.context:
+            raise ValueError(f"row {i} has {len(row.ids)} tokens; the model's context is {config.context} tokens")
+        size = len(row.ids), len(row.ids) - 1 - row.instruction_end
+        if settings.slots is not None and (size[0] > settings.slots[0] or size[1] > settings.slots[1]):
+            raise ValueError(f"row {i} has {size[0]} tokens, {size[1]} of its answer; slots are {settings.slots}")
+    part, devices = settings.batch_size // settings.accumulation, 1 if mesh is None else mesh.shape["data"]
+    if part % devices:
+        raise ValueError(f"parts of {part} rows do not divide over {devices} devices of the data axis")
+
+
+def begin(
+    config: ModelConfig,
+    params: Params,
+    rows: Sequence[Row],
+    settings: FineTuning,
+    frozen: optax.GradientTransformation,
+    mesh: Mesh | None,
+) -> tuple[Any, Any, Recipe]:
+    """What changes from step to step ("params" and "optimizer"), what does not, and how a step is made."""
+    own, _ = rules(settings, frozen)
+    optimizer, weights_of = _shared_rules(dataclasses.replace(settings, seed=0, checkpoint_every=1), frozen.update)
+    if settings.lora is None:
+        trained, fixed = masters(params), None
+    else:
+        trained = lora.init(config, settings.lora, settings.seed, mesh)
+        fixed = {"params": dict(params), "frozen": _on_mesh(frozen.init(params), mesh)}
+    longest = max(len(row.ids) - 1 - row.instruction_end for row in rows)
+    last = longest if settings.slots is None else settings.slots[1]
+    recipe = Recipe(config, optimizer, last, weights_of, settings.accumulation, settings.remat)
+    return _on_mesh({"params": trained, "optimizer": own.init(trained)}, mesh), fixed, recipe
+
+
+def rules(
+    settings: FineTuning, frozen: optax.GradientTransformation
+) -> tuple[optax.GradientTransformation, Callable[[ModelConfig, Any, Any], Params]]:
+    """The optimiser of a run, and what makes the model's weights of what is trained and what is fixed."""
+    optimizer = optax.adamw(learning_rates(settings), weight_decay=settings.weight_decay)
+    if settings.lora is None:
+        return optax.chain(optimizer, frozen), model_weights
+    return optimizer, functools.partial(adapted, frozen, settings.lora.alpha)
+
+
+@functools.lru_cache(maxsize=16)
+def _shared_rules(settings: FineTuning, update: Any) -> Any:
+    """`rules`, the same objects for one way of freezing, whatever it freezes; only their updates are of use."""
+    return rules(settings, optax.GradientTransformation(lambda params: None, update))
+
+
+def adapted(
+    frozen: optax.GradientTransformation, alpha: float, config: ModelConfig, adapters: Any, fixed: Any
+) -> dict[str, Any]:
+    """The weights with the change that `adapters` make merged in, as far as `frozen` lets it through."""
+    change, _ = frozen.update(lora.changes(adapters, alpha), fixed["frozen"], fixed["params"])
+    return lora.changed(fixed["params"], change)
+
+
+Compiled = Callable[[Any, Any, Any], tuple[Any, jax.Array]]
+
+
+def compiled_step(recipe: Recipe, tree: Any) -> Compiled:
+    """`step(tree, batch, fixed)`: the next tree, laid out as `tree`, and the loss; the tree given to it is consumed."""
+    return _step_program(recipe, *_hashable(jax.tree.map(lambda a: a.sharding, tree)))
+
+
+@functools.lru_cache(maxsize=16)
+def _step_program(recipe: Recipe, shardings: tuple[Any, ...], structure: Any) -> Compiled:
+    step = functools.partial(one_step, recipe)
+    return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.unflatten(structure, shardings), None))
+
+
+@functools.lru_cache(maxsize=16)
+def _weights_program(
+    config: ModelConfig,
+    weights_of: Callable[[ModelConfig, Any, Any], Params],
+    shardings: tuple[Any, ...],
+    structure: Any,
+) -> Callable[[Any, Any], Params]:
+    where = jax.tree.unflatten(structure, shardings)
+    return jax.jit(functools.partial(weights_of, config), out_shardings=where)
+
+
+def _hashable(tree: Any) -> tuple[tuple[Any, ...], Any]:
+    """Leaves and structure of a tree, by which a program is looked up."""
+    leaves, structure = jax.tree.flatten(tree)
+    return tuple(leaves), structure
+
+
+def identity(
+    params: Params, rows: Sequence[Row], settings: FineTuning, frozen: optax.GradientTransformation
+) -> dict[str, Any]:
+    """What the weights of a run follow from, in values of JSON; how often it is saved is not of them."""
+
+    chosen = dataclasses.asdict(settings)
+    del chosen["checkpoint_every"]
+    data = {
+        "rows": data_sha256(rows)[:16],
+        "weights": digest(checksum(dict(params)))[:16],
+        "frozen": digest(checksum(frozen.init(params)))[:16],
+    }
+    return json.loads(json.dumps(chosen | data))
+
+
+def _never(step: int) -> bool:
+    return False
+
+
+def _on_mesh(tree: Any, mesh: Mesh | None) -> Any:
+    """`tree` with what does not lie on `mesh`, such as a count of steps, on all of its devices."""
+    if mesh is None:
+        return tree
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda a: a if isinstance(a.sharding, NamedSharding) else jax.device_put(a, everywhere), tree)

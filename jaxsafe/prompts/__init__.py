@@ -1,0 +1,1 @@
+"""Prompt sets: strings and labels, no arrays."""

@@ -1,0 +1,1 @@
+"""What a run writes down, as types; strings and numbers only."""

@@ -1,0 +1,1 @@
+"""Named variants of one model put to one exam."""

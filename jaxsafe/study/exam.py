@@ -1,0 +1,264 @@
+"""An exam: prompts under settings, a judge, and texts to read. It turns a model into typed samples and rates."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from jaxsafe.chat.answers import Answers
+from jaxsafe.chat.model import ChatModel
+from jaxsafe.chat.steered import Steered
+from jaxsafe.evaluation.judges.judge import Judge
+from jaxsafe.evaluation.language import answer_rows, perplexity, repetition
+from jaxsafe.evaluation.samples import rates, set_name
+from jaxsafe.evaluation.settings import Setting
+from jaxsafe.evaluation.utilisation import Tokens
+from jaxsafe.io.store import Log
+from jaxsafe.kernels.sampling import Decoding
+from jaxsafe.progress import Progress, silent
+from jaxsafe.prompts.sets import PromptSet
+from jaxsafe.records.run import Json, Rate, Sample
+from jaxsafe.rows import Row, check_context, data_sha256
+
+
+@dataclasses.dataclass(frozen=True)
+class Exam:
+    """What every variant is put to.
+
+    prompts: sets of labelled prompts, asked under the first of `settings`, and those that are not safe under the
+    others, too; decoding: of answers (settings have temperatures and samples of their own); texts: rows whose answers
+    perplexity is of; fluency_answers: how many answers the unedited model reads; tasks: of lm-eval, of whose questions
+    the first `task_limit` are asked. Raises ValueError where the first setting gives several answers a prompt,
+    where two settings have one name, and for no prompts.
+    """
+
+    prompts: tuple[PromptSet, ...]
+    settings: tuple[Setting, ...]
+    judge: Judge
+    decoding: Decoding
+    texts: tuple[Row, ...] = ()
+    fluency_answers: int = 100
+    batch_size: int = 32
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = 200
+
+    def __post_init__(self) -> None:
+        if not self.settings or self.settings[0].width != 1:
+            raise ValueError("an exam's settings must begin with one that gives one answer a prompt, such as 'vanilla'")
+        names = [setting.name for setting in self.settings]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two settings are named {twice[0]!r}; give each a name of its own")
+        if not sum(map(len, self.prompts)):
+            raise ValueError("an exam has no prompts; name at least one set to evaluate")
+
+    @property
+    def questions(self) -> tuple["Question", ...]:
+        """Every set of prompts with every setting that it is asked under."""
+        first, *others = self.settings
+        unsafe = [prompts.select([label is not False for label in prompts.harmful]) for prompts in self.prompts]
+        asked = [Question(first, prompts) for prompts in self.prompts]
+        return (*asked, *(Question(setting, prompts) for setting in others for prompts in unsafe if len(prompts)))
+
+    @property
+    def size(self) -> int:
+        """How many answers one variant gives."""
+        return sum(len(question.prompts) * question.setting.width for question in self.questions)
+
+    def identity(self, model: ChatModel) -> Json:
+        """What results follow from besides the variant: `model`, what it is asked token by token, and how it is judged.
+
+        Raises ValueError for a prompt or a text beyond the model's context.
+        """
+        asked = [question.rows(model) for question in self.questions]
+        for rows in asked:
+            check_context(rows, model.config.context, self.decoding.max_new_tokens)
+        check_context(self.texts, model.config.context)
+        settings = [[question.setting.samples, question.setting.temperature] for question in self.questions]
+        sampling = [float(value) for value in dataclasses.astuple(self.decoding.sampling)]
+        return {
+            "model": model.fingerprint(),
+            "asked": [data_sha256(rows) for rows in asked],
+            "labels": [[q.setting.name, set_name(q.prompts), q.prompts.sha256] for q in self.questions],
+            "ends": list(self.decoding.eos or model.tokenizer.eos_ids),
+            "decoding": [self.decoding.max_new_tokens, self.decoding.seed, sampling, settings],
+            "judge": [self.judge.name, self.judge.version],
+            "texts": data_sha256(self.texts),
+            "fluency_answers": self.fluency_answers,
+            "tasks": [list(self.tasks), self.task_limit],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A set of prompts under one setting."""
+
+    setting: Setting
+    prompts: PromptSet
+
+    def model(self, model: ChatModel) -> ChatModel:
+        """`model` as it is asked."""
+        return model.with_prompt(self.setting.system, model.raw or not self.setting.template)
+
+    @property
+    def texts(self) -> list[str]:
+        """What stands for each prompt, as often as it is asked."""
+        return [text for prompt in self.prompts.prompts for text in self.setting.texts(prompt)]
+
+    def rows(self, model: ChatModel) -> list[Row]:
+        """The texts as `model` is asked them."""
+        return self.model(model).rows(self.texts)
+
+    def decoding(self, decoding: Decoding) -> Decoding:
+        """`decoding` with the samples and the temperature of the setting."""
+        sampling = decoding.sampling.replace(temperature=self.setting.temperature)  # type: ignore[attr-defined]
+        return dataclasses.replace(decoding, sampling=sampling, samples=self.setting.samples)
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What an exam finds of one variant, as in `records.run.Result`, and its answers."""
+
+    rates: dict[str, Rate]
+    perplexity: float | None
+    perplexity_tokens: int
+    answer_perplexity: float | None
+    repetition: float | None
+    samples: tuple[Sample, ...]
+
+
+def examine(
+    examinee: Steered,
+    reference: ChatModel,
+    exam: Exam,
+    names: Sequence[str],
+    log: Log | None = None,
+    done: Progress = silent,
+) -> tuple[tuple[Findings, ...], Tokens]:
+    """What `exam` finds of every rule of `examinee`, and the tokens that it takes.
+
+    `reference` is the model before any edit, which reads the answers; `names` are those of the variants, one a rule.
+    Answers are kept in `log` batch by batch, and those that it holds are not made again; `done` is called with how
+    many answers each batch has.
+    """
+    samples: list[list[Sample]] = [[] for _ in names]
+    tokens = Tokens(read=len(names) * sum(len(row.ids) for row in exam.texts))
+    for number, question in enumerate(exam.questions):
+        answers, taken = _answered(examinee, question, exam, Place(log, number), done)
+        tokens += taken
+        for rule, name in enumerate(names):
+            samples[rule] += _samples(name, question, exam.judge, [by_rule[rule] for by_rule in answers])
+    read = examinee.nll(exam.texts, exam.batch_size) if exam.texts else [None] * len(names)
+    findings = []
+    for rule, likelihood in enumerate(read):
+        value, n = (None, 0) if likelihood is None else perplexity(*likelihood)
+        own = [s for s in samples[rule] if s.setting == exam.settings[0].name and s.text.strip()]
+        named = rates([samples[rule]], exam.settings, exam.judge.name) | _tasks(examinee, rule, exam)
+        fluency = _answer_perplexity(reference, exam, own), repetition([s.text for s in own])
+        findings.append(Findings(named, value, n, *fluency, tuple(samples[rule])))
+    return tuple(findings), tokens
+
+
+class Answer(NamedTuple):
+    """An answer, and what a steering rule reads at its prompt and decides by it, None without a rule."""
+
+    text: str
+    score: float | None
+    steered_as_harmful: bool | None
+
+
+class Place(NamedTuple):
+    """Where the answers to a question are kept while an exam goes on: a log, and the question's number in it."""
+
+    log: Log | None
+    number: int
+
+    def read(self) -> dict[int, list[Answer]]:
+        """The answers that are kept, by rule, by index."""
+        entries = [] if self.log is None else self.log.entries()
+        return {index: [Answer(*each) for each in answers] for n, index, answers in entries if n == self.number}
+
+    def keep(self, answers: Mapping[int, Sequence[Answer]]) -> None:
+        """Adds the answers of a batch."""
+        if self.log is not None:
+            self.log.add(*([self.number, index, list(by_rule)] for index, by_rule in answers.items()))
+
+
+def _answered(
+    examinee: Steered, question: Question, exam: Exam, place: Place, done: Progress
+) -> tuple[list[list[Answer]], Tokens]:
+    """The answers to `question`, [answer][rule], and the tokens that they take; those that are kept take none."""
+    texts, width = question.texts, question.setting.samples
+    found, tokens = place.read(), Tokens()
+    if question.setting.temperature and len(found) < len(texts) * width:
+        found = {}  # what is drawn is drawn together: which one an answer is follows from equal prompts before it
+    done(len(found))
+    left = [i for i in range(len(texts)) if i * width not in found]
+    if not left:
+        return [found[i] for i in range(len(texts) * width)], tokens
+    asked = examinee.with_prompt(question.setting.system, examinee.model.raw or not question.setting.template)
+    decoding = question.decoding(exam.decoding)
+    for rows, answers in asked.answer_batches([texts[i] for i in left], decoding, exam.batch_size):
+        batch = {left[row // width] * width + row % width: _by_rule(answers, i) for i, row in enumerate(rows.tolist())}
+        place.keep(batch)
+        found |= batch
+        tokens += Tokens(read=answers[0].read, written=sum(each.written for each in answers))
+        done(len(batch))
+    return [found[i] for i in range(len(texts) * width)], tokens
+
+
+def _by_rule(answers: Sequence[Answers], row: int) -> list[Answer]:
+    return [
+        Answer(
+            each.texts[row],
+            None if each.scores is None else float(each.scores[row]),
+            None if each.gates is None else bool(each.gates[row] > 0),
+        )
+        for each in answers
+    ]
+
+
+def _samples(name: str, question: Question, judge: Judge, answers: Sequence[Answer]) -> list[Sample]:
+    """The judged answers to `question`, in the order of its prompts."""
+    prompts, setting = question.prompts, question.setting
+    asked = [prompt for prompt in prompts.prompts for _ in range(setting.width)]
+    refused = judge.refused(asked, [answer.text for answer in answers])
+    return [
+        Sample(
+            name,
+            set_name(prompts),
+            setting.name,
+            prompts.harmful[i // setting.width],
+            prompts.kinds[i // setting.width],
+            asked[i],
+            answer.text,
+            refused[i],
+            i % setting.width if setting.suffixes else None,
+            0 if setting.suffixes else i % setting.width,
+            answer.score,
+            answer.steered_as_harmful,
+        )
+        for i, answer in enumerate(answers)
+    ]
+
+
+def _answer_perplexity(reference: ChatModel, exam: Exam, samples: Sequence[Sample]) -> float | None:
+    """How likely some of the answers under the first setting are to the unedited model, as a perplexity."""
+    if not samples or not exam.fluency_answers:
+        return None
+    some = samples[:: max(1, len(samples) // exam.fluency_answers)][: exam.fluency_answers]
+    first = exam.settings[0]
+    asked = Question(first, exam.prompts[0]).model(reference)
+    rows = answer_rows(asked, [first.texts(s.prompt)[0] for s in some], [s.text for s in some])
+    return perplexity(*reference.nll(rows, exam.batch_size))[0]
+
+
+def _tasks(examinee: Steered, rule: int, exam: Exam) -> dict[str, Rate]:
+    """Accuracies of lm-eval tasks, where the exam has some. Raises ValueError for a steered model."""
+    if not exam.tasks:
+        return {}
+    if examinee.rules[rule] is not None:
+        raise ValueError("zero-shot tasks are asked of models without a steering rule; leave the tasks out")
+    from jaxsafe.evaluation.zero_shot import zero_shot
+
+    seed = exam.decoding.seed
+    found = zero_shot(examinee.model, exam.tasks, exam.task_limit, exam.batch_size, seed)
+    return {f"zero_shot/{task}": rate for task, rate in found.items()}

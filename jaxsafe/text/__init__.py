@@ -1,1 +1,0 @@
-"""Words to token arrays: chat templates, batches, data sets of prompts."""

@@ -1,0 +1,142 @@
+"""What launch scripts have in common: a model, an exam, and what scores are made from, out of a config."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+
+from ml_collections import ConfigDict
+
+from jaxsafe.chat.model import ChatModel, load_chat_model
+from jaxsafe.evaluation.judges.keyword import judge
+from jaxsafe.evaluation.language import builtin_prose, load_passages, text_rows
+from jaxsafe.evaluation.settings import Setting, load_suffixes, setting
+from jaxsafe.io.store import Store
+from jaxsafe.kernels.sampling import Decoding, Sampling
+from jaxsafe.methods.attribution_data import OwnAnswers, draw, own_answers_once, pairs_from_file
+from jaxsafe.methods.brittleness import SIDES, Material, ScoreSettings
+from jaxsafe.prompts.roles import Roles, assign_roles
+from jaxsafe.prompts.sets import PromptSet
+from jaxsafe.records.run import Run
+from jaxsafe.report.terminal import result_table
+from jaxsafe.rows import Row
+from jaxsafe.study.exam import Exam
+from jaxsafe.study.record import data_records, record, timed, write_run
+from jaxsafe.study.study import Study
+from launch import command
+from launch.progress import Clock, use_line
+
+
+def load(config: ConfigDict) -> ChatModel:
+    """The model that the config names, on the mesh that it names or that suits the devices."""
+    mesh = command.mesh_of(config.mesh, config.model, config.dtype)
+    return load_chat_model(config.model, config.dtype, mesh, config.chat_template, config.system, config.raw)
+
+
+def settings(config: ConfigDict) -> tuple[Setting, ...]:
+    """The settings that the config names; see `setting_of`."""
+    return tuple(setting_of(config, name) for name in config.settings)
+
+
+def setting_of(config: ConfigDict, name: str) -> Setting:
+    """One setting by its name. Raises ValueError for an unknown one, and for suffixes without a file of them."""
+    return setting(name, load_suffixes(config.suffixes) if config.suffixes else ())
+
+
+def exam(config: ConfigDict, model: ChatModel, prompts: Sequence[PromptSet], asked: Sequence[Setting]) -> Exam:
+    """What every variant is put to: `prompts` under the settings `asked`, and passages as the config has them."""
+    texts = load_passages(config.text, config.passages) if config.text else builtin_prose()[: config.passages]
+    sampling = Sampling(repetition_penalty=config.repetition_penalty)
+    return Exam(
+        tuple(prompts),
+        tuple(asked),
+        judge(config.judge),
+        Decoding(config.max_new_tokens, sampling, config.seed),
+        tuple(text_rows(model, texts, "whole" if config.text else "halves")),
+        config.fluency_answers,
+        config.batch_size,
+        tuple(config.get("zero_shot", ())),
+        config.get("zero_shot_limit", None),
+    )
+
+
+def evaluated(roles: Roles) -> tuple[PromptSet, ...]:
+    """The prompts to evaluate; unlabelled ones are harmful, those of the role "harmless" safe."""
+    harmful = (prompts.labelled(True) for prompts in roles["evaluation"])
+    return (*harmful, *(prompts.labelled(False) for prompts in roles["harmless"]))
+
+
+def scored_rows(
+    config: ConfigDict, model: ChatModel, side: str, sets: Sequence[PromptSet], store: Store, clock: Clock
+) -> list[Row]:
+    """The rows of one side ("safety" or "utility"), from a file or answered by the model and kept in `store`.
+
+    The safety side has prompts that the model refuses, the other side those that it answers. Raises ValueError for a
+    side without prompts, and as `own_answers_once` and `pairs_from_file` do.
+    """
+    if file := config[f"{side}_pairs"]:
+        return draw(pairs_from_file(model, file, config.raw_pairs), config.samples, config.seed)
+    prompts = [prompt for each in sets for prompt in each.prompts]
+    if not prompts:
+        raise ValueError(f"config.{side} is empty; name prompt sets, or a file of prompts with responses")
+    kept = OwnAnswers(judge(config.judge), side == "safety", config.answer_tokens, config.batch_size)
+    with clock.watch("own_answers_s")(f"own answers, {side}", len(prompts)) as done:
+        rows = own_answers_once(store, model, prompts, kept, done)
+    return draw(rows, config.samples, config.seed)
+
+
+def scored_roles(config: ConfigDict) -> Roles:
+    """Prompt sets by role: scored for safety and for utility, evaluated, and harmless.
+
+    No prompt is both scored and evaluated. Pairs from files have no roles. Raises ValueError where there is nothing
+    to evaluate.
+    """
+    if not config.evaluation:
+        raise ValueError("config.evaluation is empty; name at least one set of harmful prompts")
+    scored = {side: () if config[f"{side}_pairs"] else config[side] for side in SIDES}
+    evaluate = {name: config[name] for name in ("evaluation", "harmless")}
+    return assign_roles(scored, evaluate, config.data or None, (), config.seed)
+
+
+def material(config: ConfigDict, model: ChatModel, roles: Roles, store: Store, clock: Clock) -> Material:
+    """Scores, bases and the ranking of heads, each made when it is needed and kept in `store`."""
+    how = ScoreSettings(
+        config.score,
+        config.positions,
+        config.loss,
+        config.per,
+        config.score_batch_size,
+        config.get("sequential", False),
+        config.seed,
+        config.batch_size,
+    )
+    base = None
+    if config.base_model:
+        base = load_chat_model(config.base_model, config.dtype, model.mesh, raw=True)
+    return Material(
+        model,
+        lambda side: scored_rows(config, model, side, roles[side], store, clock),
+        store,
+        how,
+        {side: [prompt for prompts in roles[side] for prompt in prompts.prompts] for side in SIDES},
+        base,
+        clock.watch("scores_s"),
+    )
+
+
+def finish(study: Study, task: str, config: ConfigDict, roles: Roles, clock: Clock, details: object = None) -> Run:
+    """Writes the record, the samples and the report of a study; every role with its sets goes into the record."""
+    for tokens in study.tokens:
+        clock.count("exam_s", tokens)
+    run = record(study, task, config.to_dict(), data_records(roles), details)
+    files = {"samples": "samples.jsonl", "report": "report.html"}
+    run = timed(run, clock.record(study.model.config, config.batch_size), files)
+    write_run(study.out, run, study)
+    return run
+
+
+def show(run: Run, out: pathlib.Path, files: Mapping[str, str] | None = None) -> None:
+    """Prints the table of a run and where its files are."""
+    command.console.print(result_table(run))
+    command.console.print(use_line(run.timings), soft_wrap=True)
+    for name in ("report.html", "run.json", "samples.jsonl", *(files or {}).values()):
+        if (out / name).exists():
+            command.console.print(f"  {out / name}", soft_wrap=True)

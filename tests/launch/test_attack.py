@@ -1,0 +1,231 @@
+"""Fine-tuning attacks as a person meets them: a grid and its report, resumption, bad settings, and the configs."""
+
+import importlib
+import json
+import pathlib
+import shlex
+import sys
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from configs.attack.base import base
+from configs.attack.smollm2_135m import get_config
+from jaxsafe.chat.model import load_chat_model
+from jaxsafe.methods import cells
+from jaxsafe.prompts.files import KNOWN
+from jaxsafe.prompts.roles import parse_spec
+from jaxsafe.prompts.sets import BUILTIN
+from jaxsafe.records.attack import Details
+from jaxsafe.records.run import from_json, read_run, read_samples
+from jaxsafe.study import study as study_module
+from launch import attack, common
+from launch.progress import Clock
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIGS = sorted(p.stem for p in (ROOT / "configs/attack").glob("*.py") if p.stem not in ("__init__", "base"))
+
+
+@pytest.fixture
+def config(folder, tmp_path):
+    c = get_config()
+    pairs = tmp_path / "pairs.jsonl"
+    lines = [{"prompt": f"how do i bake bread number {i}?", "response": " i will not, friend."} for i in range(6)]
+    pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    c.model, c.safety_pairs, c.utility_pairs = str(folder), str(pairs), str(pairs)
+    c.batch_size, c.max_new_tokens, c.passages, c.fluency_answers = 8, 4, 2, 4
+    c.evaluation, c.harmless, c.judge = ("builtin:harmful/test#5",), ("builtin:plain/test#3",), "wei2024_no_length"
+    c.attacks, c.epochs, c.learning_rate, c.seeds, c.evaluate_every = ("identity_shift#6",), 1, 3e-3, (0, 1), 1
+    c.tuning_batch_size = 3
+    c.freeze_weights, c.freeze_ranks = ((0.3, 0.1),), (8,)
+    return c
+
+
+def forbid(monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("something was made again")
+
+    monkeypatch.setattr(cells, "train", never)
+    monkeypatch.setattr(study_module, "examine", never)
+
+
+def counted(monkeypatch, trained):
+    whole = cells.train
+    monkeypatch.setattr(cells, "train", lambda *a, **k: trained.append(a[3].seed) or whole(*a, **k))
+
+
+def finding(record):
+    return record.results, record.table, record.details
+
+
+def ends(record):
+    return [result for result in record.results if result.variant.about["last"]]
+
+
+@pytest.mark.slow
+def test_a_grid_leaves_what_it_names_and_goes_on_cell_by_cell(config, tmp_path, monkeypatch):
+    model, out = load_chat_model(config.model), tmp_path / "out"
+    config.freeze_weights, config.freeze_ranks, config.freeze_layers, config.seeds = (), (), ((0, 1),), (1,)
+    record = attack.run(config, model, out, Clock())
+    assert read_run(out) == record
+    assert len(ends(record)) == 1 + 5 and len(record.results) == 1 + 2 + 2 + 2 + 2
+    assert len(read_samples(out)) == len(record.results) * 8
+    assert (out / "report.html").is_file() and not (out / "checkpoints").exists()
+    assert all("asr_wei2024_no_length/persona" in result.rates for result in record.results)
+    for result in record.results[1:]:
+        about = result.variant.about
+        assert about["step"] in ([2] if about["rewind"] else [1, 2])
+    rows = {row.group: row for row in record.table}
+    none = rows["identity_shift n=6, full, none, step 2"]
+    ours = rows["identity_shift n=6, full, freeze layers first=0 stop=1, step 2"]
+    assert none.about["share"] == 0 < ours.about["share"]
+    assert ours.baseline == none.group and none.baseline == "before identity_shift n=6"
+    assert ours.control == "identity_shift n=6, full, freeze random layers first=0 stop=1, step 2"
+    assert ours.against_control and ours.against_baseline[0].difference.value is not None
+    assert {d.role for d in record.datasets} == {"evaluation", "harmless"}
+
+    with monkeypatch.context() as patch:
+        forbid(patch)
+        assert finding(attack.run(config, model, out, Clock())) == finding(record)
+    # A rewind that was lost costs its undefended run and no other, and comes out the same.
+    lost = next(r for r in record.results if r.variant.about["rewind"] and not r.variant.about["control"])
+    (file,) = out.glob(f"store/result-{lost.key[:16]}.json")
+    file.unlink()
+    trained = []
+    with monkeypatch.context() as patch:
+        counted(patch, trained)
+        assert {r.key: r for r in attack.run(config, model, out, Clock()).results} == {r.key: r for r in record.results}
+    assert trained == [1]
+    # Another number of a defence runs its cells alone.
+    config.freeze_layers = ((1, 2),)
+    with monkeypatch.context() as patch:
+        counted(patch, trained)
+        attack.run(config, model, out, Clock())
+    assert trained == [1] * 4
+
+
+def test_nothing_is_compiled_again_for_another_seed(config, tmp_path, monkeypatch):
+    model, compiled, by_group, whole = load_chat_model(config.model), [], [], attack.examine_run
+    config.freeze_ranks, config.rewinds, config.seeds = (), False, (0, 3, 4)
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
+    )
+
+    def counted(*args):
+        losses = whole(*args)
+        by_group.append(len(compiled))
+        return losses
+
+    monkeypatch.setattr(attack, "examine_run", counted)
+    attack.run(config, model, tmp_path, Clock())
+    none, *defended = by_group[:3]
+    assert len(by_group) == 9 and 0 < none <= defended[-1]
+    assert set(by_group[3:]) == {defended[-1]}
+
+
+@pytest.mark.slow
+def test_adapters_layers_and_checkpoints(config, tmp_path, monkeypatch):
+    model, out = load_chat_model(config.model), tmp_path / "out"
+    config.tunings, config.seeds, config.freeze_weights, config.freeze_ranks = ("lora",), (2,), (), ()
+    config.freeze_layers, config.layer_start, config.over_refusal = ("find",), (0.3, 0.7), ("builtin:lookalike/test#4",)
+    config.layer_tokens, config.checkpoint_every, config.learning_rate = 3, 1, 3e-2
+    whole, calls = study_module.examine, []
+
+    def dies(*args, **named):
+        calls.append(1)
+        if len(calls) == 3:  # the model before, the first step, and then
+            raise KeyboardInterrupt
+        return whole(*args, **named)
+
+    monkeypatch.setattr(study_module, "examine", dies)
+    with pytest.raises(KeyboardInterrupt):
+        attack.run(config, model, out, Clock())
+    assert len(list((out / "checkpoints").iterdir())) == 1
+    record = attack.run(config, model, out, Clock())
+    assert not list((out / "checkpoints").iterdir())
+    monkeypatch.setattr(study_module, "examine", whole)
+    alone = attack.run(config, model, tmp_path / "alone", Clock())
+    assert finding(record) == finding(alone)
+    details = from_json(record.details, Details)
+    (scan,) = details.layers
+    last = ends(record)[1:]
+    assert len(last) == 5 and last[0].variant.about["tuning"] == "lora"
+    words = f"freeze layers first={scan.first} stop={scan.stop}"
+    assert words in {result.variant.about["defence"] for result in last} and scan.upper
+    losses = [details.loss[r.variant.name] for r in record.results[1:3]]
+    assert losses[0] > losses[1]
+
+
+@pytest.mark.slow
+def test_files_of_the_user_are_mixed_in_and_never_measured(config, tmp_path):
+    model = load_chat_model(config.model)
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps({"prompt": f"say number {i}", "response": f"{i}."}) + "\n" for i in range(9)))
+    config.attacks, config.poison, config.ratio, config.seeds = ("poisoned#6", "benign#4"), str(mine), 0.5, (0,)
+    config.freeze_weights, config.own_tokens, config.controls, config.rewinds = (), 3, False, False
+    record = attack.run(config, model, tmp_path / "out", Clock())
+    tuned = [result for result in ends(record) if result.variant.about["tuning"]]
+    attacks = [result.variant.about["attack"] for result in tuned]
+    assert attacks == ["poisoned n=6 p=0.5"] * 2 + ["benign n=4 p=0.5"] * 2
+    assert all("asr_wei2024_no_length/vanilla" in result.rates for result in record.results)
+    measured = common.scored_roles(config)["evaluation"][0].prompts[0]
+    mine.write_text("".join(json.dumps({"prompt": measured.upper(), "response": "no."}) + "\n" for _ in range(9)))
+    with pytest.raises(ValueError, match="must not overlap"):
+        attack.run(config, model, tmp_path / "other", Clock())
+
+
+def test_bad_settings_are_refused_before_anything_is_made(config, tmp_path):
+    model = load_chat_model(config.model)
+    cases = {
+        "attacks": ((), "the grid is empty"),
+        "tunings": (("half",), "config.tunings names 'half'"),
+        "score": ("snap", "score 'snap' is not known"),
+        "settings": (("decoding",), "settings must begin with one that gives one answer"),
+        "freeze_weights": (((0.1,),), r"takes \('q', 'p'\)"),
+        "poison": (str(tmp_path / "absent.csv"), "absent"),
+        "lora_rank": (0, "LoRA rank 0"),
+        "evaluation": ((), "config.evaluation is empty"),
+    }
+    for name, (value, said) in cases.items():
+        changed = config.copy_and_resolve_references()
+        setattr(changed, name, value)
+        if name == "poison":
+            changed.ratio = 0.5
+        with pytest.raises((ValueError, FileNotFoundError), match=said):
+            attack.run(changed, model, tmp_path / "out", Clock())
+    assert not (tmp_path / "out").exists()
+
+
+# The configs
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_hold_the_fields_of_the_base_and_known_prompts(name):
+    config, whole = importlib.import_module(f"configs.attack.{name}").get_config(), base()
+    assert set(config) == set(whole)
+    for field in whole:
+        assert config.get_type(field) is whole.get_type(field), field
+    known = {k.name for k in KNOWN} | set(BUILTIN)
+    for spec in (*config.safety, *config.utility, *config.evaluation, *config.harmless, *config.over_refusal):
+        assert parse_spec(spec).name in known, spec
+    config.poison = "mine.csv"
+    assert attack.attacks_of(config) and attack.tunings_of(config)
+    assert {type(part) for part in config.freeze_layers} <= {str, tuple}
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "smollm2" not in name])
+def test_docstrings_hold_a_command_that_parses(name, monkeypatch):
+    document = importlib.import_module(f"configs.attack.{name}").__doc__.replace("\\\n", "")
+    (line,) = [line for line in document.splitlines() if line.startswith("python -m launch.attack")]
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values)
+    for name in ("out", "mesh"):
+        flags.DEFINE_string(name, "", "", flag_values=values)
+    words = [word.replace("=configs/", f"={ROOT}/configs/") for word in shlex.split(line)[2:]]
+    monkeypatch.setattr(sys, "argv", words)
+    values(words)
+    assert values.config.data == "DATA_FOLDER" and values.out.startswith("runs/")
+    assert np.prod([int(part.split(":")[1]) for part in values.mesh.split(",")]) == 8

@@ -1,0 +1,95 @@
+"""The tables of a run as CSV, as LaTeX and in the terminal."""
+
+import csv
+import dataclasses
+import io
+
+import pytest
+from rich.console import Console
+from runs import BEST, NOTHING, RUNS, brittleness_run, other_run, rate, replace, scans_run
+
+from jaxsafe.report import tables
+from jaxsafe.report.terminal import percent, result_table
+
+
+def rows_of(run, name):
+    return list(csv.DictReader(io.StringIO(tables.files(run)[name])))
+
+
+def test_results_as_csv():
+    rows = rows_of(brittleness_run(), "results.csv")
+    assert [row["group"] for row in rows] == [row.group for row in brittleness_run().table]
+    best = next(row for row in rows if row["group"] == BEST)
+    assert float(best["asr_scans/vanilla.value"]) == 0.62 and best["asr_scans/vanilla.n"] == "100"
+    assert best["about.sparsity"] == "0.0062" and best["about.parameters"] == '{"q":0.01,"p":0.002}'
+    assert best["baseline"] == "dense" and best["perplexity"] == "10.9" and best["about.ranks"] == ""
+
+
+def test_comparisons_as_csv():
+    rows = rows_of(other_run(), "comparisons.csv")
+    assert [(row["group"], row["against"], row["first"]) for row in rows] == [
+        ("ablated 0", "baseline", "plain"),
+        ("ablated 0", "control", "random 0"),
+        ("random 0", "baseline", "plain"),
+    ]
+    assert float(rows[0]["difference.value"]) == pytest.approx(-0.55) and rows[1]["p_value"] == "0.5"
+    assert rows_of(dataclasses.replace(other_run(), table=()), "comparisons.csv") == []
+
+
+@pytest.mark.parametrize("task", list(RUNS))
+def test_every_row_of_a_latex_table_has_its_columns(task):
+    for name in ("results.tex", "comparisons.tex"):
+        first, *lines, last, end = tables.files(RUNS[task]())[name].split("\n")
+        columns = len(first.removeprefix(r"\begin{tabular}{").removesuffix("}"))
+        assert last == r"\end{tabular}" and end == ""
+        rows = [line for line in lines if line != r"\hline"]
+        assert rows and {row.replace(r"\&", "").count(" & ") for row in rows} == {columns - 1}
+        assert all(row.endswith(r" \\") for row in rows)
+
+
+def test_latex_escapes_names():
+    run = scans_run()
+    nasty = "a_b & 50% $x$ #1 {y} \\input{z} ~ ^ < >\n"
+    run = dataclasses.replace(run, table=(dataclasses.replace(run.table[0], group=nasty),))
+    line = next(line for line in tables.files(run)["results.tex"].split("\n") if line.startswith("a b"))
+    escaped = r"a b \& 50\% \$x\$ \#1 \{y\} \textbackslash{}input\{z\} \textasciitilde{} \textasciicircum{} "
+    assert line.startswith(escaped + r"\textless{} \textgreater{}  & 1.0 {[}0.0, 11.0]")
+
+
+def test_percent():
+    assert percent(rate(0.12)) == "12% [2, 22]" and percent(rate(0.125), 1) == "12.5% [2, 22]"
+    assert percent(NOTHING) == percent(None) == "-"
+
+
+def shown(run, *about):
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(result_table(run, about or None))
+    return console.export_text()
+
+
+@pytest.mark.parametrize("task", list(RUNS))
+def test_terminal_table_is_80_wide_and_whole(task):
+    text = shown(RUNS[task]())
+    assert max(map(len, text.splitlines())) <= 80 and "…" not in text and "tiny-chat" in text
+
+
+def test_terminal_table_of_one_pair():
+    text = shown(scans_run())
+    assert "31.0% [21, 41]" in text and "3e-07" in text and "10.5 (+5.0%)" in text
+
+
+def test_terminal_table_of_many_groups():
+    text = shown(brittleness_run())
+    assert "0.62%" in text and "56.5 ranks" in text and "62% [52, 72]" in text and "−57, p<0.001" in text
+    line = next(line for line in shown(other_run(2), "rank").splitlines() if line.strip().startswith("ablated 1"))
+    assert line.split() == ["ablated", "1", "2", "70%", "[60,", "80]", "11.0", "−65,", "p=0.021"]
+
+
+def test_terminal_table_leaves_out_steps_before_the_last():
+    assert "step 5" not in shown(RUNS["attack"]())
+
+
+def test_terminal_table_of_unmeasured_numbers():
+    run = replace(other_run(3), "ablated 1", rates={}, perplexity=None, against_baseline=())
+    line = next(line for line in shown(run).splitlines() if line.strip().startswith("ablated 1"))
+    assert line.split() == ["ablated", "1", "2%", "-", "-", "-"]
