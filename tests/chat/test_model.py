@@ -153,6 +153,7 @@ def test_the_likelihood_is_that_of_the_answers(model):
     assert counts[1] == nll[1] == 0
 
 
+@pytest.mark.slow
 def test_edits_of_a_model_reach_all_that_it_does(model):
     edits = added(model)
     edited = model.with_edits(edits)

@@ -107,6 +107,7 @@ def test_a_grid_leaves_what_it_names_and_goes_on_cell_by_cell(config, tmp_path, 
     assert trained == [1] * 4
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_again_for_another_seed(config, tmp_path, monkeypatch):
     model, compiled, by_group, whole = load_chat_model(config.model), [], [], attack.examine_run
     config.freeze_ranks, config.rewinds, config.seeds = (), False, (0, 3, 4)

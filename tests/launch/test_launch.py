@@ -39,6 +39,7 @@ def details(record):
     return from_json(record.details, Details)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_everything_it_names(config, tmp_path):
     model = load_chat_model(config.model)
     record = run(config, model, roles_of(config), tmp_path, Clock())
@@ -58,6 +59,7 @@ def test_a_run_leaves_everything_it_names(config, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_what_a_run_says_of_its_answers_follows_from_them(config, tmp_path):
     record = run(config, load_chat_model(config.model), roles_of(config), tmp_path, Clock())
     samples = {name: [s for s in read_samples(tmp_path) if s.variant == name] for name in ("as it is", "SCANS")}
@@ -72,6 +74,7 @@ def test_what_a_run_says_of_its_answers_follows_from_them(config, tmp_path):
     assert list(found.classifier.test.scores) == [s.score for s in samples["SCANS"]]
 
 
+@pytest.mark.slow
 def test_a_second_run_makes_nothing_again(config, tmp_path, monkeypatch):
     model = load_chat_model(config.model)
     first = run(config, model, roles_of(config), tmp_path, Clock())
@@ -86,6 +89,7 @@ def test_a_second_run_makes_nothing_again(config, tmp_path, monkeypatch):
     assert (second.results, second.table, second.details) == (first.results, first.table, first.details)
 
 
+@pytest.mark.slow
 def test_saved_vectors_steer_another_run_the_same(config, tmp_path, monkeypatch):
     model = load_chat_model(config.model)
     first = run(config, model, roles_of(config), tmp_path / "a", Clock())
@@ -98,6 +102,7 @@ def test_saved_vectors_steer_another_run_the_same(config, tmp_path, monkeypatch)
         run(config, other, roles_of(config), tmp_path / "c", Clock())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strength", ["alpha", "alpha_rel"])
 def test_settings_that_are_given_need_no_calibration(config, tmp_path, strength):
     config.calibration = ()
@@ -115,6 +120,7 @@ def test_two_strengths_are_refused(config, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_mesh_gives_the_same_verdicts(config, tmp_path):
     one = run(config, load_chat_model(config.model), roles_of(config), tmp_path / "one", Clock())
     sharded = load_chat_model(config.model, mesh=parse_mesh("data:-1,model:2"))

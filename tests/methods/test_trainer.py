@@ -354,6 +354,7 @@ def kill(folder, number, at):
     return first
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path):
     once, asked = random.randint(5, 7), random.randint(9, 11)
     assert kill(tmp_path, signal.SIGKILL, once) == 0

@@ -36,6 +36,7 @@ def renamed(record, names, kind):
     return from_json(walk(plain(record)), kind)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_files_of_a_run(tmp_path, task):
     path = write_report(str(save(tmp_path, RUNS[task](), SAMPLES[task]())))

@@ -232,6 +232,7 @@ def test_every_answer_and_token_is_counted(model, found):
     assert sum(heard) == greedy.size == 6
 
 
+@pytest.mark.slow
 def test_a_rule_is_asked_beside_the_model_itself(model):
     rules = (None, exams.steering(model, 4.0))
     exam = exams.quick_exam(model)
