@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from jaxsafe.chat.model import ChatModel, load_chat_model
 from jaxsafe.evaluation.judges.keyword import judge
-from jaxsafe.evaluation.language import builtin_prose, load_passages, text_rows
+from jaxsafe.evaluation.language import Reading, builtin_prose, load_passages, text_rows
 from jaxsafe.evaluation.settings import Setting, load_suffixes, setting
 from jaxsafe.io.store import Store
 from jaxsafe.kernels.sampling import Decoding, Sampling
@@ -41,8 +41,17 @@ def setting_of(config: ConfigDict, name: str) -> Setting:
     return setting(name, load_suffixes(config.suffixes) if config.suffixes else ())
 
 
-def exam(config: ConfigDict, model: ChatModel, prompts: Sequence[PromptSet], asked: Sequence[Setting]) -> Exam:
-    """What every variant is put to: `prompts` under the settings `asked`, and passages as the config has them."""
+def exam(
+    config: ConfigDict,
+    model: ChatModel,
+    prompts: Sequence[PromptSet],
+    asked: Sequence[Setting],
+    read: Reading | None = None,
+) -> Exam:
+    """What every variant is put to: `prompts` under the settings `asked`, and passages as the config has them.
+
+    Passages are read as `read` says; None reads those of a file whole, and the built-in ones by halves.
+    """
     texts = load_passages(config.text, config.passages) if config.text else builtin_prose()[: config.passages]
     sampling = Sampling(repetition_penalty=config.repetition_penalty)
     return Exam(
@@ -50,7 +59,7 @@ def exam(config: ConfigDict, model: ChatModel, prompts: Sequence[PromptSet], ask
         tuple(asked),
         judge(config.judge),
         Decoding(config.max_new_tokens, sampling, config.seed),
-        tuple(text_rows(model, texts, "whole" if config.text else "halves")),
+        tuple(text_rows(model, texts, read or ("whole" if config.text else "halves"))),
         config.fluency_answers,
         config.batch_size,
         tuple(config.get("zero_shot", ())),

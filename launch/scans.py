@@ -40,9 +40,10 @@ def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, c
     """The whole experiment; what it finds is in `out` and in the returned record."""
     fixed = scans.fixed_choice(config.alpha, config.alpha_rel, config.scored, config.layers, config.threshold)
     harmless = tuple(prompts.labelled(False) for prompts in roles["harmless"])
-    exam = common.exam(config, model, (*roles["evaluation"], *harmless), common.settings(config))
+    exam = common.exam(config, model, (*roles["evaluation"], *harmless), common.settings(config), read="halves")
     study = Study(out, model, exam, clock.watch("exam_s"))
-    scans.check_lengths(model, study.identity and [*roles["anchors"], *roles["calibration"]], config.max_new_tokens)
+    study.check()
+    scans.check_lengths(model, [*roles["anchors"], *roles["calibration"]], exam.texts, config.max_new_tokens)
 
     if config.vectors:
         prepared = loaded(config.vectors, model)

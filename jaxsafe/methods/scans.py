@@ -26,7 +26,7 @@ from jaxsafe.progress import Progress, silent
 from jaxsafe.prompts.sets import PromptSet
 from jaxsafe.records.run import Json, Sample
 from jaxsafe.records.scans import Choice, Classifier, Details, Preparation, Scores, Segment, Token, Vocabulary
-from jaxsafe.rows import Batch, check_context, data_sha256
+from jaxsafe.rows import Batch, Row, check_context, data_sha256
 
 AFFIRMATIVE = "Sure"
 # What a projection of refusal looks like among tokens; used to mark a table, never to decide a verdict.
@@ -206,9 +206,14 @@ def steering_of(directions: Directions, choice: Choice) -> Steering:
     )
 
 
-def check_lengths(model: ChatModel, sets: Sequence[PromptSet], new_tokens: int) -> None:
-    """Raises ValueError for a prompt that leaves the context no room for `new_tokens` or the affirmative."""
-    room = max(new_tokens, len(affirmative_ids(model)))
+def check_lengths(model: ChatModel, sets: Sequence[PromptSet], texts: Sequence[Row], new_tokens: int) -> None:
+    """Raises ValueError for a prompt or one of `texts` that leaves the context no room for the affirmative.
+
+    Prompts need room for `new_tokens`, too.
+    """
+    affirmative = len(affirmative_ids(model))
+    check_context(texts, model.config.context, affirmative)
+    room = max(new_tokens, affirmative)
     for prompts in sets:
         check_context(model.rows(prompts.prompts), model.config.context, room)
 

@@ -13,11 +13,13 @@ import pytest
 
 from configs.scans.smollm2_135m import get_config
 from jaxsafe.chat.model import ChatModel, load_chat_model
+from jaxsafe.evaluation.language import builtin_prose, load_passages, text_rows
 from jaxsafe.methods import scans, scans_calibration
 from jaxsafe.model.layers import LayerRange
 from jaxsafe.parallel import parse_mesh
 from jaxsafe.records.run import from_json, read_run, read_samples
 from jaxsafe.records.scans import Choice, Details
+from jaxsafe.study.study import Study
 from launch.progress import Clock
 from launch.scans import roles_of, run
 
@@ -72,6 +74,25 @@ def test_what_a_run_says_of_its_answers_follows_from_them(config, tmp_path):
     for sample in samples["SCANS"]:
         assert sample.steered_as_harmful is (sample.score >= found.choice.threshold)
     assert list(found.classifier.test.scores) == [s.score for s in samples["SCANS"]]
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_passages_are_read_by_halves_whatever_their_source(config, tmp_path, monkeypatch, own):
+    model, seen = load_chat_model(config.model), []
+    if own:
+        config.text = str(tmp_path / "mine.txt")
+        paragraphs = (" ".join(f"river{i}" for i in range(n)) for n in (44, 51))
+        (tmp_path / "mine.txt").write_text("\n\n".join(paragraphs))
+
+    def seen_and_stopped(study):
+        seen.append(study.exam.texts)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Study, "check", seen_and_stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, model, roles_of(config), tmp_path / "out", Clock())
+    texts = load_passages(config.text, 2) if own else builtin_prose()[:2]
+    assert list(seen[0]) == text_rows(model, texts, "halves") != text_rows(model, texts, "whole")
 
 
 @pytest.mark.slow

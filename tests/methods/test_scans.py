@@ -441,10 +441,13 @@ def test_prompts_longer_than_the_context_are_refused_before_anything_runs(tmp_pa
     for run in (
         lambda: find_directions(short, FIRST, SECOND),
         lambda: read_prompts(short, directions, PROMPTS),
-        lambda: check_lengths(short, [prompts], 1),
+        lambda: check_lengths(short, [prompts], [], 1),
     ):
         with pytest.raises(ValueError, match=r"prompt 0 needs 19 tokens \+ 3 new ones; the model's context is 20"):
             run()
     with pytest.raises(ValueError, match=r"prompt 0 needs 19 tokens \+ 9 new ones; the model's context is 20"):
-        check_lengths(short, [prompts], 9)
-    check_lengths(tiny_chat_model(tmp_path, context=60), [prompts], 9)
+        check_lengths(short, [prompts], [], 9)
+    check_lengths(tiny_chat_model(tmp_path, context=60), [prompts], [], 9)
+    texts = [Row(tuple(range(9, 27)), 8)]
+    with pytest.raises(ValueError, match=r"prompt 0 needs 18 tokens \+ 3 new ones; the model's context is 20"):
+        check_lengths(short, [], texts, 1)
