@@ -5,8 +5,7 @@ import pathlib
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from absl import app, flags, logging
@@ -85,13 +84,6 @@ def join(distributed: bool, coordinator: str, num_processes: int | None, process
         except ValueError as error:
             raise ValueError(f"--distributed: no cluster was found ({error}); use --coordinator") from None
     console.quiet = jax.process_index() > 0 if jax.distributed.is_initialized() else False
-
-
-def percent(rate: Mapping[str, Any], digits: int = 0) -> str:
-    """A rate in a record with its interval, such as "12% [5, 26]"; "-" where nothing was scored."""
-    if rate.get("value") is None:
-        return "-"
-    return f"{100 * rate['value']:.{digits}f}% [{100 * rate['ci_low']:.0f}, {100 * rate['ci_high']:.0f}]"
 
 
 @contextlib.contextmanager

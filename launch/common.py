@@ -1,7 +1,7 @@
 """What launch scripts have in common: a model, an exam, and what scores are made from, out of a config."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
@@ -142,10 +142,10 @@ def finish(study: Study, task: str, config: ConfigDict, roles: Roles, clock: Clo
     return run
 
 
-def show(run: Run, out: pathlib.Path, files: Mapping[str, str] | None = None) -> None:
+def show(run: Run, out: pathlib.Path) -> None:
     """Prints the table of a run and where its files are."""
     command.console.print(result_table(run))
     command.console.print(use_line(run.timings), soft_wrap=True)
-    for name in ("report.html", "run.json", "samples.jsonl", *(files or {}).values()):
+    for name in ("report.html", "run.json", "samples.jsonl", "vectors.safetensors"):
         if (out / name).exists():
             command.console.print(f"  {out / name}", soft_wrap=True)

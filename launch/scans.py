@@ -49,7 +49,7 @@ def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, c
         prepared = loaded(config.vectors, model)
     else:
         directions = directions_of(config, model, roles, study, clock)
-        prepared = prepare(config, model, (directions, fixed), roles, study, clock)
+        prepared = prepare(config, model, directions, fixed, roles, study, clock)
     save_vectors(out, model, prepared)
 
     plain_variant = Variant(PLAIN)
@@ -74,13 +74,13 @@ def directions_of(config: ConfigDict, model: ChatModel, roles: Roles, study: Stu
 def prepare(
     config: ConfigDict,
     model: ChatModel,
-    found: tuple[Directions, Choice | None],
+    directions: Directions,
+    fixed: Choice | None,
     roles: Roles,
     study: Study,
     clock: Clock,
 ) -> Prepared:
     """The steering of a given choice, or of what the config leaves open, chosen on the calibration prompts."""
-    directions, fixed = found
     vocabulary = scans.vocabulary(model, directions)
     norm, residual = (tuple(map(float, values)) for values in (directions.norm, directions.residual_norm))
     if fixed is not None:
@@ -148,7 +148,7 @@ def save_vectors(out: pathlib.Path, model: ChatModel, prepared: Prepared) -> Non
 
 def show(run: Run, out: pathlib.Path) -> None:
     """Prints the result as a table, and what was steered."""
-    common.show(run, out, {"vectors": "vectors.safetensors"})
+    common.show(run, out)
     command.console.print(str(from_json(run.details, Details).choice), soft_wrap=True)
 
 

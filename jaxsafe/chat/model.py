@@ -5,6 +5,7 @@ n prompts or rows, B batch
 
 import dataclasses
 import enum
+import functools
 import hashlib
 import json
 import os
@@ -207,6 +208,10 @@ class ChatModel:
 
     def fingerprint(self) -> str:
         """Digest of configuration, weights and edits (by their sums and sums of squares) and how prompts are asked."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         sums = fetch(_sums((self.params, self.edits)))
         by_path = sorted((jax.tree_util.keystr(path), leaf.tolist()) for path, leaf in jax.tree.leaves_with_path(sums))
         return digest(config_to_hf(self.config), by_path, self.template_sha256, self.system, self.raw)

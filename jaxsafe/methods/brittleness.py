@@ -45,7 +45,8 @@ from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params
 from jaxsafe.model.weights import flatten, linear_maps, nest
 from jaxsafe.progress import Watch, unwatched
-from jaxsafe.records.run import Variant
+from jaxsafe.records.brittleness import About
+from jaxsafe.records.run import Variant, plain
 from jaxsafe.rows import Row, data_sha256
 
 METHODS: Mapping[str, tuple[str, ...]] = {
@@ -120,8 +121,8 @@ class Point:
     def variant(self, material: "Material", controls: int) -> Variant:
         """The point as a variant of `material`'s model, held against the dense model and the first of its `controls`.
 
-        Its `about` holds family, control, parameters, sparsity and ranks. Scores are made for the sparsity where the
-        material's store does not hold it.
+        Its columns are those of `records.brittleness.About`. Scores are made for the sparsity where the material's
+        store does not hold it.
         """
         controlled = controls > 0 and self.control is None and self != DENSE
         found = removed(material, self)
@@ -130,13 +131,15 @@ class Point:
             material.follows(self),
             baseline=None if self == DENSE else DENSE.name,
             control=dataclasses.replace(self, control=0).name if controlled else None,
-            about={
-                "family": family(self, material.settings.score),
-                "control": self.control is not None,
-                "parameters": self.parameters,
-                "sparsity": None if found is None else found["sparsity"],
-                "ranks": mean_ranks(material.config, self),
-            },
+            about=plain(
+                About(
+                    family(self, material.settings.score),
+                    self.control is not None,
+                    self.parameters,
+                    None if found is None else found["sparsity"],
+                    mean_ranks(material.config, self),
+                )
+            ),
         )
 
 
@@ -254,7 +257,7 @@ class Material:
         how, rows = self.settings, self.rows(side) if self.settings.score in SUMMED else []
         return {
             "kind": how.score,
-            "model": self._fingerprint,
+            "model": self.model.fingerprint(),
             "data": data_sha256(rows),
             "n": len(rows),
             "loss": how.loss if how.score == "snip" else None,
@@ -288,7 +291,7 @@ class Material:
                 found = ranking(head_accuracies(self.model, harmful, benign, size, seed=seed))
             return [list(head) for head in found]
 
-        follows = [self._fingerprint, harmful, benign, self.settings.seed]
+        follows = [self.model.fingerprint(), harmful, benign, self.settings.seed]
         return [(layer, head) for layer, head in self.store.once("heads", follows, make)]
 
     def sequential(self, kind: str, change: Change) -> Params:
@@ -314,10 +317,6 @@ class Material:
             made |= how.scoring(kind).follows
             made |= {"data": {side: data_sha256(self.rows(side)) for side in point.sides}}
         return made | {"sequential": in_turn(self, point)}
-
-    @property
-    def _fingerprint(self) -> str:
-        return self._once("fingerprint", "", lambda _: self.model.fingerprint())
 
 
 def in_turn(material: Material, point: Point) -> bool:

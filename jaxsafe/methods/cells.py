@@ -18,7 +18,8 @@ from jaxsafe.methods.defences import NONE, Defence
 from jaxsafe.methods.trainer import FineTuning, Step, train
 from jaxsafe.model.transformer import Params
 from jaxsafe.progress import Watch, unwatched
-from jaxsafe.records.run import Variant
+from jaxsafe.records.attack import About
+from jaxsafe.records.run import Variant, plain
 from jaxsafe.rows import Row, data_sha256
 from jaxsafe.study.study import Study
 
@@ -57,9 +58,8 @@ class Cell:
         """The cell after `step` steps of a run by `settings` on the attack's `rows`.
 
         It is held against the undefended cell at the same step (that one against the model before the attack), and
-        against its random control where that is one of `guards`. Its `about` holds attack, tuning, defence, region,
-        control, rewind, share, step and last. Scores are made for the share where the material's store does not
-        hold it.
+        against its random control where that is one of `guards`. Its columns are those of `records.attack.About`;
+        scores are made for the share where the material's store does not hold it.
         """
         run = dataclasses.asdict(settings)
         # Padding follows from the rows of all seeds, so that another seed would make every cell anew.
@@ -75,22 +75,23 @@ class Cell:
             baseline=before(self.attack).name if self.defence == NONE else free.name + at,
             control=None if held is None else held.name + at,
             group=self.group + at,
-            about={
-                "attack": self.attack.label,
-                "tuning": self.tuning.name,
-                "defence": self.defence.name,
-                **self.defence.about,
-                "share": self.defence.share(material),
-                "step": step,
-                "last": step == settings.steps,
-            },
+            about=plain(
+                About(
+                    self.attack.label,
+                    self.tuning.name,
+                    self.defence.name,
+                    **self.defence.about,
+                    share=self.defence.share(material),
+                    step=step,
+                    last=step == settings.steps,
+                )
+            ),
         )
 
 
 def before(attack: Attack) -> Variant:
     """The model before `attack`."""
-    about = {"attack": attack.label, "tuning": None, "defence": NONE.name, **NONE.about, "share": 0.0}
-    return Variant(f"before {attack.label}", about=about | {"step": 0, "last": True})
+    return Variant(f"before {attack.label}", about=plain(About(attack.label, **NONE.about, share=0.0)))
 
 
 def runs(
@@ -175,7 +176,7 @@ def _trained(
             grid.tokens.append(Tokens(learned=0 if step.loss is None else learned))
             variant = points.get(step.number)
             if variant is not None and not study.finished(variant):
-                study.store.write("loss", study.key(variant), step.loss)
+                study.store.once("loss", study.key(variant), lambda loss=step.loss: loss)
                 after = functools.partial(cell.defence.after, step.weights(), grid.material, cell.seed)
                 study.examine(variant, functools.partial(_made, model, after))
         return step.weights()

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from jaxsafe.chat.answers import Answers
-from jaxsafe.chat.model import ChatModel
+from jaxsafe.chat.model import ChatModel, System
 from jaxsafe.chat.steered import Steered
 from jaxsafe.evaluation.judges.judge import Judge
 from jaxsafe.evaluation.language import answer_rows, perplexity, repetition
@@ -94,9 +94,9 @@ class Question:
     setting: Setting
     prompts: PromptSet
 
-    def model(self, model: ChatModel) -> ChatModel:
-        """`model` as it is asked."""
-        return model.with_prompt(self.setting.system, model.raw or not self.setting.template)
+    def prompt(self, model: ChatModel) -> tuple[System, bool]:
+        """How `model` is asked: its system prompt, and whether without any template (see `with_prompt`)."""
+        return self.setting.system, model.raw or not self.setting.template
 
     @property
     def texts(self) -> list[str]:
@@ -105,7 +105,7 @@ class Question:
 
     def rows(self, model: ChatModel) -> list[Row]:
         """The texts as `model` is asked them."""
-        return self.model(model).rows(self.texts)
+        return model.with_prompt(*self.prompt(model)).rows(self.texts)
 
     def decoding(self, decoding: Decoding) -> Decoding:
         """`decoding` with the samples and the temperature of the setting."""
@@ -137,12 +137,15 @@ def examine(
 
     `reference` is the model before any edit, which reads the answers; `names` are those of the variants, one a rule.
     Answers are kept in `log` batch by batch, and those that it holds are not made again; `done` is called with how
-    many answers each batch has.
+    many answers each batch has. Raises ValueError for tasks put to a steered model.
     """
+    if exam.tasks and any(rule is not None for rule in examinee.rules):
+        raise ValueError("zero-shot tasks are asked of models without a steering rule; leave the tasks out")
     samples: list[list[Sample]] = [[] for _ in names]
     tokens = Tokens(read=len(names) * sum(len(row.ids) for row in exam.texts))
-    for number, question in enumerate(exam.questions):
-        answers, taken = _answered(examinee, question, exam, Place(log, number), done)
+    questions = exam.questions
+    for question, place in zip(questions, _places(log, len(questions)), strict=True):
+        answers, taken = _answered(examinee, question, exam, place, done)
         tokens += taken
         for rule, name in enumerate(names):
             samples[rule] += _samples(name, question, exam.judge, [by_rule[rule] for by_rule in answers])
@@ -151,7 +154,7 @@ def examine(
     for rule, likelihood in enumerate(read):
         value, n = (None, 0) if likelihood is None else perplexity(*likelihood)
         own = [s for s in samples[rule] if s.setting == exam.settings[0].name and s.text.strip()]
-        named = rates([samples[rule]], exam.settings, exam.judge.name) | _tasks(examinee, rule, exam)
+        named = rates([samples[rule]], exam.settings, exam.judge.name) | _tasks(examinee.model, exam)
         fluency = _answer_perplexity(reference, exam, own), repetition([s.text for s in own])
         findings.append(Findings(named, value, n, *fluency, tuple(samples[rule])))
     return tuple(findings), tokens
@@ -166,15 +169,14 @@ class Answer(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the answers to a question are kept while an exam goes on: a log, and the question's number in it."""
+    """Where the answers to a question are kept while an exam goes on: a log, and the question's number in it.
+
+    found: those that the log holds, by rule, by index.
+    """
 
     log: Log | None
     number: int
-
-    def read(self) -> dict[int, list[Answer]]:
-        """The answers that are kept, by rule, by index."""
-        entries = [] if self.log is None else self.log.entries()
-        return {index: [Answer(*each) for each in answers] for n, index, answers in entries if n == self.number}
+    found: Mapping[int, list[Answer]]
 
     def keep(self, answers: Mapping[int, Sequence[Answer]]) -> None:
         """Adds the answers of a batch."""
@@ -182,19 +184,27 @@ class Place(NamedTuple):
             self.log.add(*([self.number, index, list(by_rule)] for index, by_rule in answers.items()))
 
 
+def _places(log: Log | None, questions: int) -> list[Place]:
+    """The place of each question; the log is read once."""
+    found: list[dict[int, list[Answer]]] = [{} for _ in range(questions)]
+    for number, index, answers in [] if log is None else log.entries():
+        found[number][index] = [Answer(*each) for each in answers]
+    return [Place(log, number, kept) for number, kept in enumerate(found)]
+
+
 def _answered(
     examinee: Steered, question: Question, exam: Exam, place: Place, done: Progress
 ) -> tuple[list[list[Answer]], Tokens]:
     """The answers to `question`, [answer][rule], and the tokens that they take; those that are kept take none."""
     texts, width = question.texts, question.setting.samples
-    found, tokens = place.read(), Tokens()
+    found, tokens = dict(place.found), Tokens()
     if question.setting.temperature and len(found) < len(texts) * width:
         found = {}  # what is drawn is drawn together: which one an answer is follows from equal prompts before it
     done(len(found))
     left = [i for i in range(len(texts)) if i * width not in found]
     if not left:
         return [found[i] for i in range(len(texts) * width)], tokens
-    asked = examinee.with_prompt(question.setting.system, examinee.model.raw or not question.setting.template)
+    asked = examinee.with_prompt(*question.prompt(examinee.model))
     decoding = question.decoding(exam.decoding)
     for rows, answers in asked.answer_batches([texts[i] for i in left], decoding, exam.batch_size):
         batch = {left[row // width] * width + row % width: _by_rule(answers, i) for i, row in enumerate(rows.tolist())}
@@ -246,19 +256,17 @@ def _answer_perplexity(reference: ChatModel, exam: Exam, samples: Sequence[Sampl
         return None
     some = samples[:: max(1, len(samples) // exam.fluency_answers)][: exam.fluency_answers]
     first = exam.settings[0]
-    asked = Question(first, exam.prompts[0]).model(reference)
+    asked = reference.with_prompt(*Question(first, exam.prompts[0]).prompt(reference))
     rows = answer_rows(asked, [first.texts(s.prompt)[0] for s in some], [s.text for s in some])
     return perplexity(*reference.nll(rows, exam.batch_size))[0]
 
 
-def _tasks(examinee: Steered, rule: int, exam: Exam) -> dict[str, Rate]:
-    """Accuracies of lm-eval tasks, where the exam has some. Raises ValueError for a steered model."""
+def _tasks(model: ChatModel, exam: Exam) -> dict[str, Rate]:
+    """Accuracies of lm-eval tasks, where the exam has some."""
     if not exam.tasks:
         return {}
-    if examinee.rules[rule] is not None:
-        raise ValueError("zero-shot tasks are asked of models without a steering rule; leave the tasks out")
     from jaxsafe.evaluation.zero_shot import zero_shot
 
     seed = exam.decoding.seed
-    found = zero_shot(examinee.model, exam.tasks, exam.task_limit, exam.batch_size, seed)
+    found = zero_shot(model, exam.tasks, exam.task_limit, exam.batch_size, seed)
     return {f"zero_shot/{task}": rate for task, rate in found.items()}

@@ -38,14 +38,14 @@ def record(
     study: Study, task: str, config: Mapping[str, Json], datasets: Sequence[Data], details: object = None
 ) -> Run:
     """The run of what `study` examined, as its file holds it; `details` is the record of what is the task's own."""
-    judge, values = study.exam.judge, plain(dict(config))
+    judge = study.exam.judge
     run = Run(
         task,
         environment(),
         model_record(study.model),
         JudgeVersion(judge.name, judge.version),
         study.exam.decoding.seed,
-        values,
+        dict(config),
         tuple(datasets),
         tuple(examined.result for examined in study.examined.values()),
         table(study),
