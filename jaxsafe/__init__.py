@@ -1,9 +1,14 @@
 """Where does a language model's safety live, how easily does it break, and where does it refuse too much?"""
 
 import importlib
+import pathlib
 from typing import Any
 
 __version__ = "0.1.0"
+
+# An installation has launch/ and configs/ inside the package; in a clone they stand beside it.
+if not (pathlib.Path(__file__).parent / "launch").is_dir():
+    __path__.append(str(pathlib.Path(__file__).parents[1]))
 
 # Public name -> where it lives; imported on first use, so that `import jaxsafe` costs little.
 _WHERE = {

@@ -30,8 +30,9 @@ from jaxsafe.records.attack import Details, LayerScan
 from jaxsafe.records.run import Run
 from jaxsafe.rows import slots_of
 from jaxsafe.study.study import Study
-from launch import command, common
-from launch.progress import Clock
+
+from . import command, common
+from .progress import Clock
 
 FIND = "find"
 

@@ -23,8 +23,9 @@ from jaxsafe.parallel import banner, fetch
 from jaxsafe.records.brittleness import Details, Energy, Overlap, Similarity
 from jaxsafe.records.run import Run
 from jaxsafe.study.study import Study
-from launch import command, common
-from launch.progress import Clock
+
+from . import command, common
+from .progress import Clock
 
 CARD = """---
 tags: [jaxsafe, safety-research]

@@ -21,8 +21,9 @@ from jaxsafe.rows import Row
 from jaxsafe.study.exam import Exam
 from jaxsafe.study.record import data_records, record, timed, write_run
 from jaxsafe.study.study import Study
-from launch import command
-from launch.progress import Clock, use_line
+
+from . import command
+from .progress import Clock, use_line
 
 
 def load(config: ConfigDict) -> ChatModel:

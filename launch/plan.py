@@ -32,7 +32,8 @@ from jaxsafe.model.presets import preset
 from jaxsafe.parallel import make_mesh, mesh_lengths
 from jaxsafe.plan.plan import Plan, plan, smallest
 from jaxsafe.plan.tasks import TASKS, Work
-from launch import command
+
+from . import command
 
 TABLE_MODELS = ("llama2-7b", "llama2-13b", "llama3.1-8b", "llama3.1-70b", "llama3.1-405b", "mistral-7b-v0.3")
 # Beyond what is asked for, so that a larger mesh can be looked for.

@@ -14,7 +14,8 @@ from rich.progress import Progress as Bars
 from jaxsafe.evaluation.utilisation import Tokens, utilisation
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.progress import Progress, Watch, silent
-from launch import command
+
+from . import command
 
 
 @contextmanager

@@ -23,10 +23,10 @@ import shutil
 from absl import flags
 from ml_collections import ConfigDict
 
-from configs.attack import smollm2_135m as attack_config
-from configs.brittleness import smollm2_135m as brittleness_config
-from configs.scans import smollm2_135m as scans_config
 from jaxsafe.chat.model import ChatModel, load_chat_model
+from jaxsafe.configs.attack import smollm2_135m as attack_config
+from jaxsafe.configs.brittleness import smollm2_135m as brittleness_config
+from jaxsafe.configs.scans import smollm2_135m as scans_config
 from jaxsafe.evaluation.utilisation import Tokens
 from jaxsafe.io.hf import save_hf
 from jaxsafe.io.hub import cache_dir, resolve
@@ -34,8 +34,9 @@ from jaxsafe.methods.safety_tuning import TuningSettings, builtin_refusals, safe
 from jaxsafe.parallel import banner
 from jaxsafe.prompts.files import KNOWN
 from jaxsafe.prompts.sets import PromptSet, load_prompts
-from launch import attack, brittleness, command, common, scans
-from launch.progress import Clock
+
+from . import attack, brittleness, command, common, scans
+from .progress import Clock
 
 BASE = "smollm2-135m-instruct"
 CARD = """---

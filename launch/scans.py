@@ -23,8 +23,9 @@ from jaxsafe.prompts.sets import PromptSet
 from jaxsafe.records.run import Run, Variant, from_json, plain
 from jaxsafe.records.scans import Choice, Details, Preparation, Scores
 from jaxsafe.study.study import Study
-from launch import command, common
-from launch.progress import Clock
+
+from . import command, common
+from .progress import Clock
 
 PLAIN, STEERED = "as it is", "SCANS"
 

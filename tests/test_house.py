@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import tomllib
 
 import pytest
 
@@ -20,6 +21,7 @@ FLOORS = (
     {"evaluation"},
     {"study"},
     {"methods"},
+    {"configs"},
     {"launch"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -48,15 +50,29 @@ def imports_of(path):
     for node in ast.walk(tree):
         if node in unread:
             continue
-        if isinstance(node, ast.ImportFrom) and node.module:
+        if isinstance(node, ast.ImportFrom):
+            folder = module_of(path.parent / "x").split(".")[: -node.level] if node.level else []
+            module = ".".join([*folder, *([node.module] if node.module else [])])
             for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                yield whole if whole in known else node.module
+                whole = f"{module}.{alias.name}"
+                yield whole if whole in known else module
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
 
 
 EDGES = {module_of(path): {m for m in imports_of(path) if m.split(".")[0] in ("jaxsafe", "launch")} for path in FILES}
+
+
+def test_every_folder_is_installed():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {
+        path.parent.relative_to(ROOT)
+        for room in ("jaxsafe", "launch", "configs")
+        for path in (ROOT / room).rglob("*.py")
+    }
+    outside = {folder: name for name, folder in setuptools["package-dir"].items()}
+    names = {".".join((outside.get(folder.parts[0], folder.parts[0]), *folder.parts[1:])) for folder in folders}
+    assert set(setuptools["packages"]) == names
 
 
 def test_every_room_has_a_floor():

@@ -26,7 +26,7 @@ of all weights that is wound back:
 
 from ml_collections import ConfigDict
 
-from configs.attack.base import base
+from jaxsafe.configs.attack.base import base
 
 
 def get_config() -> ConfigDict:

@@ -12,7 +12,7 @@ Hardware: as llama2_7b_chat.py.
 
 from ml_collections import ConfigDict
 
-from configs.attack.base import base
+from jaxsafe.configs.attack.base import base
 
 
 def get_config() -> ConfigDict:

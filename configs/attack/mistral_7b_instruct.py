@@ -11,7 +11,7 @@ or sixteen 16 GB chips; LoRA alone (--config.tunings="('lora',)") fits one 80 GB
 
 from ml_collections import ConfigDict
 
-from configs.attack.base import base
+from jaxsafe.configs.attack.base import base
 
 
 def get_config() -> ConfigDict:

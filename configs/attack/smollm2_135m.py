@@ -11,7 +11,7 @@ its user less of a wait.
 
 from ml_collections import ConfigDict
 
-from configs.attack.base import base
+from jaxsafe.configs.attack.base import base
 
 
 def get_config() -> ConfigDict:

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs.common import exam_fields, model_fields, score_fields, task_fields
+from jaxsafe.configs.common import exam_fields, model_fields, score_fields, task_fields
 
 
 def base() -> ConfigDict:

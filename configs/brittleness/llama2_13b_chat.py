@@ -19,7 +19,7 @@ Published orthogonal projection (table 7b); ASR of vanilla / suffix / decoding_m
 
 from ml_collections import ConfigDict
 
-from configs.brittleness.llama2_7b_chat import get_config as llama2_7b_chat
+from jaxsafe.configs.brittleness.llama2_7b_chat import get_config as llama2_7b_chat
 
 
 def get_config() -> ConfigDict:

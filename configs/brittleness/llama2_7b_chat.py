@@ -31,7 +31,7 @@ settings vanilla / suffix / decoding_mean, zero-shot accuracy (dense: 0.00 / 0.0
 
 from ml_collections import ConfigDict
 
-from configs.brittleness.base import base
+from jaxsafe.configs.brittleness.base import base
 
 
 def get_config() -> ConfigDict:

@@ -12,7 +12,7 @@ Hardware, in bfloat16: 16.1 GB of weights, two trees of SNIP scores of 27.9 GB e
 
 from ml_collections import ConfigDict
 
-from configs.brittleness.base import base
+from jaxsafe.configs.brittleness.base import base
 
 
 def get_config() -> ConfigDict:

@@ -8,7 +8,7 @@ safety to score.
 
 from ml_collections import ConfigDict
 
-from configs.brittleness.base import base
+from jaxsafe.configs.brittleness.base import base
 
 
 def get_config() -> ConfigDict:

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict, config_dict
 
-from configs.common import exam_fields, model_fields
+from jaxsafe.configs.common import exam_fields, model_fields
 
 
 def base() -> ConfigDict:

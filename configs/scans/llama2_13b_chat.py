@@ -29,8 +29,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.scans.base import base
-from configs.scans.llama2_7b_chat import PUBLISHED
+from jaxsafe.configs.scans.base import base
+from jaxsafe.configs.scans.llama2_7b_chat import PUBLISHED
 
 VARIANTS: dict[str, dict[str, Any]] = {"": {}, "published": PUBLISHED | {"scored": (10, 19)}}
 

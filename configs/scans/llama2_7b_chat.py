@@ -30,7 +30,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.scans.base import base
+from jaxsafe.configs.scans.base import base
 
 PUBLISHED: dict[str, Any] = {
     "anchors": ("advbench#64", "truthfulqa#64"),

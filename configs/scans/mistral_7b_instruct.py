@@ -14,7 +14,7 @@ The state of a layer is the residual stream before the final norm, also for the 
 
 from ml_collections import ConfigDict
 
-from configs.scans.base import base
+from jaxsafe.configs.scans.base import base
 
 
 def get_config(variant: str = "") -> ConfigDict:

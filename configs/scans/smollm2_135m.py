@@ -11,7 +11,7 @@ on the model as it is shipped, which hardly refuses anything.
 
 from ml_collections import ConfigDict
 
-from configs.scans.base import base
+from jaxsafe.configs.scans.base import base
 
 
 def get_config() -> ConfigDict:

@@ -35,9 +35,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from configs.scans.base import base
-from configs.scans.llama2_7b_chat import PUBLISHED
-from configs.scans.vicuna_7b import CHAT_TEMPLATE
+from jaxsafe.configs.scans.base import base
+from jaxsafe.configs.scans.llama2_7b_chat import PUBLISHED
+from jaxsafe.configs.scans.vicuna_7b import CHAT_TEMPLATE
 
 CHOICES = {"alpha": 4.0, "scored": (10, 19), "threshold": 0.70}
 VARIANTS: dict[str, dict[str, Any]] = {"": {}, "published": PUBLISHED | CHOICES}

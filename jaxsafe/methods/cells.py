@@ -176,7 +176,8 @@ def _trained(
             grid.tokens.append(Tokens(learned=0 if step.loss is None else learned))
             variant = points.get(step.number)
             if variant is not None and not study.finished(variant):
-                study.store.once("loss", study.key(variant), lambda loss=step.loss: loss)
+                if not study.store.has("loss", study.key(variant)):
+                    study.store.write("loss", study.key(variant), step.loss)
                 after = functools.partial(cell.defence.after, step.weights(), grid.material, cell.seed)
                 study.examine(variant, functools.partial(_made, model, after))
         return step.weights()
