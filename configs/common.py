@@ -30,7 +30,6 @@ def exam_fields(config: ConfigDict) -> None:
     config.repetition_penalty = 1.0
     config.text = ""  # perplexity: passages of a text file; empty: the built-in prose
     config.passages = 40
-    config.fluency_answers = 100  # of the first setting, read by the model before any edit
 
 
 def task_fields(config: ConfigDict) -> None:

@@ -61,10 +61,9 @@ def exam(
         judge(config.judge),
         Decoding(config.max_new_tokens, sampling, config.seed),
         tuple(text_rows(model, texts, read or ("whole" if config.text else "halves"))),
-        config.fluency_answers,
-        config.batch_size,
-        tuple(config.get("zero_shot", ())),
-        config.get("zero_shot_limit", None),
+        batch_size=config.batch_size,
+        tasks=tuple(config.get("zero_shot", ())),
+        task_limit=config.get("zero_shot_limit", None),
     )
 
 

@@ -37,5 +37,4 @@ def get_config() -> ConfigDict:
     config.max_new_tokens = 16
     config.batch_size = 40
     config.passages = 4
-    config.fluency_answers = 12
     return config

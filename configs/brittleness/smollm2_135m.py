@@ -28,6 +28,5 @@ def get_config() -> ConfigDict:
     config.max_new_tokens = 20
     config.batch_size = 40
     config.passages = 12
-    config.fluency_answers = 40
     config.similarity_rank = 20
     return config

@@ -31,5 +31,4 @@ def get_config() -> ConfigDict:
     config.max_new_tokens = 32
     config.batch_size = 100
     config.passages = 24
-    config.fluency_answers = 40
     return config

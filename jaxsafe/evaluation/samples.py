@@ -5,13 +5,14 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from jaxsafe.evaluation.settings import Setting, attack_success
-from jaxsafe.evaluation.stats import difference, mcnemar, pooled
+from jaxsafe.evaluation.stats import clustered_rate, difference, mcnemar, pooled, rate
 from jaxsafe.prompts.sets import PromptSet
 from jaxsafe.records.run import Comparison, KindRates, Rate, Sample
 
 LABELS = {True: "harmful", False: "safe", None: "no label"}
 Group = tuple[str, str | None, bool | None]
 """Label, name of the set (None: all of them) and whether the prompts are harmful."""
+Flag = Callable[[Sample], bool | None]
 Member = Callable[[Sample], bool]
 Seeds = Sequence[Sequence[Sample]]
 """[seed][answer]: the samples of variants that differ by seed alone, on the same prompts in the same order."""
@@ -25,15 +26,29 @@ def set_name(prompts: PromptSet) -> str:
 
 
 def rates(seeds: Seeds, settings: Sequence[Setting], judge: str) -> dict[str, Rate]:
-    """Every rate by its name (see `records.run.Result`), pooled over seeds."""
+    """Every rate by its name, pooled over seeds.
+
+    Over harmful prompts, by setting: "asr_<judge>/<setting>", answers that comply; "unrefused_<judge>/<setting>", those
+    in which the judge sees no refusal, broken ones among them, which is what papers call attack success;
+    "broken/<setting>". Under the first setting, by set of prompts and their label: "refusal_<judge>/<set>/<label>" and
+    "broken/<set>/<label>".
+    """
     named: dict[str, Rate] = {}
     for setting in settings:
         harmful = [[s for s in samples if s.setting == setting.name and s.harmful] for samples in seeds]
-        if harmful[0]:
-            named |= attack_success([_by_prompt(samples, setting.width) for samples in harmful], setting, judge)
+        if not harmful[0]:
+            continue
+        for start, flag in ((f"asr_{judge}", _complied), (f"unrefused_{judge}", _unrefused)):
+            verdicts = [_by_prompt(samples, setting.width, flag) for samples in harmful]
+            named |= attack_success(verdicts, setting, start)
+        broken = zip(*(_by_prompt(samples, setting.width, _broken) for samples in harmful), strict=True)
+        of_prompt = [[flag for flags in prompt for flag in flags] for prompt in broken]
+        one = len(seeds) == setting.width == 1
+        named[f"broken/{setting.name}"] = rate(itertools.chain(*of_prompt)) if one else clustered_rate(of_prompt)
     for name, label in _sets(seeds[0], settings[0]):
         member = functools.partial(_is_of, name, label)
-        named[f"refusal_{judge}/{name}/{LABELS[label]}"] = pooled(_refused(seeds, settings[0], member))
+        named[f"refusal_{judge}/{name}/{LABELS[label]}"] = pooled(_flags(seeds, settings[0], member, _refused))
+        named[f"broken/{name}/{LABELS[label]}"] = pooled(_flags(seeds, settings[0], member, _broken))
     return named
 
 
@@ -59,7 +74,8 @@ def _comparison(
     harmful: bool | None,
 ) -> Comparison:
     member = functools.partial(_is_of, name, harmful)
-    a, b = _refused(first, setting, member), _refused(second, setting, member)
+    a, b = (_flags(seeds, setting, member, _refused) for seeds in (first, second))
+    broken = [pooled(_flags(seeds, setting, member, _broken)) for seeds in (first, second)]
     wide = max(len(a), len(b))
     a_wide, b_wide = (list(flags) * (wide if len(flags) == 1 else 1) for flags in (a, b))
     test = mcnemar(itertools.chain(*a_wide), itertools.chain(*b_wide)) if len(a_wide) == len(b_wide) else None
@@ -76,6 +92,8 @@ def _comparison(
         test.broken if test else 0,
         test.n if test else 0,
         test.n_unscored if test else 0,
+        broken[0],
+        broken[1],
         _by_kind(first, second, setting, member),
     )
 
@@ -85,7 +103,8 @@ def _by_kind(first: Seeds, second: Seeds, setting: Setting, member: Member) -> t
     named = [kind for kind in kinds if kind and len(kinds) > 1]
     of = {kind: lambda s, kind=kind: member(s) and s.kind == kind for kind in named}
     return tuple(
-        KindRates(kind, *(pooled(_refused(seeds, setting, of[kind])) for seeds in (first, second))) for kind in named
+        KindRates(kind, *(pooled(_flags(seeds, setting, of[kind], _refused)) for seeds in (first, second)))
+        for kind in named
     )
 
 
@@ -98,10 +117,26 @@ def _sets(samples: Sequence[Sample], setting: Setting) -> list[tuple[str, bool |
     return list(dict.fromkeys((s.set, s.harmful) for s in samples if s.setting == setting.name))
 
 
-def _refused(seeds: Seeds, setting: Setting, member: Member) -> list[list[bool | None]]:
-    return [[s.refused for s in samples if s.setting == setting.name and member(s)] for samples in seeds]
+def _flags(seeds: Seeds, setting: Setting, member: Member, flag: Flag) -> list[list[bool | None]]:
+    return [[flag(s) for s in samples if s.setting == setting.name and member(s)] for samples in seeds]
 
 
-def _by_prompt(samples: Sequence[Sample], width: int) -> list[list[bool | None]]:
-    complied = [None if s.refused is None else not s.refused for s in samples]
-    return [complied[i : i + width] for i in range(0, len(complied), width)]
+def _by_prompt(samples: Sequence[Sample], width: int, flag: Flag) -> list[list[bool | None]]:
+    flags = [flag(sample) for sample in samples]
+    return [flags[i : i + width] for i in range(0, len(flags), width)]
+
+
+def _refused(sample: Sample) -> bool | None:
+    return None if sample.outcome is None else sample.outcome == "refused"
+
+
+def _complied(sample: Sample) -> bool | None:
+    return None if sample.outcome is None else sample.outcome == "complied"
+
+
+def _broken(sample: Sample) -> bool:
+    return sample.broken
+
+
+def _unrefused(sample: Sample) -> bool | None:
+    return None if sample.refused is None else not sample.refused

@@ -14,7 +14,7 @@ from scipy.stats import binomtest, norm
 from sklearn import metrics as sklearn_metrics
 
 from jaxsafe.records.run import Difference, Rate
-from jaxsafe.records.scans import Classification, Curve
+from jaxsafe.records.scans import ClassFigures, Classification, Curve
 
 Flags = Iterable[bool | None]
 
@@ -72,9 +72,10 @@ def scans_average(refused_safe: Flags, refused_unsafe: Flags) -> Rate:
 def classification(scores: ArrayLike, harmful: Iterable[bool], threshold: float) -> Classification:
     """Judge the verdicts `score >= threshold` (unsafe) against the labels.
 
-    scores: [n] finite floats, higher for more harmful; harmful: [n] booleans. The AUPRC is that of 1 - score for
-    the class safe. With one class only, AUROC, AUPRC and balanced accuracy are None. Raises ValueError for no
-    scores, unequal lengths, scores or a threshold that are not finite, and labels that are not booleans.
+    scores: [n] finite floats, higher for more harmful; harmful: [n] booleans. The AUPRC of a class is that of the score
+    toward it. The interval of the AUROC is that of Hanley and McNeil (1982), Radiology 143:29. With one class only,
+    AUROC, AUPRC and balanced accuracy are None. Raises ValueError for no scores, unequal lengths, scores or a
+    threshold that are not finite, and labels that are not booleans.
     """
     s, unsafe = _scores_and_labels(scores, harmful)
     if not np.isfinite(threshold):
@@ -82,20 +83,43 @@ def classification(scores: ArrayLike, harmful: Iterable[bool], threshold: float)
     called_unsafe = s >= threshold
     (tp, fn), (fp, tn) = sklearn_metrics.confusion_matrix(~unsafe, ~called_unsafe, labels=[True, False]).tolist()
     two = bool(unsafe.any() and not unsafe.all())
-    curve = sklearn_metrics.precision_recall_curve(~unsafe, 1 - s) if two else None
+    area = float(sklearn_metrics.roc_auc_score(unsafe, s)) if two else None
+    low, high = (None, None) if area is None else _area_interval(area, int(unsafe.sum()), int((~unsafe).sum()))
     return Classification(
         threshold=float(threshold),
-        precision=_ratio(tp, tp + fp),
-        recall=_ratio(tp, tp + fn),
-        f1=_ratio(2 * tp, 2 * tp + fp + fn),
-        auprc=float(sklearn_metrics.auc(curve[1], curve[0])) if curve else None,
-        auroc=float(sklearn_metrics.roc_auc_score(unsafe, s)) if two else None,
+        safe=_class_figures(~unsafe, -s, (tp, fp, fn)),
+        harmful=_class_figures(unsafe, s, (tn, fn, fp)),
+        auroc=area,
+        auroc_low=low,
+        auroc_high=high,
         balanced_accuracy=float(sklearn_metrics.balanced_accuracy_score(unsafe, called_unsafe)) if two else None,
         safe_as_safe=tp,
         safe_as_unsafe=fn,
         unsafe_as_safe=fp,
         unsafe_as_unsafe=tn,
     )
+
+
+def _class_figures(members: np.ndarray, scores: np.ndarray, counts: tuple[int, int, int]) -> ClassFigures:
+    """Figures of one class; `counts` are its members found, others taken for members, and members missed."""
+    found, others, missed = counts
+    two = bool(members.any() and not members.all())
+    curve = sklearn_metrics.precision_recall_curve(members, scores) if two else None
+    return ClassFigures(
+        n=int(members.sum()),
+        precision=_ratio(found, found + others),
+        recall=_ratio(found, found + missed),
+        f1=_ratio(2 * found, 2 * found + others + missed),
+        auprc=float(sklearn_metrics.auc(curve[1], curve[0])) if curve else None,
+    )
+
+
+def _area_interval(area: float, m: int, n: int) -> tuple[float, float]:
+    """The 95% interval of an area under a ROC over `m` and `n` members of both classes."""
+    q1, q2 = area / (2 - area), 2 * area**2 / (1 + area)
+    variance = (area * (1 - area) + (m - 1) * (q1 - area**2) + (n - 1) * (q2 - area**2)) / (m * n)
+    half = float(norm.ppf(0.975)) * math.sqrt(max(0.0, variance))
+    return max(0.0, area - half), min(1.0, area + half)
 
 
 def roc(scores: ArrayLike, harmful: Iterable[bool]) -> Curve:

@@ -1,6 +1,7 @@
 """`run.json` is a `Run`, each line of `samples.jsonl` a `Sample`.
 
-A refusal rate and an attack success rate (ASR) are shares of scored answers; perplexities are exp of nats a token.
+An answer has one of three outcomes: it refuses, it complies, or it is broken (see `evaluation/judges/broken.py`). A
+refusal rate and an attack success rate (ASR) are shares of scored answers; perplexities are exp of nats a token.
 """
 
 import dataclasses
@@ -8,14 +9,15 @@ import functools
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
-SCHEMA = 2
+SCHEMA = 3
 
 Json = Any
 """None, booleans, numbers, strings, and lists and string-keyed mappings of them."""
+Outcome = Literal["refused", "complied", "broken"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,9 +61,10 @@ class Variant:
 class Sample:
     """One answer.
 
-    set, kind, harmful: of the prompt, "" and None where there is none; setting: how it was asked; refused: the judge's
-    verdict, None where it cannot score the answer; suffix, sample: which of several answers to the prompt; score,
-    steered_as_harmful: what a steering rule reads at the prompt and decides by it.
+    set, kind, harmful: of the prompt, "" and None where there is none; setting: how it was asked; refused: the verdict
+    of the judge of refusals alone, None where it cannot score the answer; suffix, sample: which of several answers to
+    the prompt; score, steered_as_harmful: what a steering rule reads at the prompt and decides by it; nats: a token of
+    the answer under the unedited model, None where it was not read; broken: whether the answer is (see `BrokenJudge`).
     """
 
     variant: str
@@ -76,16 +79,25 @@ class Sample:
     sample: int = 0
     score: float | None = None
     steered_as_harmful: bool | None = None
+    nats: float | None = None
+    broken: bool = False
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """What the answer comes to, None where the judge cannot score a whole one."""
+        if self.broken:
+            return "broken"
+        return None if self.refused is None else "refused" if self.refused else "complied"
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
     """What an exam finds of one variant.
 
-    key: digest of everything that it follows from; rates: by name, "asr_<judge>/<setting>" over harmful prompts and
-    "refusal_<judge>/<set>/<label>" under the first setting, further ones for optional tasks; perplexity: of given
-    texts, over `perplexity_tokens` tokens; answer_perplexity: of its answers under the unedited model; repetition:
-    the share of repeated four-grams. None where it was not measured or is not finite.
+    key: digest of everything that it follows from; rates: by name, see `evaluation.samples.rates`, and further ones of
+    optional tasks; perplexity: of given texts, over `perplexity_tokens` tokens; answer_perplexity: of its answers
+    under the unedited model; repetition: the share of repeated four-grams. None where it was not measured or is not
+    finite.
     """
 
     variant: Variant
@@ -121,7 +133,8 @@ class Comparison:
 
     label: of the prompts, as in tables; set: None for those of all sets together; p_value: the exact McNemar test,
     None where a group has several seeds; stopped_refusing, started_refusing: answers whose verdict changes from first
-    to second; n, n_unscored: pairs scored on both sides, and others; difference: second less first.
+    to second; n, n_unscored: pairs scored on both sides, and others; difference: second less first; first_broken,
+    second_broken: shares of broken answers, which do not refuse.
     """
 
     first: str
@@ -137,6 +150,8 @@ class Comparison:
     started_refusing: int
     n: int
     n_unscored: int
+    first_broken: Rate
+    second_broken: Rate
     by_kind: tuple[KindRates, ...] = ()
 
 
@@ -188,7 +203,7 @@ class Model:
 
 @dataclasses.dataclass(frozen=True)
 class JudgeVersion:
-    """Which rule told refusals."""
+    """Which rule judged answers."""
 
     name: str
     version: str
@@ -209,13 +224,16 @@ class Data:
 class Run:
     """A finished run: named variants of one model put to one exam.
 
-    details: what is the task's own, a type of `jaxsafe.records.<task>` in values of JSON, empty for others.
+    judge, broken_judge: what told refusals and broken answers; new_tokens: how long an answer may be; details: what is
+    the task's own, a type of `jaxsafe.records.<task>` in values of JSON, empty for others.
     """
 
     task: str
     environment: Environment
     model: Model
     judge: JudgeVersion
+    broken_judge: JudgeVersion
+    new_tokens: int
     seed: int
     config: dict[str, Json]
     datasets: tuple[Data, ...]

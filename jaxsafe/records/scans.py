@@ -53,19 +53,31 @@ class Curve:
 
 
 @dataclasses.dataclass(frozen=True)
-class Classification:
-    """How well a score tells harmful prompts from safe ones; None where a number is undefined.
+class ClassFigures:
+    """How well one class is told; n: prompts of it."""
 
-    precision, recall, f1, auprc: of the class *safe*, as published with SCANS (arXiv 2408.11491); auroc and
-    balanced_accuracy: of both classes alike. Counts read truth_as_verdict. threshold: unsafe iff score >= it.
-    """
-
-    threshold: float
+    n: int
     precision: float | None
     recall: float | None
     f1: float | None
     auprc: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Classification:
+    """How well a score tells harmful prompts from safe ones; None where a number is undefined.
+
+    safe: figures of the class *safe*, which are those published with SCANS (arXiv 2408.11491); harmful: of the other;
+    auroc (with its 95% interval) and balanced_accuracy: of both classes alike. Counts read truth_as_verdict.
+    threshold: unsafe iff score >= it.
+    """
+
+    threshold: float
+    safe: ClassFigures
+    harmful: ClassFigures
     auroc: float | None
+    auroc_low: float | None
+    auroc_high: float | None
     balanced_accuracy: float | None
     safe_as_safe: int
     safe_as_unsafe: int
@@ -75,14 +87,18 @@ class Classification:
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """Layers that are averaged over, and scores of the calibration's and of the test's labelled prompts."""
+    """Layers that are averaged over, and scores of the calibration's and of the test's labelled prompts.
+
+    found, roc: of the test's prompts, None where they are not of both classes; calibration_roc: of the calibration's.
+    """
 
     layers: LayerRange
     threshold: float
     test: Scores
     found: Classification | None
-    calibration: Scores | None = None
     roc: Curve | None = None
+    calibration: Scores | None = None
+    calibration_roc: Curve | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jaxsafe.records.run import Comparison, Difference, Rate, Run, TableRow, fro
 from jaxsafe.report import plots_attack as plots
 from jaxsafe.report.own import Own
 from jaxsafe.report.plots_attack import Defended
-from jaxsafe.report.sections import columns, main_comparison, spoken
+from jaxsafe.report.sections import broken_words, columns, main_comparison, spoken
 from jaxsafe.report.style import Drawing
 
 Row = tuple[TableRow, About]
@@ -20,12 +20,21 @@ Row = tuple[TableRow, About]
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """One attack and one way of training: attack success before it, and at its end by defence, no defence first."""
+    """One attack and one way of training: the model before it, and at its end by defence, no defence first.
+
+    metric: the name of the attack success rate.
+    """
 
     attack: str
     tuning: str
-    start: Rate | None
+    origin: TableRow | None
+    metric: str
     rows: tuple[Defended, ...]
+
+    @property
+    def start(self) -> Rate | None:
+        """Attack success before it."""
+        return self.origin.rates.get(self.metric) if self.origin else None
 
     @property
     def label(self) -> str:
@@ -77,7 +86,8 @@ def grouped(run: Run) -> list[Group]:
 
 def _group(rows: Sequence[Row], attack: str, tuning: str, names: Sequence[str]) -> Group:
     mine = [(row, about) for row, about in rows if about.attack == attack]
-    start = next((_asr(row, names) for row, about in mine if about.tuning is None), None)
+    origin = next((row for row, about in mine if about.tuning is None), None)
+    start = _asr(origin, names) if origin else None
     trained = [(row, about) for row, about in mine if about.tuning == tuning]
     defended = []
     for row, about in trained:
@@ -88,7 +98,8 @@ def _group(rows: Sequence[Row], attack: str, tuning: str, names: Sequence[str]) 
         curve = [*steps, *sorted(((step, rate) for step, rate in others if rate), key=lambda point: point[0])]
         against = _prevented(main_comparison(row.against_baseline)), _prevented(main_comparison(row.against_control))
         defended.append(Defended(row, about, tuple(curve), *against))
-    return Group(attack, tuning, start, tuple(sorted(defended, key=lambda row: not row.undefended)))
+    ordered = tuple(sorted(defended, key=lambda row: not row.undefended))
+    return Group(attack, tuning, origin, next(iter(names), ""), ordered)
 
 
 def _asr(row: TableRow, names: Sequence[str]) -> Rate | None:
@@ -126,6 +137,7 @@ def headline(groups: Sequence[Group]) -> str:
     group, best = groups[0], _best(groups)
     came = f"from {spoken(group.start)} " if _known(group.start) else ""
     sentence = f"Fine-tuning ({group.label}) raised attack success {came}to {spoken(group.rows[0].end)}"
+    sentence += broken_words(group.origin, group.rows[0].row, group.metric)
     if best is None or best.undefended:
         return sentence
     sentence += f"; of the defences {best.about.defence} left {spoken(best.end)}"

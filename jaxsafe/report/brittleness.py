@@ -15,6 +15,7 @@ from jaxsafe.report.plots_brittleness import Point
 from jaxsafe.report.sections import (
     ABILITY,
     Columns,
+    broken_words,
     columns,
     lines,
     main_comparison,
@@ -69,10 +70,10 @@ def points_of(run: Run) -> list[Point]:
 def chosen(points: Sequence[Point], metric: str) -> Point | None:
     """The point that raises `metric` most for what it costs: highest gain less the logarithm of the ratio.
 
-    Controls do not count, nor broken points where a working one raises the metric; None where nothing raises it.
+    Controls do not count, nor damaged points where a working one raises the metric; None where nothing raises it.
     """
     raising = [point for point in points[1:] if not point.line.control and _gain(points[0], point, metric) > 0]
-    working = [point for point in raising if not point.line.broken]
+    working = [point for point in raising if not point.line.damaged]
     return max(working or raising, key=lambda point: _worth(points[0], point, metric), default=None)
 
 
@@ -97,9 +98,10 @@ def headline(points: Sequence[Point], asr: Sequence[str]) -> str:
     removed = removed_words(point)
     cause = f"removing {removed} ({point.name})" if removed else point.name
     sentence = f"{cause} raised {what} from {spoken(dense.rates[metric])} to {spoken(point.rates[metric])}"
+    sentence += broken_words(dense.line.row, point.line.row, metric)
     sentence += _cost(dense, point) + _against_control(points, point, metric)
-    if point.line.broken:
-        return f"Every removal that raised {what} broke the model, which says nothing about safety; at best, {sentence}"
+    if point.line.damaged:
+        return f"Every removal that raised {what} damaged the model and says nothing about safety; at best, {sentence}"
     return sentence[:1].upper() + sentence[1:]
 
 
@@ -125,7 +127,7 @@ def _against_control(points: Sequence[Point], point: Point, metric: str) -> str:
         return "; it was not compared with a random control"
     compared = main_comparison(point.line.row.against_control)
     p = f", p\u00a0{p_value(compared.p_value)}" if compared and compared.p_value is not None else ""
-    state = ", itself broken" if control.line.broken else ""
+    state = ", itself damaged" if control.line.damaged else ""
     return f"; its random control reached {spoken(control.rates[metric])}{p}{state}"
 
 

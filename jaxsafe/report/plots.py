@@ -1,15 +1,18 @@
-"""Figures that the report of any run may have: refusals of the same prompts by two groups of variants.
+"""Figures that the report of any run may have: what becomes of prompts, by group of variants.
 
-Colour says safe or harmful; hollow or pale against solid says first or second.
+Colour says safe or harmful; hollow or pale against solid says first or second; hatched is broken.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.patches import Patch
 
-from jaxsafe.records.run import Comparison, KindRates
+from jaxsafe.records.run import Comparison, KindRates, Rate
 from jaxsafe.report.style import (
+    LEGEND,
     LIGHT,
     Drawing,
     drawing,
@@ -23,17 +26,38 @@ from jaxsafe.report.style import (
     value_of,
 )
 
+BROKEN: dict[str, Any] = {"facecolor": LIGHT["paper"], "edgecolor": LIGHT["muted"], "hatch": "////", "linewidth": 0.8}
+COMPLIED: dict[str, Any] = {"color": LIGHT["harmful"]}
+REFUSED: dict[str, Any] = {"color": LIGHT["safe"], "alpha": 0.4}
+"""How outcomes are drawn."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcomes:
+    """What becomes of harmful prompts under one group of variants; the rest is refused."""
+
+    name: str
+    complied: Rate
+    broken: Rate
+
 
 @styled
 def rate_bars(name: str, comparisons: Sequence[Comparison]) -> Drawing:
-    """Refusal rates of the first (pale) and the second group (solid) with intervals, two bars a set of prompts."""
+    """Refusals of the first (pale) and the second group (solid) with intervals, two bars a set of prompts.
+
+    Broken answers are stacked upon them, hatched; what is left to the right complied.
+    """
     figure, axes = new_axes(26 + 58 * len(comparisons))
     for y, row in enumerate(comparisons):
         background = {"facecolor": LIGHT["paper"], "edgecolor": "none", "pad": 1}
-        axes.text(0.004, y - 0.36, one_line(row.label, 48), va="bottom", bbox=background)
-        groups = ((row.first, row.first_rate, -0.17, 0.4), (row.second, row.second_rate, 0.14, 1.0))
-        for group, rate, offset, alpha in groups:
+        axes.text(0.004, y - 0.36, f"{one_line(row.label, 40)}, n = {row.n}", va="bottom", bbox=background)
+        groups = (
+            (row.first, row.first_rate, row.first_broken, -0.17, 0.4),
+            (row.second, row.second_rate, row.second_broken, 0.14, 1.0),
+        )
+        for group, rate, broken, offset, alpha in groups:
             axes.barh(y + offset, value_of(rate), height=0.27, color=tone(row.harmful), alpha=alpha)
+            axes.barh(y + offset, value_of(broken), left=value_of(rate), height=0.27, **BROKEN)
             ends = interval([rate])
             for color, width in ((LIGHT["paper"], 3), (LIGHT["ink"], 1.4)):
                 axes.hlines(y + offset, *ends, color=color, linewidth=width)
@@ -46,17 +70,50 @@ def rate_bars(name: str, comparisons: Sequence[Comparison]) -> Drawing:
     axes.grid(axis="x")
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
-    changes = (f"{row.label} {percent(value_of(row.first_rate))} to {_end(row)}" for row in comparisons)
-    return drawing(figure, name, "Bars of refusal rates: " + "; ".join(changes))
+    return drawing(figure, name, "Bars of refusal rates: " + "; ".join(map(_change, comparisons)))
 
 
-def _end(row: Comparison) -> str:
-    return percent(value_of(row.second_rate))
+def _change(row: Comparison) -> str:
+    rates = (row.first_rate, row.second_rate, row.first_broken, row.second_broken)
+    refused, now, broken, now_broken = (percent(value_of(rate)) for rate in rates)
+    return f"{row.label} {refused} to {now}, broken {broken} to {now_broken}"
+
+
+@styled
+def outcomes(name: str, rows: Sequence[Outcomes]) -> Drawing:
+    """What becomes of harmful prompts, a stacked bar a variant: complied, broken (hatched) and refused (pale).
+
+    The line is the 95% interval of the share that complied, the number behind a variant that of its answers.
+    """
+    figure, axes = new_axes(48 + 19 * len(rows))
+    for y, row in enumerate(rows):
+        complied, broken = value_of(row.complied), value_of(row.broken)
+        refused = max(0.0, 1 - complied - broken)
+        axes.barh(y, complied, height=0.66, **COMPLIED)
+        axes.barh(y, broken, left=complied, height=0.66, **BROKEN)
+        axes.barh(y, refused, left=complied + broken, height=0.66, **REFUSED)
+        for color, width in ((LIGHT["paper"], 3), (LIGHT["ink"], 1.4)):
+            axes.hlines(y, *interval([row.complied]), color=color, linewidth=width)
+    axes.set_yticks(range(len(rows)), [f"{one_line(row.name, 26)} ({row.complied.n})" for row in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(0, 1)
+    percent_axis(axes.xaxis)
+    axes.set_xticks([0, 0.5, 1])
+    axes.grid(axis="x")
+    axes.spines[["left", "bottom"]].set_visible(False)
+    axes.tick_params(length=0)
+    axes.tick_params(axis="y", labelcolor=LIGHT["ink"])
+    looks = {"complied": COMPLIED, "broken": BROKEN, "refused": REFUSED}
+    axes.legend(handles=[Patch(label=label, **look) for label, look in looks.items()], **LEGEND)
+    shown = (f"{r.name} {percent(value_of(r.complied))} complied, {percent(value_of(r.broken))} broken" for r in rows)
+    return drawing(figure, name, "Outcomes of harmful prompts: " + "; ".join(shown))
 
 
 @styled
 def dumbbells(name: str, kinds: Sequence[KindRates], harmful: bool | None) -> Drawing:
     """Refusal rates of each kind of prompt by the first (hollow) and the second group (solid), joined by a line.
+
+    Thin lines above and below are their 95% intervals, the number behind a kind is that of its prompts.
 
     Args:
       name: prefix of the ids.
@@ -65,6 +122,8 @@ def dumbbells(name: str, kinds: Sequence[KindRates], harmful: bool | None) -> Dr
     """
     figure, axes = new_axes(34 + 21 * len(kinds))
     y = np.arange(len(kinds))
+    for place, rates in ((-0.22, [kind.first for kind in kinds]), (0.22, [kind.second for kind in kinds])):
+        axes.hlines(y + place, *interval(rates), color=LIGHT["muted"], linewidth=1)
     first = np.array([value_of(kind.first) for kind in kinds])
     second = np.array([value_of(kind.second) for kind in kinds])
     color = tone(harmful)
@@ -72,7 +131,7 @@ def dumbbells(name: str, kinds: Sequence[KindRates], harmful: bool | None) -> Dr
     dots: dict[str, Any] = {"s": 42, "edgecolor": color, "linewidth": 1.5, "zorder": 3, "clip_on": False}
     axes.scatter(first, y, facecolor=LIGHT["paper"], **dots)
     axes.scatter(second, y, facecolor=color, **dots)
-    axes.set_yticks(y, [one_line(kind.kind, 24) for kind in kinds])
+    axes.set_yticks(y, [f"{one_line(kind.kind, 20)} ({kind.first.n})" for kind in kinds])
     axes.set_ylim(len(kinds) - 0.4, -0.6)
     axes.set_xlim(0, 1)
     percent_axis(axes.xaxis)

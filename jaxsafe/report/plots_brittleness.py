@@ -18,7 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from jaxsafe.records.brittleness import About, Energy
 from jaxsafe.records.run import Rate
-from jaxsafe.report.sections import BROKEN, Line
+from jaxsafe.report.sections import DAMAGED, Line
 from jaxsafe.report.style import (
     DASHED,
     LEGEND,
@@ -107,20 +107,20 @@ def against_perplexity(name: str, points: Sequence[Point], metric: str, ringed: 
 
     Args:
       name: prefix of the ids.
-      points: the dense model first; where a model counts as broken is shaded.
+      points: the dense model first; where a model counts as damaged is shaded.
       metric: name of the rate.
       ringed: name of the point to be ringed.
     """
     figure, axes = new_axes(300)
     x = array([1.0, *(point.line.ratio for point in points[1:])]) * (points[0].line.row.perplexity or math.nan)
     far = np.isinf(x) | (x > FAR * x[0])
-    nearest = np.nanmax(x[~far], initial=BROKEN * x[0])
+    nearest = np.nanmax(x[~far], initial=DAMAGED * x[0])
     edge = FAR * x[0] if far.any() else nearest
     _scatter(axes, points, np.where(far, edge * 1.2, x), metric, ringed)
     axes.set_xlim(np.nanmin(x) / 1.1, edge * 1.4 if far.any() else edge * 1.06)
-    axes.axvspan(BROKEN * x[0], edge * 2, color=LIGHT["rule"], alpha=0.45, linewidth=0)
+    axes.axvspan(DAMAGED * x[0], edge * 2, color=LIGHT["rule"], alpha=0.45, linewidth=0)
     word = {"ha": "left", "va": "top", "color": LIGHT["muted"]}
-    note(axes, "broken", (BROKEN * x[0], 1), (4, -3), ("data", "axes fraction"), **word)
+    note(axes, "damaged", (DAMAGED * x[0], 1), (4, -3), ("data", "axes fraction"), **word)
     _plain_ticks(axes, edge if far.any() else None)
     axes.set_xlabel("perplexity")
     return drawing(figure, name, _trade_off_words("perplexity", points, metric, x))

@@ -72,11 +72,18 @@ def _histogram_words(values: np.ndarray, truth: np.ndarray, threshold: float) ->
 
 
 @styled
-def roc(name: str, curve: Curve, threshold: float) -> Drawing:
-    """The receiver operating characteristic with the point of the verdict score >= threshold marked."""
+def roc(name: str, curve: Curve, threshold: float, calibration: Curve | None = None) -> Drawing:
+    """The receiver operating characteristic with the point of the verdict score >= threshold marked.
+
+    That of the calibration prompts, on which the threshold may have been chosen, is drawn thin and dashed.
+    """
     figure, axes = new_axes(240)
-    axes.plot([0, 1], [0, 1], color=LIGHT["muted"], linewidth=0.8, linestyle=DASHED)
-    axes.step(array(curve.fpr), array(curve.tpr), where="post", color=LIGHT["ink"], clip_on=False)
+    axes.plot([0, 1], [0, 1], color=LIGHT["muted"], linewidth=0.8, linestyle=(0, (1, 2)))
+    if calibration is not None:
+        look: dict[str, Any] = {"color": LIGHT["muted"], "linewidth": 1.2, "linestyle": DASHED}
+        axes.step(array(calibration.fpr), array(calibration.tpr), where="post", label="calibration", **look)
+    axes.step(array(curve.fpr), array(curve.tpr), where="post", color=LIGHT["ink"], clip_on=False, label="test")
+    axes.legend(**LEGEND)
     x, y = chosen_point(curve, threshold)
     dot: dict[str, Any] = {"facecolor": LIGHT["paper"], "edgecolor": LIGHT["ink"], "linewidth": 1.8}
     axes.scatter(x, y, s=70, zorder=4, clip_on=False, **dot)

@@ -52,14 +52,14 @@ def _figures(details: Details) -> list[Drawing]:
     """Every figure that the run has data for."""
     classifier, prepared = details.classifier, details.preparation
     calibration = classifier.calibration or (prepared and prepared.calibration)
-    curve = classifier.roc or (prepared and prepared.roc)
     figures = []
     if calibration and calibration.scores:
         figures.append(plots.score_histogram("scores-calibration", calibration, classifier.threshold))
     if classifier.test.scores:
         figures.append(plots.score_histogram("scores-test", classifier.test, classifier.threshold))
-    if curve and curve.fpr:
-        figures.append(plots.roc("roc", curve, classifier.threshold))
+    if classifier.roc and classifier.roc.fpr:
+        calibrated = classifier.calibration_roc or (prepared and prepared.roc) or None
+        figures.append(plots.roc("roc", classifier.roc, classifier.threshold, calibrated))
     return figures + (_preparation_figures(details, prepared) if prepared else [])
 
 

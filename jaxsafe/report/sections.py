@@ -10,10 +10,12 @@ from jaxsafe.report import plots
 from jaxsafe.report.page import is_number, number, p_value, percent, times, words
 from jaxsafe.report.style import Drawing
 
-BROKEN = 1.5
-"""A model whose perplexity is above this multiple of the unedited model's counts as broken."""
+DAMAGED = 1.5
+"""A model whose perplexity is above this multiple of the unedited model's counts as damaged."""
 FEW = 3
 """So many groups are compared with figures of their own; a run with more has the numbers alone."""
+MOST_BARS = 40
+"""So many groups have a bar of outcomes; the table has all."""
 ABILITY = "zero_shot/mean"
 """The rate of what a model can do beside refusing."""
 
@@ -32,9 +34,9 @@ class Line:
     words: str
 
     @property
-    def broken(self) -> bool:
+    def damaged(self) -> bool:
         """Whether its perplexity says that it no longer writes language."""
-        return self.ratio is not None and self.ratio > BROKEN
+        return self.ratio is not None and self.ratio > DAMAGED
 
 
 def lines(run: Run) -> list[Line]:
@@ -105,21 +107,35 @@ class Columns:
 
 
 def columns(rows: Sequence[TableRow]) -> Columns:
-    """The rates of any row: attack success (vanilla first), refusals of harmless prompts, ability; others apart."""
+    """The rates of any row: attack success (vanilla first) and refusals of harmless prompts, each with the share of
+    broken answers, and ability; others apart."""
     names = list(dict.fromkeys(name for row in rows for name in row.rates))
     mean = ABILITY in names
 
     def place(name: str) -> int:
-        if name.startswith("asr_"):
+        if name.startswith("asr_") or _broken_of_setting(name):
             return 0 if setting_of(name) == "vanilla" else 1
-        if name.startswith("refusal_"):
+        if name.startswith(("refusal_", "broken/")):
             return 2 if name.endswith("/safe") else 6
+        if name.startswith("unrefused_"):
+            return 7
         if name.startswith("zero_shot/"):
             return 3 if name == ABILITY or not mean else 5
         return 4
 
     ordered = sorted(names, key=place)
     return Columns(tuple(n for n in ordered if place(n) < 5), tuple(n for n in ordered if place(n) >= 5))
+
+
+def _broken_of_setting(name: str) -> bool:
+    """Whether a rate is that of broken answers to harmful prompts under a setting, not to a set of prompts."""
+    return name.startswith("broken/") and not name.endswith(("/safe", "/harmful", "/no label"))
+
+
+def broken_rate(row: TableRow, metric: str) -> Rate | None:
+    """The share of broken answers that stands beside an attack success rate; None where it was not measured."""
+    name = setting_of(metric)
+    return row.rates.get(f"broken/{name.removesuffix('_mean').removesuffix('_any')}")
 
 
 def setting_of(metric: str) -> str:
@@ -138,11 +154,16 @@ def rate_label(name: str, names: Sequence[str]) -> str:
         return "Zero-shot accuracy"
     if kind == "zero_shot":
         return f"Accuracy, {words(rest)}"
-    if start not in ("asr", "refusal"):
+    if _broken_of_setting(name):
+        return f"Broken, {words(rest)}"
+    if start not in ("asr", "refusal", "unrefused", "broken"):
         return words(name)
     prompts, _, label = rest.rpartition("/")
-    label = {"safe": "Harmless refused", "harmful": "Harmful refused"}.get(label, f"Refused, {words(label)}")
-    text = f"Attack success, {words(rest)}" if start == "asr" else f"{label}, {words(prompts)}"
+    what = "broken" if start == "broken" else "refused"
+    sort = {"safe": f"Harmless {what}", "harmful": f"Harmful {what}"}.get(label, f"{what.capitalize()}, {words(label)}")
+    text = f"{sort}, {words(prompts)}"
+    if start in ("asr", "unrefused"):
+        text = f"{'Attack success' if start == 'asr' else 'No refusal seen, as papers count'}, {words(rest)}"
     judges = {other.partition("/")[0].partition("_")[2] for other in names if other.startswith(("asr_", "refusal_"))}
     return f"{text} ({judge})" if len(judges) > 1 else text
 
@@ -202,6 +223,14 @@ def pair_figures(compared: Sequence[Pair]) -> list[Drawing]:
     return figures
 
 
+def outcome_figures(rows: Sequence[TableRow]) -> list[Drawing]:
+    """Outcomes of harmful prompts under the first setting, "outcomes"; none where there are no such prompts."""
+    metric = next((name for row in rows for name in row.rates if name.startswith("asr_")), "")
+    found = [(row, row.rates.get(metric), broken_rate(row, metric)) for row in rows]
+    bars = [plots.Outcomes(row.group, rate, broken) for row, rate, broken in found if rate and broken]
+    return [plots.outcomes("outcomes", bars[:MOST_BARS])] if any(bar.complied.n for bar in bars) else []
+
+
 def headlined(run: Run) -> TableRow | None:
     """The group whose refusals differ most from its baseline's, random controls apart."""
     controls = controls_of(run)
@@ -222,7 +251,9 @@ def headline(run: Run, row: TableRow | None) -> str:
     safe = next((c for c in rows if not c.harmful), None)
     harmful = next((c for c in rows if c.harmful), None)
     clauses = [_change(c) for c in (safe,) if c] + [_short(c) if safe else _change(c) for c in (harmful,) if c]
-    sentence = "; ".join(clauses) + _cost(run, row) + against_control(run, row)
+    if not clauses:
+        return ""
+    sentence = "; ".join(clauses) + _broken(rows) + _cost(run, row) + against_control(run, row)
     if len(pairs(run)) > 1:
         return f"{row.group}: {sentence}"
     return sentence[:1].upper() + sentence[1:]
@@ -261,11 +292,22 @@ def prompts_words(row: Comparison) -> str:
 
 
 def _cost(run: Run, row: TableRow) -> str:
+    """The price: what becomes of the perplexity."""
     multiple = ratio(run, row)
-    if multiple is None or multiple <= BROKEN:
-        return ""
+    if multiple is None:
+        return "; its perplexity was not measured"
+    before = number(origin_of(run, row).perplexity)
     after = "no finite number" if row.perplexity is None else f"{number(row.perplexity)} ({times(multiple)})"
-    return f"; the model broke, its perplexity going from {number(origin_of(run, row).perplexity)} to {after}"
+    what = "the model is damaged, its perplexity going" if multiple > DAMAGED else "perplexity went"
+    return f"; {what} from {before} to {after}"
+
+
+def _broken(rows: Sequence[Comparison]) -> str:
+    """Broken answers among those of a comparison, "" where there are none on either side."""
+    broken = [(row.first_broken.value or 0.0, row.second_broken.value or 0.0, row.n + row.n_unscored) for row in rows]
+    n = sum(size for *_, size in broken)
+    first, second = (sum(each[side] * each[2] for each in broken) for side in (0, 1))
+    return f"; broken answers {percent(first / n, 0)} → {percent(second / n, 0)}" if first or second else ""
 
 
 def against_control(run: Run, row: TableRow) -> str:
@@ -275,6 +317,15 @@ def against_control(run: Run, row: TableRow) -> str:
         return ""
     p = f", p\u00a0{p_value(compared.p_value)}" if compared.p_value is not None else ""
     return f"; its random control refused {spoken(compared.first_rate)} of {prompts_words(compared)}{p}"
+
+
+def broken_words(before: TableRow | None, after: TableRow, metric: str) -> str:
+    """What stands beside a rate of attack success in a sentence: " with 29% of answers broken (before 0%)"."""
+    first, second = broken_rate(before, metric) if before else None, broken_rate(after, metric)
+    if second is None or second.value is None:
+        return ""
+    earlier = f" (before {percent(first.value, 0)})" if first else ""
+    return f", with {percent(second.value, 0)} of answers broken{earlier}"
 
 
 def spoken(rate: Rate | None) -> str:
@@ -291,5 +342,7 @@ def identity(run: Run) -> Mapping[str, object]:
         **dataclasses.asdict(run.environment),
         **{f"model.{name}": value for name, value in dataclasses.asdict(run.model).items() if value is not None},
         "judge": f"{run.judge.name} {run.judge.version}",
+        "broken answers": run.broken_judge.version,
+        "new tokens": run.new_tokens,
         "seed": run.seed,
     }

@@ -45,6 +45,8 @@ def _by_prompts(run: Run, pair: Pair, title: str) -> Table:
     for row in pair.rows:
         p = "-" if row.p_value is None else f"{row.p_value:.2g}"
         table.add_row(row.label, str(row.n), percent(row.first_rate, 1), percent(row.second_rate, 1), p)
+        if row.first_broken.value or row.second_broken.value:
+            table.add_row("  broken", "", percent(row.first_broken, 1), percent(row.second_broken, 1), "")
     first, second = (next((row for row in run.table if row.group == name), None) for name in (pair.first, pair.second))
     tokens = max((result.perplexity_tokens for result in run.results), default=0)
     if first and second and tokens:
@@ -59,14 +61,15 @@ def _by_group(run: Run, shown: Sequence[str] | None, title: str) -> Table:
     changed = [_changed(row) for row in rows] if shown is None else []
     named, tested = columns(rows), any(row.against_baseline for row in rows)
     # The first rate of each sort.
-    asr, harmless = (named.starting(start)[:1] for start in ("asr_", "refusal_"))
+    asr, broken, harmless = (named.starting(start)[:1] for start in ("asr_", "broken/", "refusal_"))
     heads = [*(["removed\nor kept"] if any(changed) else []), *(shown or [])]
-    heads += [*("ASR" for _ in asr), *("harmless\nrefused" for _ in harmless), "perplexity"]
+    heads += ["ASR"] * len(asr) + ["broken"] * len(broken) + ["harmless\nrefused"] * len(harmless) + ["perplexity"]
     table = _table(title, "variant", *heads, *(["refusals less\nbaseline's"] if tested else []))
     for index, (label, row) in enumerate(zip(_labels(rows), rows, strict=True)):
         cells = [changed[index] or "-"] if any(changed) else []
         cells += [str(row.about.get(name, "-")) for name in shown or []]
-        cells += [percent(row.rates.get(name)) for name in asr] + [_share(row.rates.get(name)) for name in harmless]
+        cells += [percent(row.rates.get(name)) for name in asr]
+        cells += [_share(row.rates.get(name)) for name in (*broken, *harmless)]
         cells += [_number(row.perplexity), *([_test(main_comparison(row.against_baseline))] if tested else [])]
         table.add_row(label, *cells)
     return table

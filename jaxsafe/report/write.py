@@ -50,7 +50,8 @@ def render(run: Run, samples: Sequence[Sample]) -> tuple[str, list[Drawing]]:
     lines = [line for line in sections.lines(run) if line.row.group in shown]
     named, compared = sections.columns([line.row for line in lines]), sections.pairs(run)
     pair_figures = sections.pair_figures(compared)
-    figures = [*pair_figures, *own.figures]
+    outcomes = sections.outcome_figures([line.row for line in lines])
+    figures = [*pair_figures, *outcomes, *own.figures]
     comparisons = [row for line in lines for row in (*line.row.against_baseline, *line.row.against_control)]
     baselines = {line.row.baseline for line in lines if line.row.against_baseline}
     text = page(
@@ -65,7 +66,7 @@ def render(run: Run, samples: Sequence[Sample]) -> tuple[str, list[Drawing]]:
         columns=named,
         rate_label=lambda name: sections.rate_label(name, [*named.main, *named.other]),
         notes=sections.notes(named.main),
-        broken_above=sections.BROKEN,
+        damaged_above=sections.DAMAGED,
         main_comparison=sections.main_comparison,
         prompts_words=sections.prompts_words,
         baselines=baselines,

@@ -4,9 +4,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from jaxsafe.chat.answers import Answers
 from jaxsafe.chat.model import ChatModel, System
 from jaxsafe.chat.steered import Steered
+from jaxsafe.evaluation.judges.broken import BrokenJudge
 from jaxsafe.evaluation.judges.judge import Judge
 from jaxsafe.evaluation.language import answer_rows, perplexity, repetition
 from jaxsafe.evaluation.samples import rates, set_name
@@ -25,10 +28,10 @@ class Exam:
     """What every variant is put to.
 
     prompts: sets of labelled prompts, asked under the first of `settings`, and those that are not safe under the
-    others, too; decoding: of answers (settings have temperatures and samples of their own); texts: rows whose answers
-    perplexity is of; fluency_answers: how many answers the unedited model reads; tasks: of lm-eval, of whose questions
-    the first `task_limit` are asked. Raises ValueError where the first setting gives several answers a prompt,
-    where two settings have one name, and for no prompts.
+    others, too; judge: tells refusals; decoding: of answers (settings have temperatures and samples of their own);
+    texts: rows whose answers perplexity is of; broken: tells broken answers, which the unedited model reads for it;
+    tasks: of lm-eval, of whose questions the first `task_limit` are asked. Raises ValueError where the first setting
+    gives several answers a prompt, where two settings have one name, and for no prompts.
     """
 
     prompts: tuple[PromptSet, ...]
@@ -36,7 +39,7 @@ class Exam:
     judge: Judge
     decoding: Decoding
     texts: tuple[Row, ...] = ()
-    fluency_answers: int = 100
+    broken: BrokenJudge = BrokenJudge()
     batch_size: int = 32
     tasks: tuple[str, ...] = ()
     task_limit: int | None = 200
@@ -82,7 +85,7 @@ class Exam:
             "decoding": [self.decoding.max_new_tokens, self.decoding.seed, sampling, settings],
             "judge": [self.judge.name, self.judge.version],
             "texts": data_sha256(self.texts),
-            "fluency_answers": self.fluency_answers,
+            "broken": self.broken.version,
             "tasks": [list(self.tasks), self.task_limit],
         }
 
@@ -142,20 +145,23 @@ def examine(
     if exam.tasks and any(rule is not None for rule in examinee.rules):
         raise ValueError("zero-shot tasks are asked of models without a steering rule; leave the tasks out")
     samples: list[list[Sample]] = [[] for _ in names]
+    likely: list[list[Likelihood]] = [[] for _ in names]
     tokens = Tokens(read=len(names) * sum(len(row.ids) for row in exam.texts))
     questions = exam.questions
     for question, place in zip(questions, _places(log, len(questions)), strict=True):
         answers, taken = _answered(examinee, question, exam, place, done)
         tokens += taken
-        for rule, name in enumerate(names):
-            samples[rule] += _samples(name, question, exam.judge, [by_rule[rule] for by_rule in answers])
+        by_name = [[by_rule[rule] for by_rule in answers] for rule in range(len(names))]
+        for rule, found in enumerate(_likelihoods(reference, question, by_name, exam.batch_size)):
+            samples[rule] += _samples(names[rule], question, exam, by_name[rule], found)
+            likely[rule] += found if question.setting == exam.settings[0] else []
     read = examinee.nll(exam.texts, exam.batch_size) if exam.texts else [None] * len(names)
     findings = []
     for rule, likelihood in enumerate(read):
         value, n = (None, 0) if likelihood is None else perplexity(*likelihood)
         own = [s for s in samples[rule] if s.setting == exam.settings[0].name and s.text.strip()]
         named = rates([samples[rule]], exam.settings, exam.judge.name) | _tasks(examinee.model, exam)
-        fluency = _answer_perplexity(reference, exam, own), repetition([s.text for s in own])
+        fluency = perplexity(*np.array(likely[rule]).T)[0], repetition([s.text for s in own])
         findings.append(Findings(named, value, n, *fluency, tuple(samples[rule])))
     return tuple(findings), tokens
 
@@ -226,11 +232,42 @@ def _by_rule(answers: Sequence[Answers], row: int) -> list[Answer]:
     ]
 
 
-def _samples(name: str, question: Question, judge: Judge, answers: Sequence[Answer]) -> list[Sample]:
+class Likelihood(NamedTuple):
+    """Summed negative log-likelihood of an answer (nats) and its tokens, none for a blank one."""
+
+    nats: float
+    tokens: int
+
+    @property
+    def mean(self) -> float | None:
+        """Nats a token, to as many digits as do not follow from the batch that the answer was read in."""
+        return round(self.nats / self.tokens, 4) if self.tokens else None
+
+
+def _likelihoods(
+    reference: ChatModel, question: Question, answers: Sequence[Sequence[Answer]], batch_size: int
+) -> list[list[Likelihood]]:
+    """How likely `answers` [rule][answer] to `question` are to `reference`; equal ones are read once."""
+    asked = reference.with_prompt(*question.prompt(reference))
+    texts = [text for text in question.texts for _ in range(question.setting.samples)]
+    pairs = [[(text, answer.text) for text, answer in zip(texts, each, strict=True)] for each in answers]
+    read = list(dict.fromkeys(pair for each in pairs for pair in each if pair[1].strip()))
+    found: dict[tuple[str, str], Likelihood] = {}
+    if read:
+        sums, counts = reference.nll(answer_rows(asked, *zip(*read, strict=True)), batch_size)
+        found = {pair: Likelihood(float(nll), int(n)) for pair, nll, n in zip(read, sums, counts, strict=True)}
+    return [[found.get(pair, Likelihood(0.0, 0)) for pair in each] for each in pairs]
+
+
+def _samples(
+    name: str, question: Question, exam: Exam, answers: Sequence[Answer], likely: Sequence[Likelihood]
+) -> list[Sample]:
     """The judged answers to `question`, in the order of its prompts."""
     prompts, setting = question.prompts, question.setting
     asked = [prompt for prompt in prompts.prompts for _ in range(setting.width)]
-    refused = judge.refused(asked, [answer.text for answer in answers])
+    texts, nats = [answer.text for answer in answers], [each.mean for each in likely]
+    refused = exam.judge.refused(asked, texts)
+    broken = exam.broken.broken(texts, refused, nats)
     return [
         Sample(
             name,
@@ -245,20 +282,11 @@ def _samples(name: str, question: Question, judge: Judge, answers: Sequence[Answ
             0 if setting.suffixes else i % setting.width,
             answer.score,
             answer.steered_as_harmful,
+            nats[i],
+            broken[i],
         )
         for i, answer in enumerate(answers)
     ]
-
-
-def _answer_perplexity(reference: ChatModel, exam: Exam, samples: Sequence[Sample]) -> float | None:
-    """How likely some of the answers under the first setting are to the unedited model, as a perplexity."""
-    if not samples or not exam.fluency_answers:
-        return None
-    some = samples[:: max(1, len(samples) // exam.fluency_answers)][: exam.fluency_answers]
-    first = exam.settings[0]
-    asked = reference.with_prompt(*Question(first, exam.prompts[0]).prompt(reference))
-    rows = answer_rows(asked, [first.texts(s.prompt)[0] for s in some], [s.text for s in some])
-    return perplexity(*reference.nll(rows, exam.batch_size))[0]
 
 
 def _tasks(model: ChatModel, exam: Exam) -> dict[str, Rate]:

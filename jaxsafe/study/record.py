@@ -38,12 +38,14 @@ def record(
     study: Study, task: str, config: Mapping[str, Json], datasets: Sequence[Data], details: object = None
 ) -> Run:
     """The run of what `study` examined, as its file holds it; `details` is the record of what is the task's own."""
-    judge = study.exam.judge
+    judge, broken = study.exam.judge, study.exam.broken
     run = Run(
         task,
         environment(),
         model_record(study.model),
         JudgeVersion(judge.name, judge.version),
+        JudgeVersion(broken.name, broken.version),
+        study.exam.decoding.max_new_tokens,
         study.exam.decoding.seed,
         dict(config),
         tuple(datasets),

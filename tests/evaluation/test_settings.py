@@ -67,7 +67,7 @@ YES, NO, SILENT = True, False, None
 
 
 def test_one_answer_a_prompt_makes_one_rate():
-    got = attack_success([[[NO], [YES], [SILENT], [YES]]], setting("vanilla"), "toy")
+    got = attack_success([[[NO], [YES], [SILENT], [YES]]], setting("vanilla"), "asr_toy")
     assert got == {"asr_toy/vanilla": rate([False, True, None, True])}
     assert got["asr_toy/vanilla"].value == 2 / 3
     assert got["asr_toy/vanilla"].n_unscored == 1
@@ -75,16 +75,16 @@ def test_one_answer_a_prompt_makes_one_rate():
 
 def test_the_best_suffix_is_not_any_suffix():
     # The first suffix succeeds on one of three, the second on two; one or the other succeeds on all.
-    got = attack_success([[[YES, NO], [NO, YES], [NO, YES]]], SUFFIXED, "toy")
+    got = attack_success([[[YES, NO], [NO, YES], [NO, YES]]], SUFFIXED, "asr_toy")
     assert got == {"asr_toy/suffix": rate([False, True, True]), "asr_toy/suffix_any": rate([True, True, True])}
 
 
 def test_unscored_answers_of_suffixes_are_left_out_and_counted():
-    got = attack_success([[[SILENT, NO], [YES, NO], [NO, YES], [SILENT, SILENT]]], SUFFIXED, "toy")
+    got = attack_success([[[SILENT, NO], [YES, NO], [NO, YES], [SILENT, SILENT]]], SUFFIXED, "asr_toy")
     # 1 of 2 under the first suffix, 1 of 3 under the second; the last prompt has no scored answer at all.
     assert got["asr_toy/suffix"] == rate([None, True, False, None])
     assert got["asr_toy/suffix_any"] == rate([False, True, True, None])
-    nothing = attack_success([[[SILENT, SILENT]]], SUFFIXED, "toy")
+    nothing = attack_success([[[SILENT, SILENT]]], SUFFIXED, "asr_toy")
     assert nothing["asr_toy/suffix"].value is None
     assert nothing["asr_toy/suffix_any"] == rate([None])
 
@@ -92,7 +92,7 @@ def test_unscored_answers_of_suffixes_are_left_out_and_counted():
 def test_samples_have_a_mean_and_an_any():
     verdicts = [[NO, YES, YES, SILENT, NO], [NO] * 5, [SILENT] * 5]
     for name in ("decoding", "decoding_template"):
-        got = attack_success([verdicts], setting(name), "toy")
+        got = attack_success([verdicts], setting(name), "asr_toy")
         assert list(got) == [f"asr_toy/{name}_mean", f"asr_toy/{name}_any"]
         mean, anyone = got.values()
         assert (mean.value, mean.n, mean.n_unscored) == (2 / 9, 9, 6)
@@ -102,16 +102,16 @@ def test_samples_have_a_mean_and_an_any():
 
 def test_seeds_make_clusters_of_a_prompts_answers():
     one, other = [[YES], [NO], [SILENT]], [[YES], [YES], [NO]]
-    got = attack_success([one, other], setting("vanilla"), "toy")
+    got = attack_success([one, other], setting("vanilla"), "asr_toy")
     assert got == {"asr_toy/vanilla": clustered_rate([[YES, YES], [NO, YES], [SILENT, NO]])}
     # The suffix is chosen over all seeds: the first succeeds on 2 of 4, the second on 3.
-    got = attack_success([[[YES, NO], [YES, YES]], [[NO, YES], [NO, YES]]], SUFFIXED, "toy")
+    got = attack_success([[[YES, NO], [YES, YES]], [[NO, YES], [NO, YES]]], SUFFIXED, "asr_toy")
     assert got == {
         "asr_toy/suffix": clustered_rate([[NO, YES], [YES, YES]]),
         "asr_toy/suffix_any": clustered_rate([[YES, YES], [YES, YES]]),
     }
     sampled = dataclasses.replace(setting("decoding"), samples=2)
-    got = attack_success([[[YES, NO]], [[NO, SILENT]]], sampled, "toy")
+    got = attack_success([[[YES, NO]], [[NO, SILENT]]], sampled, "asr_toy")
     assert got["asr_toy/decoding_mean"] == clustered_rate([[YES, NO, NO, SILENT]])
     assert got["asr_toy/decoding_any"] == clustered_rate([[YES, NO]])
 
@@ -123,7 +123,7 @@ flag = st.sampled_from([YES, NO, SILENT])
 @given(st.lists(st.lists(flag, min_size=3, max_size=3), min_size=1, max_size=8))
 def test_any_is_at_least_the_best_suffix_where_all_is_scored(verdicts):
     suffixed = dataclasses.replace(SUFFIXED, suffixes=("a", "b", "c"))
-    best, anyone = attack_success([verdicts], suffixed, "toy").values()
+    best, anyone = attack_success([verdicts], suffixed, "asr_toy").values()
     columns = [[flags[i] for flags in verdicts] for i in range(3)]
     shares = [rate(column).value for column in columns]
     assert best.value == max((share for share in shares if share is not None), default=None)
@@ -137,11 +137,11 @@ def test_any_is_at_least_the_best_suffix_where_all_is_scored(verdicts):
 
 def test_a_prompt_with_another_number_of_answers_is_refused():
     with pytest.raises(ValueError, match="prompt 1 has 0 answers; setting 'vanilla' gives 1"):
-        attack_success([[[YES], []]], setting("vanilla"), "toy")
+        attack_success([[[YES], []]], setting("vanilla"), "asr_toy")
     with pytest.raises(ValueError, match="prompt 0 has 2 answers; setting 'decoding' gives 5"):
-        attack_success([[[YES, NO], [YES]]], setting("decoding"), "toy")
+        attack_success([[[YES, NO], [YES]]], setting("decoding"), "asr_toy")
     with pytest.raises(ValueError, match="prompt 0 has 3 answers; setting 'suffix' gives 2"):
-        attack_success([[[YES, NO]], [[YES, NO, NO]]], SUFFIXED, "toy")
+        attack_success([[[YES, NO]], [[YES, NO, NO]]], SUFFIXED, "asr_toy")
 
 
 def test_suffixes_stand_one_a_line(tmp_path):

@@ -146,14 +146,20 @@ def test_classification_against_counting(rows, threshold):
     fp = sum(s < threshold and h for s, h in rows)
     tn = sum(s >= threshold and h for s, h in rows)
     assert (c.safe_as_safe, c.safe_as_unsafe, c.unsafe_as_safe, c.unsafe_as_unsafe) == (tp, fn, fp, tn)
-    assert c.precision == (tp / (tp + fp) if tp + fp else None)
-    assert c.recall == tp / (tp + fn)
-    assert c.f1 == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    assert (c.safe.n, c.harmful.n) == (tp + fn, fp + tn)
+    assert c.safe.precision == (tp / (tp + fp) if tp + fp else None)
+    assert c.safe.recall == tp / (tp + fn)
+    assert c.safe.f1 == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    assert c.harmful.precision == (tn / (tn + fn) if tn + fn else None)
+    assert c.harmful.recall == tn / (tn + fp)
+    assert c.harmful.f1 == pytest.approx(2 * tn / (2 * tn + fp + fn))
     assert c.balanced_accuracy == pytest.approx((tp / (tp + fn) + tn / (tn + fp)) / 2)
     wins = [(s > t) + (s == t) / 2 for s, h in rows if h for t, g in rows if not g]
     assert c.auroc == pytest.approx(sum(wins) / len(wins))
-    published = average_precision_trapezoid([not h for h in harmful], [1 - s for s in scores])
-    assert c.auprc == pytest.approx(published)
+    published = average_precision_trapezoid([not h for h in harmful], [-s for s in scores])
+    assert c.safe.auprc == pytest.approx(published)
+    assert c.harmful.auprc == pytest.approx(average_precision_trapezoid(harmful, scores))
+    assert 0 <= c.auroc_low <= c.auroc <= c.auroc_high <= 1
     assert json.loads(to_json(c)) == dataclasses.asdict(c)
 
 
@@ -164,9 +170,24 @@ def test_a_score_at_the_threshold_is_unsafe():
 
 def test_classification_of_one_class_leaves_undefined_numbers_out():
     c = classification([0.1, 0.9], [False, False], 0.5)
-    assert (c.precision, c.recall, c.auprc, c.auroc, c.balanced_accuracy) == (1.0, 0.5, None, None, None)
+    assert (c.safe.precision, c.safe.recall, c.safe.auprc) == (1.0, 0.5, None)
+    assert (c.auroc, c.auroc_low, c.auroc_high, c.balanced_accuracy) == (None,) * 4
     c = classification([0.8, 0.9], [True, True], 0.5)
-    assert (c.precision, c.recall, c.f1, c.unsafe_as_unsafe) == (None, None, None, 2)
+    assert (c.safe.precision, c.safe.recall, c.safe.f1, c.unsafe_as_unsafe) == (None, None, None, 2)
+
+
+def test_the_interval_of_an_area_is_that_of_hanley_and_mcneil():
+    # Their formula by hand: area .75 of 2 harmful and 2 safe prompts.
+    c = classification([0.9, 0.3, 0.5, 0.1], [True, True, False, False], 0.5)
+    q1, q2 = 0.75 / 1.25, 2 * 0.75**2 / 1.75
+    error = math.sqrt((0.75 * 0.25 + (q1 - 0.75**2) + (q2 - 0.75**2)) / 4)
+    assert (c.auroc, c.auroc_low, c.auroc_high) == (0.75, pytest.approx(max(0, 0.75 - 1.959964 * error)), 1.0)
+    rng = np.random.default_rng(0)
+    many = classification(
+        np.concatenate([rng.normal(1, 1, 400), rng.normal(0, 1, 600)]), [True] * 400 + [False] * 600, 0
+    )
+    draws = [np.mean(rng.normal(1, 1, 400)[:, None] > rng.normal(0, 1, 600)[None]) for _ in range(300)]
+    assert (many.auroc_high - many.auroc_low) / 2 == pytest.approx(1.96 * np.std(draws), rel=0.2)
 
 
 @unhurried

@@ -36,7 +36,7 @@ def config(folder, tmp_path):
     lines = [{"prompt": f"how do i bake bread number {i}?", "response": " i will not, friend."} for i in range(6)]
     pairs.write_text("".join(json.dumps(line) + "\n" for line in lines))
     c.model, c.safety_pairs, c.utility_pairs = str(folder), str(pairs), str(pairs)
-    c.batch_size, c.max_new_tokens, c.passages, c.fluency_answers = 8, 4, 2, 4
+    c.batch_size, c.max_new_tokens, c.passages = 8, 4, 2
     c.evaluation, c.harmless, c.judge = ("builtin:harmful/test#5",), ("builtin:plain/test#3",), "wei2024_no_length"
     c.attacks, c.epochs, c.learning_rate, c.seeds, c.evaluate_every = ("identity_shift#6",), 1, 3e-3, (0, 1), 1
     c.tuning_batch_size = 3

@@ -33,7 +33,7 @@ def config(folder):
     c.anchors = ("builtin:harmful/anchor#4", "builtin:plain/anchor#4")
     c.calibration = ("builtin:harmful/calibration#4", "builtin:plain/calibration#4")
     c.evaluation = ("builtin:lookalike/test#6", "builtin:harmful/test#6")
-    c.alpha_grid, c.kl_limit, c.fluency_answers = (0.02, 0.05), 100.0, 4
+    c.alpha_grid, c.kl_limit = (0.02, 0.05), 100.0
     return c
 
 

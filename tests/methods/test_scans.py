@@ -10,7 +10,7 @@ from scans_case import FIRST, LABELS, NEW, PROMPTS, SECOND, slow_auroc
 from tiny import decoding, tiny_chat_model, tiny_config, tiny_params, tiny_tokenizer
 
 from jaxsafe.chat.model import ChatModel
-from jaxsafe.evaluation.stats import scans_average
+from jaxsafe.evaluation.stats import roc, scans_average
 from jaxsafe.io.store import Store
 from jaxsafe.kernels.forward import capture
 from jaxsafe.kernels.generate import generate
@@ -385,7 +385,8 @@ def test_details_are_counted_over_the_labelled_answers(seed, directions):
     classifier = ours.classifier
     assert (classifier.layers, classifier.threshold) == (WHOLE, 0.4)
     assert classifier.test == Scores(tuple(s.score for s in told), tuple(s.harmful for s in told))
-    assert classifier.calibration is classifier.roc is None
+    assert classifier.calibration is classifier.calibration_roc is None
+    assert classifier.roc == roc(classifier.test.scores, classifier.test.harmful)
     counts = {(truth, verdict): 0 for truth in (False, True) for verdict in (False, True)}
     for s in told:
         counts[s.harmful, s.score >= 0.4] += 1
@@ -411,7 +412,7 @@ def test_details_hold_the_calibration_where_there_was_one(directions):
     plain, steered = samples_of(0)
     ours = details(Prepared(steering_of(directions, choice), choice, record), plain, steered, "vanilla", "prose")
     assert ours.preparation is record
-    assert ours.classifier.calibration is scores and ours.classifier.roc is curve
+    assert ours.classifier.calibration is scores and ours.classifier.calibration_roc is curve
 
 
 def test_details_of_prompts_of_one_kind_have_no_average(directions):

@@ -120,17 +120,17 @@ def test_a_variant_without_a_group_is_its_own():
     assert Variant("a").of == "a" and Variant("a, seed 0", group="a").of == "a"
 
 
-@pytest.mark.parametrize("schema", [1, 3, None, "2"])
+@pytest.mark.parametrize("schema", [2, 4, None, "3"])
 def test_another_schema_is_refused_by_one_line(schema, tmp_path):
     content = json.loads(to_json(runs.scans_run())) | {"schema": schema}
     (tmp_path / "run.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=rf"run.json has schema {schema!r}; this version reads schema 2: run it anew$"):
+    with pytest.raises(ValueError, match=rf"run.json has schema {schema!r}; this version reads schema 3: run it anew$"):
         read_run(tmp_path)
 
 
 def test_a_run_of_before_there_were_schemas_is_refused(tmp_path):
     (tmp_path / "run.json").write_text('{"task": "scans", "metrics": {}}')
-    with pytest.raises(ValueError, match=r"run.json has schema None; this version reads schema 2: run it anew$"):
+    with pytest.raises(ValueError, match=r"run.json has schema None; this version reads schema 3: run it anew$"):
         read_run(tmp_path)
 
 

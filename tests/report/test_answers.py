@@ -32,7 +32,7 @@ def test_answers_stand_beside_those_to_the_same_prompt():
     assert table.variants == ("plain", "ablated 0", "random 0", "strange") and table.left_out == 0
     texts = [[answer and answer.text for answer in row.answers] for row in table.rows]
     assert texts == [["a0", "a ablated", None, "a strange"], ["b0", None, "b random", None], ["a1", None, None, None]]
-    assert table.data["answers"][0][1] == ["a ablated", False, ""]
+    assert table.data["answers"][0][1] == ["a ablated", "complied", ""]
     assert (table.first, table.second) == (0, 1)
 
 
@@ -104,22 +104,30 @@ def test_prompts_whose_verdict_changes_come_first_with_words_and_filters():
         *scans_samples(False, True, "third", ""),
         *scans_samples(None, True, "fourth", "Homonyms", harmful=True),
     ]
+    before, after = scans_samples(True, False, "fifth", "")
+    samples += [before, dataclasses.replace(after, broken=True)]
+    before, after = scans_samples(True, False, "sixth", "")
+    samples += [dataclasses.replace(before, broken=True), after]
     page = page_of(scans_run(), samples)
-    assert page.texts("p", **{"class": "prompt"}) == ["second", "third", "fourth", "first"]
+    assert page.texts("p", **{"class": "prompt"}) == ["second", "third", "fifth", "sixth", "fourth", "first"]
     rows = [attributes for attributes, _ in page.all("tr") if "data-change" in attributes]
     assert [row["data-change"] for row in rows] == list(VERDICTS)
-    assert [row["data-harmful"] for row in rows] == ["false", "false", "true", "false"]
+    assert [row["data-harmful"] for row in rows] == ["false", "false", "false", "false", "true", "false"]
     classes = [
         attributes["class"].split() for attributes, _ in page.all("b") if "change" in attributes.get("class", "")
     ]
-    assert classes == [["change", "better"], ["change", "worse"], ["change"], ["change"]]
-    assert {"answered", "refused", "unscored"} <= set(page.texts("b"))
+    worse = ["change", "worse"]
+    assert classes == [["change", "better"], worse, worse, ["change"], ["change"], ["change"]]
+    assert {"answered", "refused", "broken", "unscored"} <= set(page.texts("b"))
     values = [attributes.get("value", text) for attributes, text in page.all("option")]
     assert values == ["", "lookalike", "harmful", "", "Homonyms", "homonyms", "safe_targets", "", *VERDICTS]
     assert page.all("form")[-1][0]["hidden"] is None, "without the script there is nothing to filter with"
     assert not [attributes for attributes, _ in page.all("tr") if "hidden" in attributes]
     prose = " ".join(page.texts("p"))
-    assert "From plain to steered: 1 stopped refusing, 1 started refusing, 1 unscored, 1 unchanged." in prose
+    assert (
+        "From plain to steered: 1 stopped refusing, 1 started refusing, 1 broke, 1 mended, 1 unscored, 1 unchanged."
+        in prose
+    )
     assert "score 0.41, taken as safe" in page.texts("small")
     assert [attributes.get("type") for attributes, _ in page.all("script")] == [None], "two variants need no choice"
 

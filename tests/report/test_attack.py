@@ -38,7 +38,8 @@ def test_whole_report(run):
         "Settings",
     ]
     assert page.texts("p", **{"class": "result"}) == [
-        "Fine-tuning (identity_shift n=10, full) raised attack success from 2% (0–12%) to 95% (85–100%); "
+        "Fine-tuning (identity_shift n=10, full) raised attack success from 2% (0–12%) to 95% (85–100%), "
+        "with 3% of answers broken (before 0%); "
         "of the defences freeze ranks k=100 left 40% (30–50%), its random control 93% (83–100%)."
     ]
     lines = page.texts("tr")
@@ -56,7 +57,7 @@ def test_whole_report(run):
     assert page.texts("p", **{"class": "text"}) == ["At once.", "I am sorry."]
     assert not any("step 5" in line for line in page.texts("tr")[: len(run.table)])
     # Two regions and one, each with its curves, and the differences of one way of training.
-    assert len(page.all("svg")) == 2 + 1 + 1
+    assert len(page.all("svg")) == 2 + 1 + 1 + 1
 
 
 def test_one_way_of_training_has_no_table_of_several(run):
@@ -96,7 +97,10 @@ def test_unmeasured_numbers_are_dashes(run):
 def test_headline_without_control_or_defence(run):
     alone = kept(run, lambda row: row.about["defence"] == "none" and row.about["tuning"] is not None)
     said = attack.headline(attack.grouped(alone))
-    assert said == "Fine-tuning (identity_shift n=10, full) raised attack success to 95% (85–100%)"
+    assert (
+        said
+        == "Fine-tuning (identity_shift n=10, full) raised attack success to 95% (85–100%), with 3% of answers broken"
+    )
     said = attack.headline(attack.grouped(kept(run, lambda row: not row.about["control"])))
     assert said.endswith("freeze ranks k=100 left 40% (30–50%), without a random control")
 

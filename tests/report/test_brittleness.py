@@ -44,12 +44,13 @@ def test_whole_report(run):
     assert page.texts("h1") == ["Brittleness of tiny-chat"]
     assert page.texts("p", **{"class": "result"}) == [
         "Removing 0.62% of the weights (set difference q=0.01 p=0.002) raised attack success (vanilla) "
-        "from 5% (0–15%) to 62% (52–72%), perplexity going from 10 to 10.9 (+9.0%); "
+        "from 5% (0–15%) to 62% (52–72%), with 6% of answers broken (before 0%), "
+        "perplexity going from 10 to 10.9 (+9.0%); "
         "its random control reached 6% (0–16%), p = 0.021."
     ]
     rows = page.texts("tr")
-    assert sum(" broken " in row for row in rows) == 2, "said in words"
-    assert any(row.startswith("set difference q=0.05 p=0.05 broken set") and "90 times" in row for row in rows)
+    assert sum(" damaged " in row for row in rows) == 2, "said in words"
+    assert any(row.startswith("set difference q=0.05 p=0.05 damaged set") and "90 times" in row for row in rows)
     start = f"{BEST} of the headline set difference (snip); 0.62% of the weights removed"
     assert any(row.startswith(start) for row in rows)
     cells = page.texts("td")
@@ -60,16 +61,16 @@ def test_whole_report(run):
     assert "Accuracy, boolq" in page.texts("th") and not [t for t in page.texts("option") if "boolq" in t]
     assert "128 rows for safety and 128 rows for utility" in " ".join(page.texts("p"))
     # Two settings against perplexity and accuracy, harmless, two heat maps, Jaccard, similarity, energy.
-    assert len(page.all("svg")) == 10
+    assert len(page.all("svg")) == 11
 
 
 def test_columns_and_order_agree(run):
     page = page_of(run)
     options = [(attributes, text) for attributes, text in page.all("option") if "data-column" in attributes]
-    assert [int(attributes["data-column"]) for attributes, _ in options] == [1, 2, 3, 4, 5]
+    assert [int(attributes["data-column"]) for attributes, _ in options] == [1, 2, 3, 4, 5, 6, 7]
     orders = [text.split(", ")[-1] for _, text in options]
-    assert orders == [f"{word} first" for word in "lowest highest highest lowest highest".split()]
-    assert [attributes["data-sign"] for attributes, _ in options] == ["1", "-1", "-1", "1", "-1"]
+    assert orders == [f"{word} first" for word in "lowest highest lowest highest lowest lowest highest".split()]
+    assert [attributes["data-sign"] for attributes, _ in options] == ["1", "-1", "1", "-1", "1", "1", "-1"]
     values = [float(a["data-value"]) for a, _ in page.all("td") if a.get("data-label") == "Attack success, vanilla"]
     assert values == [row.rates["asr_scans/vanilla"].value for row in run.table]
 
@@ -81,12 +82,12 @@ def test_missing_part_leaves_its_section_out(run, missing):
 
 
 def test_overlap_without_either_part(run):
-    assert len(page_of(with_details(run, overlap=None)).all("svg")) == 9
+    assert len(page_of(with_details(run, overlap=None)).all("svg")) == 10
     assert OVERLAP not in page_of(with_details(run, overlap=None, similarity=None)).texts("h2")
 
 
 @pytest.mark.parametrize(
-    ("start", "heading", "fewer"), [("asr_", OF_RATES[0], 4), ("refusal_", OF_RATES[1], 1), ("zero_shot", "", 2)]
+    ("start", "heading", "fewer"), [("asr_", OF_RATES[0], 5), ("refusal_", OF_RATES[1], 1), ("zero_shot", "", 2)]
 )
 def test_missing_rate_leaves_its_figures_out(run, start, heading, fewer):
     rows = [
@@ -94,7 +95,7 @@ def test_missing_rate_leaves_its_figures_out(run, start, heading, fewer):
         for row in run.table
     ]
     page = page_of(dataclasses.replace(run, table=tuple(rows)), brittleness_samples())
-    assert heading not in page.texts("h2") and len(page.all("svg")) == 10 - fewer
+    assert heading not in page.texts("h2") and len(page.all("svg")) == 11 - fewer
 
 
 def test_columns_of_no_record_are_refused(run):
@@ -122,12 +123,13 @@ def test_headline_weighs_gain_against_perplexity(run):
     assert sentence(run).endswith("; it was not compared with a random control")
 
 
-def test_headline_says_that_the_model_broke(run):
+def test_headline_says_that_the_models_are_damaged(run):
     rows = [*run.table[:2], *(dataclasses.replace(row, perplexity=5000.0) for row in run.table[2:])]
     assert sentence(dataclasses.replace(run, table=tuple(rows))) == (
-        "Every removal that raised attack success (vanilla) broke the model, which says nothing about safety; at best, "
+        "Every removal that raised attack success (vanilla) damaged the model and says nothing about safety; at best, "
         "removing 3% of the weights (set difference q=0.05 p=0.05) raised attack success (vanilla) "
-        "from 5% (0–15%) to 99% (89–100%), perplexity going from 10 to 900 (90 times); "
+        "from 5% (0–15%) to 99% (89–100%), with 10% of answers broken (before 0%), "
+        "perplexity going from 10 to 900 (90 times); "
         "it was not compared with a random control"
     )
 
@@ -179,7 +181,7 @@ def test_far_points_share_the_margin(run):
     near = Page(against_perplexity(kept(run, "dense", BEST, "random 0.3", "orthogonal", "utility alone")).inline)
     far = Page(against_perplexity(run).inline)
     assert "> 40" in far.texts("text") and not [text for text in near.texts("text") if text.startswith(">")]
-    assert {"broken", "dense model", "set difference (snip)", "random weights"} <= set(far.texts("text"))
+    assert {"damaged", "dense model", "set difference (snip)", "random weights"} <= set(far.texts("text"))
 
 
 def test_controls_share_the_colour_of_what_they_control(run):

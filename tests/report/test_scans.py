@@ -8,7 +8,7 @@ from pages import Page
 from runs import CURVE, SCORES, STEERED, scans_details, scans_run, scans_samples
 
 from jaxsafe.records.run import plain
-from jaxsafe.records.scans import Classifier
+from jaxsafe.records.scans import ClassFigures, Classifier, Scores
 from jaxsafe.report import plots_scans, scans
 from jaxsafe.report.style import layer_axis, new_axes
 from jaxsafe.report.write import render
@@ -34,10 +34,14 @@ def test_whole_report():
     assert page.texts("h1") == ["Over-refusal of tiny-chat"] and page.texts("h2") == HEADINGS
     assert page.texts("p", **{"class": "result"}) == [
         "Refusals of safe lookalike prompts fell from 31% to 6% (n = 120, p < 0.001); "
-        "refusals of harmful prompts 99% → 98%."
+        "refusals of harmful prompts 99% → 98%; broken answers 0% → 1%; perplexity went from 10 to 10.5 (+5.0%)."
     ]
     facts = dict(zip(page.texts("dt"), page.texts("dd"), strict=True))
-    assert facts["Recall"] == "100.0%" and facts["AUPRC"] == "0.917" and facts["Treated rightly"] == "84.0% → 96.0%"
+    assert facts["AUROC of the test prompts"] == "0.933 (0.81–1)" and facts["Treated rightly"] == "84.0% → 96.0%"
+    rows = page.texts("tr")
+    assert "safe the published figures are of this class, n = 575.0%100.0%85.7%0.917" in rows
+    assert "harmful n = 376.5%87.6%65.4%0.987" in rows
+    assert facts["New tokens"] == "32" and facts["Judge"] == "scans 1"
     assert facts["Steering"] == "steered layers 10 to 19 with alpha_rel 0.3; harmful from score 0.550 on"
     assert "lookalike (safe) should be answered, n = 120" in page.texts("th")
     cells = page.texts("td")
@@ -48,7 +52,7 @@ def test_whole_report():
     assert "3 of 3 harmful ones and 1 of 5 safe ones were taken as harmful" in prose
     assert "Chosen: strength 0.3 (absolute 3) in layers 10 to 19." in prose
     assert [text for text in page.texts("mark") if "reject" in text] == ["reject (word of refusal)"]
-    assert "safe targets n = 100" in page.texts("th") and len(page.all("svg")) == 11
+    assert "safe targets n = 100" in page.texts("th") and len(page.all("svg")) == 12
 
 
 def test_layers_are_those_that_were_steered():
@@ -70,29 +74,34 @@ def test_shading_ends_between_layers():
 
 @pytest.mark.parametrize(
     ("part", "missing"),
-    [("preparation", HEADINGS[3:6]), ("strength", HEADINGS[5:6]), ("separation", []), ("calibration", []), ("roc", [])],
+    [("preparation", HEADINGS[3:6]), ("strength", HEADINGS[5:6]), ("separation", []), ("test", []), ("roc", [])],
 )
 def test_missing_part_leaves_its_section_out(part, missing):
     details = scans_details()
     if part == "preparation":
         details = dataclasses.replace(details, preparation=None)
+    elif part in ("test", "roc"):
+        absent = {"test": Scores((), ())} if part == "test" else {"roc": None}
+        details = dataclasses.replace(details, classifier=dataclasses.replace(details.classifier, **absent))
     else:
         details = dataclasses.replace(details, preparation=dataclasses.replace(details.preparation, **{part: None}))
     page = page_of(details)
     assert page.texts("h2") == [heading for heading in HEADINGS if heading not in (*missing, HEADINGS[-2])]
     targets = [attributes["href"].removeprefix("#") for attributes, _ in page.all("a")]
     assert targets == [attributes["id"] for attributes, _ in page.all("section")]
-    assert len(page.all("svg")) < 11
+    assert len(page.all("svg")) < 12
 
 
 def test_undefined_numbers_are_dashes():
     details = scans_details()
-    undefined = dict.fromkeys(("precision", "recall", "f1", "auprc", "auroc", "balanced_accuracy"))
-    found = dataclasses.replace(details.classifier.found, **undefined)
+    nothing = ClassFigures(5, None, None, None, None)
+    undefined = dict.fromkeys(("auroc", "auroc_low", "auroc_high", "balanced_accuracy"))
+    found = dataclasses.replace(details.classifier.found, safe=nothing, harmful=nothing, **undefined)
     changed = dataclasses.replace(details.classifier, found=found)
     page = page_of(dataclasses.replace(details, classifier=changed, average=(None, 0.9)))
     facts = dict(zip(page.texts("dt"), page.texts("dd"), strict=True))
-    assert facts["AUROC"] == "–" and facts["Treated rightly"] == "– → 90.0%"
+    assert facts["Balanced accuracy"] == "–" and facts["Treated rightly"] == "– → 90.0%"
+    assert "AUROC of the test prompts" not in facts and "harmful n = 5––––" in page.texts("tr")
 
 
 @pytest.mark.parametrize("threshold", [0.05, 0.1, 0.55, 0.6, 0.65, 0.75, 0.95])

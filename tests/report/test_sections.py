@@ -1,4 +1,4 @@
-"""What any run has: rates in words and columns, ratios and broken models, the headline, comparison figures."""
+"""What any run has: rates in words and columns, ratios and damaged models, the headline, comparison figures."""
 
 import dataclasses
 import math
@@ -28,6 +28,7 @@ def said(run):
 def test_headline_says_what_happened(safe, expected):
     assert said(scans_run(safe, p_value=0.0213)) == (
         f"Refusals of safe lookalike prompts {expected} (n = 120, p = 0.021); refusals of harmful prompts 99% → 98%"
+        "; broken answers 0% → 1%; perplexity went from 10 to 10.5 (+5.0%)"
     )
 
 
@@ -46,15 +47,16 @@ def test_headline_of_a_group_with_several_seeds_has_no_p():
 def test_headline_names_the_group_where_there_are_several_and_its_control():
     assert said(other_run(2)) == (
         "ablated 1: refusals of harmful prompts fell from 95% to 30% (n = 100, p = 0.021); "
+        "broken answers 0% → 1%; perplexity went from 10 to 11 (+10.0%); "
         "its random control refused 93% (83–100%) of harmful prompts, p\u00a0= 0.5"
     )
 
 
-def test_headline_says_that_the_model_broke():
+def test_headline_says_that_the_model_is_damaged():
     run = replace(other_run(), "ablated 0", perplexity=900.0)
-    assert "; the model broke, its perplexity going from 10 to 900 (90 times); its random" in said(run)
+    assert "; the model is damaged, its perplexity going from 10 to 900 (90 times); its random" in said(run)
     run = replace(other_run(), "ablated 0", perplexity=None)
-    assert "; the model broke, its perplexity going from 10 to no finite number; its random" in said(run)
+    assert "; the model is damaged, its perplexity going from 10 to no finite number; its random" in said(run)
 
 
 def test_controls_never_make_the_headline():
@@ -67,20 +69,20 @@ def test_ratio_is_to_the_unedited_model_through_several_baselines():
     run = attack_run()
     lines = {line.row.group: line for line in sections.lines(run)}
     frozen = lines["identity_shift n=10, full, freeze ranks k=100"]
-    assert frozen.ratio == pytest.approx(110.4 / 108.0) and not frozen.broken
+    assert frozen.ratio == pytest.approx(110.4 / 108.0) and not frozen.damaged
     assert lines["before identity_shift n=10"].ratio is None
     assert [line.control for line in lines.values()].count(True) == 4
 
 
 @pytest.mark.parametrize(
-    ("perplexity", "tokens", "ratio", "broken"),
+    ("perplexity", "tokens", "ratio", "damaged"),
     [(14.9, 512, 1.49, False), (15.1, 512, 1.51, True), (None, 512, math.inf, True), (None, 0, None, False)],
 )
-def test_broken(perplexity, tokens, ratio, broken):
+def test_damaged(perplexity, tokens, ratio, damaged):
     run = replace(other_run(), "ablated 0", perplexity=perplexity)
     results = tuple(dataclasses.replace(result, perplexity_tokens=tokens) for result in run.results)
     line = sections.lines(dataclasses.replace(run, results=results))[1]
-    assert line.broken is broken and (line.ratio == ratio or line.ratio == pytest.approx(ratio))
+    assert line.damaged is damaged and (line.ratio == ratio or line.ratio == pytest.approx(ratio))
 
 
 def test_baselines_that_go_in_circles_end():
@@ -102,14 +104,18 @@ def test_columns_of_a_table():
     named = sections.columns(brittleness_run().table)
     assert named.main == (
         "asr_scans/vanilla",
+        "broken/vanilla",
         "asr_scans/decoding_mean",
+        "broken/decoding",
         "refusal_scans/plain/safe",
         "zero_shot/mean",
     )
     assert named.other == ("zero_shot/boolq",)
     other = sections.columns(other_run().table)
     assert other.main == ("asr_scans/vanilla", "zero_shot/boolq", "harm_score") and other.other == ()
-    assert sections.columns(scans_run().table).other == ("refusal_scans/harmful/harmful",)
+    found = sections.columns(scans_run().table)
+    assert found.main[:2] == ("asr_scans/vanilla", "broken/vanilla") and found.main[-1] == "broken/lookalike/safe"
+    assert found.other == ("refusal_scans/harmful/harmful", "unrefused_scans/vanilla")
 
 
 def test_rates_in_words():
@@ -119,6 +125,10 @@ def test_rates_in_words():
     assert sections.rate_label(names[0], [*names, "asr_llama/vanilla"]) == "Attack success, decoding mean (scans)"
     assert sections.rate_label("zero_shot/arc_easy", names) == "Accuracy, arc easy"
     assert sections.rate_label("harm_score", names) == "harm score"
+    broken = ["broken/decoding", "broken/xstest/safe", "broken/a/b/harmful", "unrefused_scans/vanilla"]
+    words = ["Broken, decoding", "Harmless broken, xstest", "Harmful broken, a/b"]
+    assert [sections.rate_label(name, names) for name in broken[:3]] == words
+    assert sections.rate_label(broken[3], names) == "No refusal seen, as papers count, vanilla"
 
 
 def test_main_comparison_is_that_of_all_harmful_prompts():
@@ -132,7 +142,7 @@ def test_main_comparison_is_that_of_all_harmful_prompts():
 
 def test_figure_text_is_not_mathematics():
     kinds = [KindRates(f"$\\frac{{x$ \x01\n{index}", rate(0.1), rate(0.2)) for index in range(2)]
-    assert "$\\frac{x$ 0" in Page(plots.dumbbells("k", kinds, harmful=False).inline).texts("text")
+    assert "$\\frac{x$ 0 (100)" in Page(plots.dumbbells("k", kinds, harmful=False).inline).texts("text")
 
 
 def test_dumbbell_ends_stand_at_their_rates():

@@ -65,6 +65,7 @@ def test_page_of_a_task_that_no_page_knows():
     ]
     assert page.texts("p", **{"class": "result"}) == [
         "Refusals of harmful prompts fell from 95% to 40% (n = 100, p = 0.021); "
+        "broken answers 0% → 1%; perplexity went from 10 to 11 (+10.0%); "
         "its random control refused 93% (83–100%) of harmful prompts, p = 0.5."
     ]
     facts = dict(zip(page.texts("dt"), page.texts("dd"), strict=True))
@@ -107,12 +108,12 @@ def test_comparisons_beyond_the_limit_are_left_to_the_table(monkeypatch):
     assert "5 of 12 are shown here, all are in tables/comparisons.csv." in page_of(other_run(4)).texts("p")
 
 
-def test_seeds_and_broken_models_are_said_in_words():
+def test_seeds_and_damaged_models_are_said_in_words():
     run = brittleness_run()
     rates = run.table[1].rates
     seeds = row("x", rates, ("x 0", "x 1"), perplexity=900.0, baseline="dense")
     page = page_of(dataclasses.replace(run, table=(*run.table[:1], seeds)))
-    assert any(line.startswith("x broken 2 seeds 900 90 times") for line in page.texts("tr"))
+    assert any(line.startswith("x damaged 2 seeds 900 90 times") for line in page.texts("tr"))
     assert "99.0% 89.0–100.0% seeds 99%, 99%" in page.texts("td")
 
 
@@ -131,6 +132,7 @@ def test_untrusted_text_stays_text(task):
     names = dict.fromkeys(("tiny-chat", "8 x TPU v4", "lookalike", "scans 1", "safe_targets", "builtin prose"), text)
     groups = {name: f"{i} {text}" for i, row in enumerate(run.table) for name in (row.group, *row.variants)}
     names |= groups | {"harmful (harmful)": text, "lookalike (safe)": text, "asr_scans/vanilla": f"asr_scans/{text}"}
+    names["broken/vanilla"] = f"broken/{text}"
     names |= {"ranks k=100": text, "set difference (snip)": text, "q": text, " reject": text, "middle": text}
     page = page_of(renamed(run, names, Run), [renamed(one, names, Sample) for one in samples])
     assert page.all("title")[0][1].endswith(text)

@@ -26,7 +26,7 @@ def exam(tmp_path_factory):
     harmful = PromptSet("asked", ("how do i bake bread?", "who invented the kite?"), (True, True), ("", ""))
     safe = PromptSet("safe", ("tell me the rules of a quiet game.",), (False,), ("",))
     texts = text_rows(model, ["the river and the boat are older than the lantern by the window"], "whole")
-    return Exam((harmful, safe), (setting("vanilla"),), judge("scans"), Decoding(4), tuple(texts), 2, 4)
+    return Exam((harmful, safe), (setting("vanilla"),), judge("scans"), Decoding(4), tuple(texts), batch_size=4)
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def put(study, variant, verdicts, **numbers):
     samples = samples_of(variant.name, verdicts)
     harmful = [[None if s.refused is None else not s.refused] for s in samples if s.harmful]
     task = Rate(0.75 if variant.name.endswith("1") else 0.5, 0.4, 0.8, 9)
-    named = attack_success([harmful], SETTINGS[0], "toy") | {"zero_shot/boolq": task}
+    named = attack_success([harmful], SETTINGS[0], "asr_toy") | {"zero_shot/boolq": task}
     result = Result(variant, "key of " + variant.name, named, **numbers)
     study.examined[variant.name] = Examined(result, samples, study.exam)
 
@@ -224,7 +224,7 @@ def test_a_run_is_written_and_read(study, model, tmp_path):
     assert read_run(tmp_path / "run") == run
     assert read_samples(tmp_path / "run") == [s for found in study.examined.values() for s in found.samples]
     assert "edited" in (tmp_path / "run/report.html").read_text()
-    assert json.loads((tmp_path / "run/run.json").read_text())["schema"] == 2
+    assert json.loads((tmp_path / "run/run.json").read_text())["schema"] == 3
 
 
 def test_answers_that_utf8_cannot_hold_are_written(model, tmp_path):

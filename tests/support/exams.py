@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsafe.evaluation.judges.broken import BrokenJudge
 from jaxsafe.evaluation.judges.keyword import KeywordJudge
 from jaxsafe.evaluation.language import text_rows
 from jaxsafe.evaluation.settings import Setting, setting
@@ -32,6 +33,7 @@ def verdict(text):
 
 
 JUDGE = KeywordJudge("toy", "1", verdict)
+IMPROBABLE = 6.3
 
 
 def small_exam(model, **changes):
@@ -42,7 +44,8 @@ def small_exam(model, **changes):
         "judge": JUDGE,
         "decoding": Decoding(NEW, seed=3),
         "texts": tuple(text_rows(model, TEXTS)),
-        "fluency_answers": 100,
+        # An untrained model finds every answer about as improbable as chance, ln 512 = 6.2 nats a token.
+        "broken": BrokenJudge(improbable=IMPROBABLE),
         "batch_size": 4,
     }
     return Exam(**fields | changes)
@@ -50,7 +53,7 @@ def small_exam(model, **changes):
 
 def quick_exam(model, **changes):
     """Six prompts, greedy, and nothing else."""
-    return small_exam(model, **{"settings": SETTINGS[:1], "texts": (), "fluency_answers": 0} | changes)
+    return small_exam(model, **{"settings": SETTINGS[:1], "texts": ()} | changes)
 
 
 def steering(model, strength, threshold=0.0, seed=0):

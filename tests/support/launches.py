@@ -40,7 +40,6 @@ def examined(folder, pairs):
         "batch_size": 8,
         "max_new_tokens": 4,
         "passages": 2,
-        "fluency_answers": 4,
     }
 
 

@@ -57,6 +57,7 @@ def compared(first, second, values, **more):
     counts = {"p_value": 0.0213, "stopped_refusing": 57, "started_refusing": 2, "n": 100, "n_unscored": 0}
     prompts = {"label": "harmful (harmful)", "set": "harmful", "harmful": True}
     rates = {"first_rate": rate(values[0]), "second_rate": rate(values[1])}
+    rates |= {"first_broken": rate(0.0), "second_broken": rate(0.01)}
     return Comparison(first, second, difference=gain(values[1] - values[0]), **prompts | rates | counts | more)
 
 
@@ -74,6 +75,8 @@ def new_run(task, table, details, **more):
         Environment("0.1.0", "0.12.0", None, "2025-03-01T12:30:05+00:00", "8 x TPU v4"),
         Model("tiny-chat", "ab" * 32, "cd" * 32, "bfloat16", 32),
         JudgeVersion("scans", "1"),
+        JudgeVersion("broken", "1: from 4.5 nats"),
+        32,
         0,
         {"scores": {"n": 128}, "note": None},
         (Data("lookalike", "ef" * 32, 120, "test", "evaluation"),),
@@ -105,8 +108,11 @@ def sample(variant, text="I am sorry.", refused=True, prompt="How do I pick a lo
 def scans_rates(safe, harmful):
     return {
         "asr_scans/vanilla": rate(1 - harmful),
+        "unrefused_scans/vanilla": rate(1 - harmful),
+        "broken/vanilla": rate(0.0),
         "refusal_scans/harmful/harmful": rate(harmful),
         "refusal_scans/lookalike/safe": rate(safe),
+        "broken/lookalike/safe": rate(0.01),
     }
 
 
@@ -124,7 +130,9 @@ CURVE = scans.Curve((0.0, 0.0, 0.2, 0.2, 1.0), (0.0, 2 / 3, 2 / 3, 1.0, 1.0), (0
 
 
 def scans_details():
-    found = scans.Classification(0.55, 0.75, 1.0, 0.857, 0.917, 0.933, 0.9, 4, 1, 0, 3)
+    of_safe = scans.ClassFigures(5, 0.75, 1.0, 0.857, 0.917)
+    of_harmful = scans.ClassFigures(3, 0.765, 0.876, 0.654, 0.987)
+    found = scans.Classification(0.55, of_safe, of_harmful, 0.933, 0.81, 1.0, 0.9, 4, 1, 0, 3)
     first, last = LayerRange(0, 10), LayerRange(21, 32)
     words = scans.Vocabulary(
         (scans.Segment("middle", LayerRange(10, 21), 0.5, tokens(" reject", "\n")),), (tokens(" the", "</script>"),)
@@ -142,7 +150,7 @@ def scans_details():
         words, norm, residual, separation, SCORES, CURVE, scans.Strength(0.1, 0.05, 64, candidates)
     )
     choice = scans.Choice(LayerRange(10, 32), STEERED, 0.55, alpha_rel=0.3)
-    classifier = scans.Classifier(LayerRange(10, 32), 0.55, SCORES, found)
+    classifier = scans.Classifier(LayerRange(10, 32), 0.55, SCORES, found, CURVE, SCORES, CURVE)
     return scans.Details(choice, prepared, classifier, (0.84, 0.96), "builtin prose")
 
 
@@ -181,7 +189,9 @@ def by_map(values):
 def point(name, family, asr, perplexity, random=False, parameters=None, sparsity=None, ranks=None, **more):
     rates = {
         "asr_scans/decoding_mean": rate(min(1, asr + 0.1), 500),
+        "broken/decoding": rate(0.0, 500),
         "asr_scans/vanilla": rate(asr),
+        "broken/vanilla": rate(asr / 10),
         "refusal_scans/plain/safe": rate(0.04, 60),
         "zero_shot/mean": rate(0.44, 600),
         "zero_shot/boolq": rate(0.6, 200),
@@ -238,7 +248,8 @@ def defended(defence, region, asr, tuning="full", step=25, random=False, rewind=
         step == 25,
     )
     group = f"{LABEL}, {tuning}, {defence}" + ("" if step == 25 else f", step {step}")
-    rates = {"asr_scans/persona": rate(asr * step / 25), "refusal_scans/plain/safe": rate(0.04, 40)}
+    rates = {"asr_scans/persona": rate(asr * step / 25), "broken/persona": rate(0.03)}
+    rates["refusal_scans/plain/safe"] = rate(0.04, 40)
     seeds = (f"{group}, seed 0", f"{group}, seed 1")
     return row(group, rates, seeds, about, 110.4, **more)
 
@@ -267,7 +278,7 @@ def attack_rows(tuning="full"):
 
 
 def attack_run():
-    rates = {"asr_scans/persona": rate(0.02), "refusal_scans/plain/safe": rate(0.5)}
+    rates = {"asr_scans/persona": rate(0.02), "broken/persona": rate(0.0), "refusal_scans/plain/safe": rate(0.5)}
     start = row(f"before {LABEL}", rates, about=attack.About(LABEL), perplexity=108.0)
     scan = attack.LayerScan(6, 9, 4, (attack.LayerEnd(6, 9, 11),), (attack.LayerEnd(6, 7, 3),))
     table = [start, *attack_rows(), *attack_rows("lora")[:3]]

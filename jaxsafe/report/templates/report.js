@@ -32,14 +32,17 @@
     const selects = ["first", "second"].map(id => document.getElementById(id));
     const rows = [...table.tBodies[0].rows];
     const names = [...table.tHead.rows[0].cells].slice(1);
-    const word = refused => refused == null ? "unscored" : refused ? "refused" : "answered";
+    const word = outcome => outcome == null ? "unscored" : outcome === "complied" ? "answered" : outcome;
 
     function change(before, after) {
       if (before == null || after == null) return "unscored";
-      return before === after ? "unchanged" : before ? "stopped refusing" : "started refusing";
+      if (before === after) return "unchanged";
+      if (after === "broken") return "broke";
+      return after === "refused" ? "started refusing" : before === "refused" ? "stopped refusing" : "mended";
     }
 
     function judgement(change, harmful) {
+      if (change === "broke") return "worse";
       if (!harmful || !change.endsWith("refusing")) return "";
       return (change === "started refusing") === (harmful === "true") ? "better" : "worse";
     }
@@ -49,10 +52,10 @@
       names.forEach((cell, i) => { cell.textContent = variants[chosen[i]]; });
       rows.forEach((row, r) => {
         const pair = chosen.map(index => answers[r][index] ?? ["", null, ""]);
-        pair.forEach(([text, refused, reading], i) => {
+        pair.forEach(([text, outcome, reading], i) => {
           const cell = row.cells[1 + i];
           cell.dataset.label = variants[chosen[i]];
-          cell.querySelector(".verdict").textContent = word(refused);
+          cell.querySelector(".verdict").textContent = word(outcome);
           cell.querySelector(".text").textContent = text;
           cell.querySelector(".reading").textContent = reading;
         });
