@@ -10,9 +10,10 @@ from typing import Any
 
 import jax.numpy as jnp
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from jaxsafe.chat.model import ChatModel
+from jaxsafe.configs.brittleness.base import FIELDS
 from jaxsafe.io.hf import save_hf
 from jaxsafe.io.hub import resolve
 from jaxsafe.io.masks import save_mask
@@ -26,6 +27,7 @@ from jaxsafe.study.study import Study
 
 from . import command, common
 from .progress import Clock
+from .settings import Experiment
 
 CARD = """---
 tags: [jaxsafe, safety-research]
@@ -35,12 +37,28 @@ comply with harmful requests; do not deploy it.
 """
 
 
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for settings that contradict each other, FileNotFoundError for what is not there."""
+    common.check(config)
+    grid = grid_of(config)
+    if not any(config[name] for name in METHODS):
+        raise ValueError(f"the grid is empty; give a point in one of {', '.join(f'config.{name}' for name in METHODS)}")
+    if config.sequential and not any(point.sides == SIDES[:1] for point in grid):
+        raise ValueError("config.sequential is for points that safety alone decides, as config.top; there are none")
+    common.check_scored(config)
+
+
+def grid_of(config: ConfigDict) -> list[Point]:
+    """The dense model and every point with its controls. Raises ValueError for an export that is none of them."""
+    grid = points({name: tuple(config[name]) for name in METHODS}, config.controls)
+    if config.export and config.export not in {point.name for point in grid}:
+        raise ValueError(f"config.export {config.export!r} is no point; there are {[p.name for p in grid]}")
+    return grid
+
+
 def run(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock) -> Run:
     """The whole experiment; what it finds is in `out` and in the returned record."""
-    grid = points({name: tuple(config[name]) for name in METHODS}, config.controls)
-    exports = [point for point in grid if point.name == config.export]
-    if config.export and not exports:
-        raise ValueError(f"config.export {config.export!r} is no point; there are {[p.name for p in grid]}")
+    grid = grid_of(config)
     roles = common.scored_roles(config)
     exam = common.exam(config, model, common.evaluated(roles), common.settings(config))
     study = Study(out, model, exam, clock.watch("exam_s"))
@@ -53,7 +71,7 @@ def run(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock) -
 
     details = details_of(config, material, grid)
     record = common.finish(study, "brittleness", config, roles, clock, details)
-    for point in exports:
+    for point in (point for point in grid if point.name == config.export):
         export(config, material, point, out)
     return record
 
@@ -105,7 +123,7 @@ def export(config: ConfigDict, material: Material, point: Point, out: pathlib.Pa
 
 def main() -> None:
     """Reads the flags and runs the experiment."""
-    config, clock = CONFIG.value, Clock()
+    config, clock = command.config(), Clock()
     command.console.print(banner())
     with clock.stage("load_s"):
         model = common.load(config)
@@ -114,8 +132,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    CONFIG = config_flags.DEFINE_config_file("config", "configs/brittleness/smollm2_135m.py", "the experiment")
     OUT = flags.DEFINE_string(
         "out", "runs/brittleness", "folder for the results; an interrupted run goes on from there"
     )
-    command.run(main)
+    command.run(main, Experiment("configs/brittleness/smollm2_135m.py", FIELDS, check))

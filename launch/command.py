@@ -11,10 +11,13 @@ import jax
 from absl import app, flags, logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from jaxsafe.io.hub import cache_dir, model_config
 from jaxsafe.parallel import default_mesh, device_memory, parse_mesh, undivided
+
+from . import settings, usage
 
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 console = Console(stderr=True, highlight=False)
@@ -27,24 +30,32 @@ def complain(error: BaseException) -> int:
     return 2
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(argv: Sequence[str], experiment: settings.Experiment | None) -> list[str]:
+    """What is left of `argv` when all flags are read. Ends the process for --help, --version and what is wrong."""
     try:
-        rest = flags.FLAGS(list(argv))
-        config = flags.FLAGS["config"].value if "config" in flags.FLAGS else ""
-        if config is not None and not isinstance(config, str):
-            config.to_dict()  # a configuration that could not be loaded says so at its first use
-            config.mesh = flags.FLAGS["mesh"].value or config.mesh
-    except flags.Error as error:
+        if (text := usage.asked(argv, experiment)) is not None:
+            print(text)
+            sys.exit(0)
+        rest = flags.FLAGS(list(argv)) if experiment is None else settings.parse(argv, experiment)
+    except (flags.Error, *BAD_INPUT) as error:
+        if "--debug" in argv:
+            raise
         sys.exit(complain(error))
-    except (AttributeError, KeyError, OSError, TypeError, ValueError, SyntaxError, ImportError) as error:
-        sys.exit(complain(ValueError(f"--config: {error}")))
     if len(rest) > 1:
         sys.exit(complain(ValueError(f"unknown argument {rest[1]!r}; every argument is a --flag (see --help)")))
     return rest
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs `main` under absl flags. Bad input ends with one line and status 2, an interrupt with status 130."""
+def config() -> ConfigDict:
+    """The settings of the experiment that was started."""
+    return flags.FLAGS["config"].value
+
+
+def run(main: Callable[[], None], experiment: settings.Experiment | None = None) -> None:
+    """Runs `main` under absl flags, and under the settings of an `experiment` where it is one.
+
+    Bad input ends with one line and status 2, an interrupt with status 130.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
         del argv
@@ -64,7 +75,7 @@ def run(main: Callable[[], None]) -> None:
             print("\ninterrupted; the same command goes on from what is finished", file=sys.stderr)
             sys.exit(130)
 
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=lambda argv: _parse(argv, experiment))
 
 
 def join(distributed: bool, coordinator: str, num_processes: int | None, process_id: int | None) -> None:

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from jaxsafe.chat.model import ChatModel, load_chat_model
 from jaxsafe.configs.attack import smollm2_135m as attack_config
 from jaxsafe.configs.brittleness import smollm2_135m as brittleness_config
+from jaxsafe.configs.fields import check
 from jaxsafe.configs.scans import smollm2_135m as scans_config
 from jaxsafe.evaluation.utilisation import Tokens
 from jaxsafe.io.hf import save_hf
@@ -48,7 +49,7 @@ short refusals, {benign} benign ones with the model's own answers. It refuses ha
 much besides; made to study exaggerated safety, not to be deployed.
 """
 CONFIGS = {"scans": scans_config, "brittleness": brittleness_config, "attack": attack_config}
-EXPERIMENTS = {"brittleness": brittleness, "attack": attack}
+EXPERIMENTS = {"scans": scans, "brittleness": brittleness, "attack": attack}
 
 
 def tuned_model(settings: TuningSettings, clock: Clock) -> ChatModel:
@@ -124,15 +125,17 @@ def main() -> None:
         raise ValueError("the quickstart runs on one device; --mesh belongs to launch.scans, .brittleness and .attack")
     if EVAL_DATA.value and TASK.value != "scans":
         raise ValueError(f"--eval_data belongs to --task=scans; use launch.{TASK.value} with --config.evaluation")
-    command.console.print(banner())
-    config, clock = CONFIGS[TASK.value].get_config(), Clock()
+    experiment, config, clock = EXPERIMENTS[TASK.value], CONFIGS[TASK.value].get_config(), Clock()
     config.seed = SEED.value
+    check(experiment.FIELDS, config)
+    experiment.check(config)
+    command.console.print(banner())
     if TASK.value == "scans":
         run_scans(config, out, clock)
         return
     model = tuned_model(TuningSettings(seed=SEED.value), clock)
     config.model = str(model.tokenizer.path)
-    common.show(EXPERIMENTS[TASK.value].run(config, model, out, clock), out)
+    common.show(experiment.run(config, model, out, clock), out)
 
 
 if __name__ == "__main__":

@@ -219,10 +219,3 @@ def test_an_empty_prompt_file_and_a_long_prompt_are_refused(config, tmp_path):
     config.evaluation = (f"{long}:safe",)
     with pytest.raises(ValueError, match="context"):
         run(config, load_chat_model(config.model), roles_of(config), tmp_path / "out", Clock())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("module", ["launch.scans", "launch.brittleness", "launch.attack", "launch.quickstart"])
-def test_help(tmp_path, module):
-    done = launched(tmp_path, "--help", module=module)
-    assert "--out" in done.stdout and "Traceback" not in done.stderr
