@@ -32,7 +32,7 @@ from jaxsafe.records.run import Run
 from jaxsafe.rows import slots_of
 from jaxsafe.study.study import Study
 
-from . import command, common
+from . import command, common, folder
 from .progress import Clock
 from .settings import Experiment
 
@@ -178,10 +178,11 @@ def layer_scan(config: ConfigDict, model: ChatModel, study: Study, clock: Clock)
 def main() -> None:
     """Reads the flags and runs the experiment."""
     config, clock = command.config(), Clock()
-    command.console.print(banner())
-    with clock.stage("load_s"):
-        model = common.load(config)
-    with command.results(OUT.value) as out:
+    with folder.held(OUT.value, folder.identity("attack", FIELDS, config)) as out:
+        command.console.print(banner())
+        clock.resume(out)
+        with clock.stage("load_s"):
+            model = common.load(config)
         common.show(run(config, model, out, clock, pathlib.Path(OUT.value) / "checkpoints"), out)
 
 

@@ -25,7 +25,7 @@ from jaxsafe.records.brittleness import Details, Energy, Overlap, Similarity
 from jaxsafe.records.run import Run
 from jaxsafe.study.study import Study
 
-from . import command, common
+from . import command, common, folder
 from .progress import Clock
 from .settings import Experiment
 
@@ -124,10 +124,11 @@ def export(config: ConfigDict, material: Material, point: Point, out: pathlib.Pa
 def main() -> None:
     """Reads the flags and runs the experiment."""
     config, clock = command.config(), Clock()
-    command.console.print(banner())
-    with clock.stage("load_s"):
-        model = common.load(config)
-    with command.results(OUT.value) as out:
+    with folder.held(OUT.value, folder.identity("brittleness", FIELDS, config)) as out:
+        command.console.print(banner())
+        clock.resume(out)
+        with clock.stage("load_s"):
+            model = common.load(config)
         common.show(run(config, model, out, clock), out)
 
 

@@ -1,15 +1,11 @@
 """What every launch script shares: its processes and devices, one clear line for bad input, the compilation cache."""
 
 import contextlib
-import pathlib
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from absl import app, flags, logging
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -105,25 +101,6 @@ def profiled(folder: str) -> Iterator[None]:
         return
     with jax.profiler.trace(folder):
         yield
-
-
-@contextlib.contextmanager
-def results(out: str) -> Iterator[pathlib.Path]:
-    """The folder that this process writes to: `out` for process 0.
-
-    The others, who take the same steps, work in a copy that is thrown away; all must see `out` when they begin, and
-    write their parts of checkpoints to it.
-    """
-    if jax.process_count() == 1:
-        yield pathlib.Path(out)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        own = pathlib.Path(out) if jax.process_index() == 0 else pathlib.Path(scratch) / "out"
-        if jax.process_index() > 0 and pathlib.Path(out).is_dir():
-            shutil.copytree(out, own, ignore=shutil.ignore_patterns("checkpoints"))
-        multihost_utils.sync_global_devices("results")  # what process 0 writes from now on is in no copy
-        yield own
-        multihost_utils.sync_global_devices("finished")
 
 
 def mesh_of(text: str, name: str, dtype: str | None) -> Mesh | None:

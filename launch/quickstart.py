@@ -36,7 +36,7 @@ from jaxsafe.parallel import banner
 from jaxsafe.prompts.files import KNOWN
 from jaxsafe.prompts.sets import PromptSet, load_prompts
 
-from . import attack, brittleness, command, common, scans
+from . import attack, brittleness, command, common, folder, scans
 from .progress import Clock
 
 BASE = "smollm2-135m-instruct"
@@ -118,24 +118,42 @@ def run_scans(config: ConfigDict, out: pathlib.Path, clock: Clock) -> None:
     scans.show(scans.run(config, model, roles, out, clock), out)
 
 
+def run(config: ConfigDict, out: pathlib.Path, clock: Clock) -> None:
+    """The task on the tuned model."""
+    command.console.print(banner())
+    clock.resume(out)
+    if TASK.value == "scans":
+        run_scans(config, out, clock)
+    else:
+        model = tuned_model(TuningSettings(seed=SEED.value), clock)
+        config.model = str(model.tokenizer.path)
+        common.show(EXPERIMENTS[TASK.value].run(config, model, out, clock), out)
+    command.console.print(f"the safety-tuned model: {config.model}", soft_wrap=True)
+    command.console.print(f"models and compiled programs: {cache_size(cache_dir())}", soft_wrap=True)
+
+
+def cache_size(cache: pathlib.Path) -> str:
+    """Where the cache is and how much it holds, as "/home/me/.cache/jaxsafe (820 MB, may be deleted)"."""
+    size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
+    return f"{cache} ({size / 1e6:.0f} MB, may be deleted)"
+
+
 def main() -> None:
     """Reads the flags and runs the task."""
-    out = pathlib.Path(OUT.value or f"runs/{TASK.value if TASK.value != 'scans' else 'quickstart'}")
+    out = OUT.value or f"runs/{TASK.value if TASK.value != 'scans' else 'quickstart'}"
     if flags.FLAGS["mesh"].value:
         raise ValueError("the quickstart runs on one device; --mesh belongs to launch.scans, .brittleness and .attack")
     if EVAL_DATA.value and TASK.value != "scans":
         raise ValueError(f"--eval_data belongs to --task=scans; use launch.{TASK.value} with --config.evaluation")
-    experiment, config, clock = EXPERIMENTS[TASK.value], CONFIGS[TASK.value].get_config(), Clock()
+    experiment, config = EXPERIMENTS[TASK.value], CONFIGS[TASK.value].get_config()
     config.seed = SEED.value
     check(experiment.FIELDS, config)
     experiment.check(config)
-    command.console.print(banner())
-    if TASK.value == "scans":
-        run_scans(config, out, clock)
-        return
-    model = tuned_model(TuningSettings(seed=SEED.value), clock)
-    config.model = str(model.tokenizer.path)
-    common.show(experiment.run(config, model, out, clock), out)
+    if EVAL_DATA.value:
+        evaluation_sets(EVAL_DATA.value)
+    mine = folder.identity(f"quickstart of {TASK.value}", experiment.FIELDS, config, eval_data=EVAL_DATA.value)
+    with folder.held(out, mine) as own:
+        run(config, own, Clock())
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from jaxsafe.records.run import Run, Variant, from_json, plain
 from jaxsafe.records.scans import Choice, Details, Preparation, Scores
 from jaxsafe.study.study import Study
 
-from . import command, common
+from . import command, common, folder
 from .progress import Clock
 from .settings import Experiment
 
@@ -189,11 +189,12 @@ def show(run: Run, out: pathlib.Path) -> None:
 def main() -> None:
     """Reads the flags and runs the experiment."""
     config, clock = command.config(), Clock()
-    command.console.print(banner())
-    roles = roles_of(config)
-    with clock.stage("load_s"):
-        model = common.load(config)
-    with command.results(OUT.value) as out:
+    with folder.held(OUT.value, folder.identity("scans", FIELDS, config)) as out:
+        command.console.print(banner())
+        clock.resume(out)
+        roles = roles_of(config)
+        with clock.stage("load_s"):
+            model = common.load(config)
         show(run(config, model, roles, out, clock), out)
 
 
