@@ -157,8 +157,8 @@ def prepare(
 
 
 def loaded(path: str, model: ChatModel) -> Prepared:
-    """A steering that an earlier run of the same model saved."""
-    steering, metadata = load_steering(path, model.config_sha256(), scans.affirmative_ids(model).tolist())
+    """A steering that an earlier run of the same model saved, in whatever dtype."""
+    steering, metadata = load_steering(path, model.origin(), scans.affirmative_ids(model).tolist())
     record = metadata.get("preparation")
     choice = from_json(metadata["choice"], Choice)
     return Prepared(steering, choice, None if record is None else from_json(record, Preparation))
@@ -169,7 +169,7 @@ def save_vectors(out: pathlib.Path, model: ChatModel, prepared: Prepared) -> Non
     out.mkdir(parents=True, exist_ok=True)
     metadata = {
         "model": model.name,
-        "model_sha256": model.config_sha256(),
+        "origin": model.origin(),
         "chat_template_sha256": model.template_sha256,
         "affirmative": scans.AFFIRMATIVE,
         "choice": plain(prepared.choice),

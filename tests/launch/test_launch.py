@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from tiny import tiny_params
 
 from configs.scans.smollm2_135m import get_config
 from jaxsafe.chat.model import ChatModel, load_chat_model
@@ -21,7 +22,7 @@ from jaxsafe.records.run import from_json, read_run, read_samples
 from jaxsafe.records.scans import Choice, Details
 from jaxsafe.study.study import Study
 from launch.progress import Clock
-from launch.scans import roles_of, run
+from launch.scans import loaded, roles_of, run, save_vectors
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -121,6 +122,20 @@ def test_saved_vectors_steer_another_run_the_same(config, tmp_path, monkeypatch)
     other = dataclasses.replace(model, config=dataclasses.replace(model.config, norm_eps=1e-6))
     with pytest.raises(ValueError, match="made for"):
         run(config, other, roles_of(config), tmp_path / "c", Clock())
+
+
+def test_vectors_are_those_of_a_model_in_any_dtype(folder, tmp_path):
+    model = load_chat_model(folder, dtype="float32")
+    prompts = ["tell me a story", "what is old?", "list five games", "how do i keep bees?"]
+    choice = Choice(LayerRange(0, 2), LayerRange(1, 2), 0.5, alpha_rel=0.1)
+    steering = scans.steering_of(scans.find_directions(model, prompts[:2], prompts[2:]), choice)
+    save_vectors(tmp_path, model, scans.Prepared(steering, choice, None))
+    path = str(tmp_path / "vectors.safetensors")
+    assert loaded(path, load_chat_model(folder, dtype="bfloat16")).choice == choice
+    assert loaded(path, load_chat_model(folder, dtype="float32", mesh=parse_mesh("data:4,model:2"))).choice == choice
+    other = tiny_params(model.config, seed=7)
+    with pytest.raises(ValueError, match="a model of the same shape with other weights"):
+        loaded(path, dataclasses.replace(model, params=other))
 
 
 @pytest.mark.slow
