@@ -34,7 +34,7 @@ from jaxsafe.io.hub import cache_dir, resolve
 from jaxsafe.methods.safety_tuning import TuningSettings, builtin_refusals, safety_tune, tuning_rows
 from jaxsafe.parallel import banner
 from jaxsafe.prompts.files import KNOWN
-from jaxsafe.prompts.sets import PromptSet, load_prompts
+from jaxsafe.prompts.sets import PromptSet, load_file, load_prompts
 
 from . import attack, brittleness, command, common, folder, scans
 from .progress import Clock
@@ -95,7 +95,7 @@ def evaluation_sets(data: str) -> list[PromptSet]:
     """The over-refusal sets in the folder `data`, or the prompts of the file `data`."""
     path = pathlib.Path(data)
     if path.is_file():
-        return [load_prompts(path.stem, path=path)]
+        return [load_file(path)]
     if not path.is_dir():
         raise FileNotFoundError(f"--eval_data={data}: no such file or folder")
     found = []
