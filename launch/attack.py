@@ -70,6 +70,10 @@ def run(
     `checkpoints`, by default `out/checkpoints`, must be the same folder for all processes.
     """
     chosen, tunings = attacks_of(config), tunings_of(config)
+    common.check_ranks(config, ["freeze_ranks"], model)
+    for each in config.freeze_layers:
+        if each != FIND:
+            LayerRange.parse(each).within(model.config.layers)
     roles = common.scored_roles(config)
     examples = {attack: examples_of(config, model, attack, roles, clock) for attack in chosen}
     settings = {attack: settings_of(config, attack, examples[attack]) for attack in chosen}

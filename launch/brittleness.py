@@ -19,7 +19,7 @@ from jaxsafe.io.hub import resolve
 from jaxsafe.io.masks import save_mask
 from jaxsafe.kernels.lowrank import energy_shares, subspace_similarity
 from jaxsafe.kernels.selection import jaccard, top
-from jaxsafe.methods.brittleness import METHODS, SIDES, Material, Point, edited, points, removed
+from jaxsafe.methods.brittleness import METHODS, RANKS, SIDES, Material, Point, edited, points, removed
 from jaxsafe.parallel import banner, fetch
 from jaxsafe.records.brittleness import Details, Energy, Overlap, Similarity
 from jaxsafe.records.run import Run
@@ -43,6 +43,9 @@ def check(config: ConfigDict) -> None:
     grid = grid_of(config)
     if not any(config[name] for name in METHODS):
         raise ValueError(f"the grid is empty; give a point in one of {', '.join(f'config.{name}' for name in METHODS)}")
+    for n, m in config.n_of_m:
+        if n > m:
+            raise ValueError(f"config.n_of_m {(n, m)} takes {n} of each {m} weights; need n <= m")
     if config.sequential and not any(point.sides == SIDES[:1] for point in grid):
         raise ValueError("config.sequential is for points that safety alone decides, as config.top; there are none")
     common.check_scored(config)
@@ -59,6 +62,9 @@ def grid_of(config: ConfigDict) -> list[Point]:
 def run(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock) -> Run:
     """The whole experiment; what it finds is in `out` and in the returned record."""
     grid = grid_of(config)
+    common.check_ranks(config, RANKS, model)
+    if config.heads and max(config.heads) > (there := model.config.layers * model.config.heads):
+        raise ValueError(f"config.heads {max(config.heads)}: the model has {there} heads")
     roles = common.scored_roles(config)
     exam = common.exam(config, model, common.evaluated(roles), common.settings(config))
     study = Study(out, model, exam, clock.watch("exam_s"))

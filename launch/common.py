@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 from collections.abc import Sequence
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxsafe.chat.model import ChatModel, load_chat_model
@@ -62,6 +63,16 @@ def check_scored(config: ConfigDict) -> None:
     if config.score == "weight_difference" and not config.base_model:
         raise ValueError("config.score 'weight_difference' needs config.base_model, the model before its alignment")
     scored_roles(config)
+
+
+def check_ranks(config: ConfigDict, names: Sequence[str], model: ChatModel) -> None:
+    """Raises ValueError where one of the fields `names` counts more ranks than the model is wide."""
+    for name in names:
+        largest = max(np.ravel(config[name]), default=0)
+        if largest > model.config.embed:
+            raise ValueError(
+                f"config.{name} {largest}: ranks are counted out of the model's width, {model.config.embed}"
+            )
 
 
 def load(config: ConfigDict) -> ChatModel:

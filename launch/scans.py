@@ -76,6 +76,9 @@ def roles_of(config: ConfigDict, extra: Sequence[PromptSet] = ()) -> Roles:
 def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, clock: Clock) -> Run:
     """The whole experiment; what it finds is in `out` and in the returned record."""
     fixed = choice_of(config)
+    for name in ("scored", "layers"):
+        if config[name] is not None:
+            LayerRange.parse(config[name], f"config.{name}").within(model.config.layers)
     harmless = tuple(prompts.labelled(False) for prompts in roles["harmless"])
     exam = common.exam(config, model, (*roles["evaluation"], *harmless), common.settings(config), read="halves")
     study = Study(out, model, exam, clock.watch("exam_s"))

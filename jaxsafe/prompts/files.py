@@ -36,8 +36,7 @@ class KnownSet:
     columns, kinds: columns that may hold the prompt and its category, first choice first; hub: data-set
     repository on the Hugging Face hub; files: its files, the split of the first being the default;
     joined: whether the default is all files together instead; context: column of a text to put before the prompt;
-    marks: columns, in lower case, one of
-    which tells a published file from another of its name.
+    marks: columns, in lower case, one of which tells a published file from another of its name.
     """
 
     name: str

@@ -224,6 +224,23 @@ def test_bad_input_gets_one_line_and_status_2(folder, tmp_path, case):
     assert not out.exists()
 
 
+def test_lengths_are_those_of_what_each_prompt_is_asked(config, tmp_path):
+    model = load_chat_model(config.model)
+    config.calibration_tokens = 590  # of a context of 600
+    with pytest.raises(ValueError, match="context"):
+        run(config, model, roles_of(config), tmp_path / "out", Clock())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("strength", ["alpha", "alpha_rel"])
+def test_prompts_that_nothing_is_made_from_have_no_role(config, strength):
+    assert len(roles_of(config)["calibration"]) == 2
+    config.scored, config.layers, config.threshold, config[strength] = (1, 3), (1, 2), 0.75, 0.5
+    assert not roles_of(config)["calibration"] and roles_of(config)["anchors"]
+    config.vectors = "vectors.safetensors"
+    assert not roles_of(config)["anchors"]
+
+
 def test_an_empty_prompt_file_and_a_long_prompt_are_refused(config, tmp_path):
     empty, long = tmp_path / "empty.txt", tmp_path / "long.txt"
     empty.write_text("\n")

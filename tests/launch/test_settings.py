@@ -3,20 +3,20 @@
 import importlib
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
 from configs.fields import Field, Natural, check, config_of, nearest, with_defaults
-from launch import settings
-from launch.attack import check as check_attack
-from launch.brittleness import check as check_brittleness
-from launch.scans import check as check_scans
+from jaxsafe.chat.model import load_chat_model
+from launch import attack, brittleness, scans, settings
+from launch.progress import Clock
 
 ROOT = pathlib.Path(__file__).parents[2]
 TASKS = ("scans", "brittleness", "attack")
-CHECKS = {"scans": check_scans, "brittleness": check_brittleness, "attack": check_attack}
+SCRIPTS = {"scans": scans, "brittleness": brittleness, "attack": attack}
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").glob("*/*.py") if "__" not in path.name)
 
 
@@ -55,7 +55,7 @@ def test_every_shipped_config_passes(path):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_smallest_configs_contradict_nothing(task):
-    CHECKS[task](config_with(task))
+    SCRIPTS[task].check(config_with(task))
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -116,6 +116,7 @@ CONTRADICTIONS = [
     ("scans", {"text": "nowhere.txt"}, "nowhere.txt"),
     ("brittleness", {"set_difference": (), "orthogonal": ()}, "the grid is empty"),
     ("brittleness", {"sequential": True}, "config.sequential is for points that safety alone decides"),
+    ("brittleness", {"n_of_m": ((5, 4),)}, "config.n_of_m (5, 4) takes 5 of each 4 weights"),
     ("brittleness", {"score": "weight_difference"}, "needs config.base_model"),
     ("brittleness", {"raw_pairs": True}, "neither is given"),
     ("brittleness", {"safety_pairs": "nowhere.jsonl"}, "nowhere.jsonl: no such file"),
@@ -135,8 +136,32 @@ def test_settings_that_contradict_each_other_are_refused(task, changes, said, mo
     config = config_with(task, **changes)
     check(fields_of(task), config)  # each by itself may be
     with pytest.raises((ValueError, FileNotFoundError)) as error:
-        CHECKS[task](config)
+        SCRIPTS[task].check(config)
     assert said in str(error.value) and "\n" not in str(error.value)
+
+
+BEYOND = [
+    ("scans", {"scored": (1, 40)}, "layers 1 to 39 are no range of this model"),
+    ("scans", {"layers": (9, 10)}, "layers 9 are no range of this model"),
+    ("brittleness", {"orthogonal": ((8, 8), (8, 900))}, "config.orthogonal 900: ranks are counted out of the model's"),
+    (
+        "brittleness",
+        {"orthogonal": (), "top_ranks": (900,)},
+        "config.top_ranks 900: ranks are counted out of the model's width, 32",
+    ),
+    ("brittleness", {"orthogonal": (), "heads": (500,)}, "config.heads 500: the model has"),
+    ("attack", {"freeze_ranks": (900,)}, "config.freeze_ranks 900"),
+    ("attack", {"freeze_ranks": (), "freeze_layers": ((1, 40),)}, "layers 1 to 39 are no range of this model"),
+]
+
+
+@pytest.mark.parametrize(("task", "changes", "said"), BEYOND, ids=[f"{task}-{c}" for task, c, _ in BEYOND])
+def test_what_the_model_does_not_have_is_refused_before_any_work(task, changes, said, folder, tmp_path):
+    config, model = config_with(task, **changes), load_chat_model(folder)
+    roles = [scans.roles_of(config)] if task == "scans" else []
+    with pytest.raises(ValueError, match=re.escape(said)):
+        SCRIPTS[task].run(config, model, *roles, tmp_path / "out", Clock())
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_unknown_and_a_missing_setting_are_named():
