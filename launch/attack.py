@@ -46,6 +46,8 @@ def check(config: ConfigDict) -> None:
     chosen = attacks_of(config)
     if config.poison and not any(attack.ratio for attack in chosen):
         raise ValueError("config.poison is given, but no attack takes a share of it; give config.ratio, or 'poisoned'")
+    if config.base_model and config.score != "weight_difference":
+        raise ValueError(f"config.base_model does nothing under config.score {config.score!r}; leave it out")
     for attack in chosen:
         if attack.batch_size % config.accumulation:
             parts = f"config.accumulation {config.accumulation} does not divide"

@@ -119,6 +119,8 @@ def _taken(path: pathlib.Path, mine: Identity) -> Iterator[None]:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise ValueError(f"--out={path} is written to by {_holder(path)}; give another folder, or wait") from None
+    except NotImplementedError:
+        command.console.print(f"{path} is on a file system without locks: start one run at a time", soft_wrap=True)
     try:
         _claim(path, mine)
         claimed = True

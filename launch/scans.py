@@ -42,6 +42,8 @@ def check(config: ConfigDict) -> None:
     given = [name for name in OPEN if config[name] is not None]
     if config.vectors and given:
         raise ValueError(f"config.vectors brings its own {', '.join(given)}; leave config.{given[0]} out")
+    if config.vectors:
+        load_steering(config.vectors, affirmative=())
     roles = roles_of(config)
     for name in ("anchors", "calibration"):
         if roles[name] or not (config.vectors or (name == "calibration" and choice_of(config) is not None)):
