@@ -149,6 +149,8 @@ def _made(path: pathlib.Path) -> bool:
     except OSError as error:
         raise ValueError(f"--out={path} cannot be written ({error.strerror}); give another folder") from None
     if free < ROOM:
+        if new:
+            path.rmdir()
         raise ValueError(f"--out={path} has {free / 1e6:.0f} MB of disk left; a run needs {ROOM / 1e6:.0f} MB or more")
     return new
 

@@ -85,6 +85,7 @@ def test_a_file_and_a_place_that_cannot_be_written_are_refused(tmp_path, monkeyp
     assert refusal(tmp_path / ("x" * 300)).startswith("cannot be written (File name too long)")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=3e6))
     assert refusal(tmp_path / "full") == "has 3 MB of disk left; a run needs 100 MB or more"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
