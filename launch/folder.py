@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from jaxsafe.configs.fields import Fields
 from jaxsafe.io.atomic import write_text
-from jaxsafe.records.run import Json, plain, to_json
+from jaxsafe.records.run import Json, plain, read_run, to_json
 
 from . import command
 
@@ -159,7 +159,7 @@ def _claim(path: pathlib.Path, mine: Identity) -> None:
     """Writes whose folder it is. Raises ValueError where it holds something else."""
     inside = [entry.name for entry in path.iterdir() if not entry.name.startswith(".") and entry.name != "lost+found"]
     other, found = read(path), [name for name in inside if name in WRITTEN and name != EXPERIMENT]
-    if inside and other is None and "run.json" not in inside:
+    if inside and other is None and not _is_run(path):
         raise ValueError(f"--out={path} holds {sorted(inside)[0]!r}, which is of no jaxsafe run; give another folder")
     if OVERWRITE.value:
         _clear(path)
@@ -171,6 +171,13 @@ def _claim(path: pathlib.Path, mine: Identity) -> None:
         command.console.print(f"goes on in {path}: {pieces(path)}", soft_wrap=True)
     since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write_text(path / EXPERIMENT, to_json(Kept(mine, socket.gethostname(), os.getpid(), since), indent=1) + "\n")
+
+
+def _is_run(path: pathlib.Path) -> bool:
+    try:
+        return bool(read_run(path).task)
+    except (ValueError, FileNotFoundError):
+        return False
 
 
 def _clear(path: pathlib.Path) -> None:

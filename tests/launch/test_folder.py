@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 from launches import ROOT, finished, scans, started, wait_until
+from runs import RUNS, save
 
 from configs.fields import Count, Field, config_of
 from launch import folder
@@ -103,9 +104,22 @@ def test_another_experiment_is_refused_by_what_differs(tmp_path):
     assert "(scans of a, not attack of b)" in refusal(tmp_path, Identity("attack", {"model": "b"}))
     many = Identity("scans", {"model": "b" * 200, **dict.fromkeys("vwxyz", 1)})
     assert re.search(r'config.model "a" -> "b{76}\.\.\., .* and 3 more\)', refusal(tmp_path, many))
-    (tmp_path / EXPERIMENT).unlink()
-    assert refusal(tmp_path).startswith("holds a run that does not say its settings")
     assert (tmp_path / "run.json").exists() and (tmp_path / "store/result-1.json").exists()
+
+
+def test_a_run_without_settings_is_replaced_only_if_asked(tmp_path, overwrite):
+    save(tmp_path, RUNS["scans"](), [])
+    assert refusal(tmp_path).startswith("holds a run that does not say its settings")
+    overwrite.value = True
+    run(tmp_path, MINE, "samples.jsonl")
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_a_file_named_like_one_of_a_run_is_left_alone(tmp_path, overwrite):
+    overwrite.value = True
+    (tmp_path / "run.json").write_text('{"lap": 1}')
+    assert refusal(tmp_path).startswith("holds 'run.json', which is of no jaxsafe run")
+    assert (tmp_path / "run.json").read_text() == '{"lap": 1}' and not (tmp_path / LOCK).exists()
 
 
 def test_overwrite_takes_away_what_runs_write_and_nothing_else(tmp_path, overwrite):
