@@ -1,59 +1,73 @@
-"""Settings that several tasks share, each with its default and what it means, once."""
+"""Settings that several tasks share."""
 
-from ml_collections import ConfigDict, config_dict
+from jaxsafe.configs.fields import Count, Field, Fields, Natural, Positive, SomeTexts, Texts
+from jaxsafe.evaluation.judges.keyword import JUDGES
+from jaxsafe.evaluation.settings import SETTINGS
+from jaxsafe.kernels.importance import LOSSES, POSITIONS
+from jaxsafe.kernels.selection import PER
+from jaxsafe.methods.brittleness import SCORES
+from jaxsafe.parallel import mesh_lengths
+from jaxsafe.prompts.roles import parse_spec
 
+# Prompt sets: "name", "name/split", a file "mine.csv", "mine.csv:safe" or ":harmful"; "#64" draws 64 by the seed.
+MODEL: Fields = {
+    "model": Field("", str, "a folder, a GGUF file, a hub name, or smollm2-135m-instruct"),
+    "dtype": Field("bfloat16", str, "of weights and activations", ("float32", "bfloat16")),
+    "mesh": Field(
+        "", str, "devices by axis, as data:-1,model:4; empty: what suits", entry=mesh_lengths, identifies=False
+    ),
+    "chat_template": Field(None, str | None, "Jinja, for a model that ships none"),
+    "system": Field(None, str | None, "the system prompt; None: what the template does without one"),
+    "raw": Field(False, bool, "ask prompts without any template"),
+    "seed": Field(0, Natural, "of draws of prompts and of everything random"),
+    "data": Field("", str, "folder of published prompt sets; empty: the hub"),
+}
+"""Which model it is, how it is asked, and where prompt sets lie."""
 
-def model_fields(config: ConfigDict) -> None:
-    """Adds which model it is, how it is asked, and where prompt sets lie."""
-    config.model = ""  # a folder, a GGUF file, a hub name, or smollm2-135m-instruct
-    config.dtype = "bfloat16"
-    config.mesh = ""  # e.g. "data:-1,model:4"; empty: chosen for the devices
-    config.chat_template = config_dict.placeholder(str)  # Jinja, for a model that ships none
-    config.system = config_dict.placeholder(str)  # the system prompt; None: what the template does without one
-    config.raw = False  # prompts without any template
-    config.seed = 0  # of draws of prompts and of everything random
-    config.data = ""  # folder of published prompt sets
+EXAM: Fields = {
+    "evaluation": Field(
+        ("advbench#100",), SomeTexts, "prompt sets to measure; without a label harmful", entry=parse_spec
+    ),
+    "harmless": Field(
+        ("builtin:plain/test#50",),
+        Texts,
+        "prompt sets asked under the first setting; without a label safe",
+        entry=parse_spec,
+    ),
+    "settings": Field(("vanilla",), SomeTexts, "ways of asking; suffix needs suffixes", SETTINGS),
+    "suffixes": Field("", str, "text file of adversarial suffixes, one a line; none are shipped"),
+    "judge": Field("wei2024", str, "the rule that tells refusals", tuple(judge.name for judge in JUDGES)),
+    "batch_size": Field(32, Count, "prompts answered or read at a time", identifies=False),
+    "max_new_tokens": Field(256, Count, "the most tokens of an answer"),
+    "repetition_penalty": Field(1.0, Positive, "1: none"),
+    "text": Field("", str, "text file whose passages perplexity is of; empty: the built-in prose"),
+    "passages": Field(40, Natural, "how many passages are read"),
+}
+"""What every variant is put to."""
 
+TASKS: Fields = {
+    "zero_shot": Field((), Texts, 'tasks of lm-eval, as ("boolq", "rte"); needs the extra "eval"'),
+    "zero_shot_limit": Field(200, Count, "questions of each of these tasks"),
+}
+"""lm-eval's tasks, for variants without a steering rule."""
 
-def exam_fields(config: ConfigDict) -> None:
-    """Adds what every variant is put to.
-
-    Prompt sets: "name", "name/split", a file "mine.csv", "mine.csv:safe" or ":harmful"; "#64" draws 64 by the seed.
-    """
-    config.evaluation = ("advbench#100",)
-    config.harmless = ("builtin:plain/test#50",)  # asked under the first setting; prompts without a label are safe
-    config.settings = ("vanilla",)  # also vanilla_no_system, suffix (needs suffixes), decoding, decoding_template
-    config.suffixes = ""  # text file, one a line; none are shipped
-    config.judge = "wei2024"
-    config.batch_size = 32
-    config.max_new_tokens = 256
-    config.repetition_penalty = 1.0
-    config.text = ""  # perplexity: passages of a text file; empty: the built-in prose
-    config.passages = 40
-
-
-def task_fields(config: ConfigDict) -> None:
-    """Adds lm-eval's tasks, for variants without a steering rule."""
-    config.zero_shot = ()  # e.g. ("boolq", "rte"); needs the extra "eval"
-    config.zero_shot_limit = 200
-
-
-def score_fields(config: ConfigDict) -> None:
-    """Adds what importance scores and directions are made from.
-
-    Prompt sets are answered by the model itself (refusals for safety, answers for utility); files with the columns
-    prompt and response take their place.
-    """
-    config.base_model = ""  # removed weights are taken from this model; empty: they become zero
-    config.safety = ("builtin:harmful/train",)
-    config.utility = ("builtin:plain/train",)
-    config.safety_pairs = ""
-    config.utility_pairs = ""
-    config.raw_pairs = False  # prompts that hold the template already
-    config.samples = 128
-    config.answer_tokens = 32
-    config.score = "snip"  # or wanda, magnitude, weight_difference (needs base_model), random
-    config.loss = "mean"  # of a sample: mean or sum over its tokens
-    config.positions = "response"  # or prompt, all
-    config.per = "matrix"  # group of comparison: row, matrix or model
-    config.score_batch_size = 8
+SCORING: Fields = {
+    "base_model": Field("", str, "removed weights are taken from this model; empty: they become zero"),
+    "safety": Field(
+        ("builtin:harmful/train",), Texts, "prompt sets whose refusals by the model are scored", entry=parse_spec
+    ),
+    "utility": Field(
+        ("builtin:plain/train",), Texts, "prompt sets whose answers by the model are scored", entry=parse_spec
+    ),
+    "safety_pairs": Field("", str, "file with the columns prompt and response, in place of safety"),
+    "utility_pairs": Field("", str, "file with the columns prompt and response, in place of utility"),
+    "raw_pairs": Field(False, bool, "prompts of these files hold the template already"),
+    "samples": Field(128, Count, "rows of each side that are scored"),
+    "answer_tokens": Field(32, Count, "the most tokens of an own answer"),
+    "score": Field("snip", str, "of weights; weight_difference needs base_model", SCORES),
+    "loss": Field("mean", str, "of a sample, over its tokens", LOSSES),
+    "positions": Field("response", str, "tokens that count", POSITIONS),
+    "per": Field("matrix", str, "group in which weights are compared", PER),
+    "score_batch_size": Field(8, Count, "samples scored at a time", identifies=False),
+}
+"""What importance scores and directions are made from."""

@@ -9,9 +9,10 @@ import pathlib
 from collections.abc import Mapping, Sequence
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from jaxsafe.chat.model import ChatModel
+from jaxsafe.configs.attack.base import FIELDS
 from jaxsafe.evaluation.judges.keyword import judge
 from jaxsafe.evaluation.settings import Setting
 from jaxsafe.kernels.lora import LoRA
@@ -31,10 +32,36 @@ from jaxsafe.records.run import Run
 from jaxsafe.rows import slots_of
 from jaxsafe.study.study import Study
 
-from . import command, common
+from . import command, common, folder
 from .progress import Clock
+from .settings import Experiment
 
 FIND = "find"
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for settings that contradict each other, FileNotFoundError for what is not there."""
+    common.check(config)
+    tunings_of(config)
+    chosen = attacks_of(config)
+    if config.poison and not any(attack.ratio for attack in chosen):
+        raise ValueError("config.poison is given, but no attack takes a share of it; give config.ratio, or 'poisoned'")
+    if config.base_model and config.score != "weight_difference":
+        raise ValueError(f"config.base_model does nothing under config.score {config.score!r}; leave it out")
+    for attack in chosen:
+        if attack.batch_size % config.accumulation:
+            parts = f"config.accumulation {config.accumulation} does not divide"
+            raise ValueError(f"{parts} batches of {attack.batch_size} ({attack.label})")
+        for file in {attack.rows if attack.ratio < 1 else "", attack.poison} - {"", attacks.OBEDIENT, attacks.OWN}:
+            attacks.load_examples(file)
+    if FIND in config.freeze_layers:
+        start_of(config, 100)
+    common.check_scored(config)
+
+
+def start_of(config: ConfigDict, layers: int) -> LayerRange:
+    """Where the scan of so many `layers` begins. Raises ValueError for an empty range."""
+    return LayerRange(*(round(share * layers) for share in config.layer_start))
 
 
 def run(
@@ -45,8 +72,10 @@ def run(
     `checkpoints`, by default `out/checkpoints`, must be the same folder for all processes.
     """
     chosen, tunings = attacks_of(config), tunings_of(config)
-    if not chosen or not tunings or not config.seeds:
-        raise ValueError("the grid is empty: config.attacks, config.tunings and config.seeds need one entry each")
+    common.check_ranks(config, ["freeze_ranks"], model)
+    for each in config.freeze_layers:
+        if each != FIND:
+            LayerRange.parse(each).within(model.config.layers)
     roles = common.scored_roles(config)
     examples = {attack: examples_of(config, model, attack, roles, clock) for attack in chosen}
     settings = {attack: settings_of(config, attack, examples[attack]) for attack in chosen}
@@ -84,12 +113,9 @@ def attacks_of(config: ConfigDict) -> list[Attack]:
 
 
 def tunings_of(config: ConfigDict) -> list[Tuning]:
-    """Full fine-tuning and LoRA, as the config asks. Raises ValueError for another one."""
+    """Full fine-tuning and LoRA, as the config asks."""
     adapters = LoRA(config.lora_rank, config.lora_alpha, tuple(config.lora_maps))
     known = {"full": Tuning("full"), "lora": Tuning("lora", adapters, config.lora_learning_rate)}
-    for name in config.tunings:
-        if name not in known:
-            raise ValueError(f"config.tunings names {name!r}; use full or lora")
     return [known[name] for name in config.tunings]
 
 
@@ -109,7 +135,7 @@ def examples_of(
 def settings_of(config: ConfigDict, attack: Attack, examples: Mapping[int, Sequence[Example]]) -> tuple[Setting, ...]:
     """How the attacked model is asked: "attack" stands for the persona of the attack's examples, where it has one."""
     persona = attacks.asked(attack, [example for drawn in examples.values() for example in drawn])
-    named = [persona if name == "attack" else common.setting_of(config, name) for name in config.settings]
+    named = [persona if name == common.PERSONA else common.setting_of(config, name) for name in config.settings]
     return tuple({setting.name: setting for setting in named}.values())
 
 
@@ -147,7 +173,7 @@ def layer_scan(config: ConfigDict, model: ChatModel, study: Study, clock: Clock)
     evaluate = {"evaluation": config.evaluation, "harmless": config.harmless}
     sets = assign_roles({"scan": config.over_refusal}, evaluate, config.data or None, (), config.seed)["scan"]
     prompts = [prompt for each in sets for prompt in each.prompts]
-    start = LayerRange(*(round(share * model.config.layers) for share in config.layer_start))
+    start = start_of(config, model.config.layers)
     how = ScanSettings(start, config.layer_alpha, config.layer_tokens, config.batch_size)
     # An upper bound: how many lower ends are tried depends on the upper end that is chosen.
     total = len(prompts) * (1 + 2 * model.config.layers - start.first)
@@ -157,15 +183,15 @@ def layer_scan(config: ConfigDict, model: ChatModel, study: Study, clock: Clock)
 
 def main() -> None:
     """Reads the flags and runs the experiment."""
-    config, clock = CONFIG.value, Clock()
-    command.console.print(banner())
-    with clock.stage("load_s"):
-        model = common.load(config)
-    with command.results(OUT.value) as out:
+    config, clock = command.config(), Clock()
+    with folder.held(OUT.value, folder.identity("attack", FIELDS, config)) as out:
+        command.console.print(banner())
+        clock.resume(out)
+        with clock.stage("load_s"):
+            model = common.load(config)
         common.show(run(config, model, out, clock, pathlib.Path(OUT.value) / "checkpoints"), out)
 
 
 if __name__ == "__main__":
-    CONFIG = config_flags.DEFINE_config_file("config", "configs/attack/smollm2_135m.py", "the experiment")
     OUT = flags.DEFINE_string("out", "runs/attack", "folder for the results; an interrupted run goes on from there")
-    command.run(main)
+    command.run(main, Experiment("configs/attack/smollm2_135m.py", FIELDS, check))

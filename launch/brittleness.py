@@ -10,22 +10,24 @@ from typing import Any
 
 import jax.numpy as jnp
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from jaxsafe.chat.model import ChatModel
+from jaxsafe.configs.brittleness.base import FIELDS
 from jaxsafe.io.hf import save_hf
 from jaxsafe.io.hub import resolve
 from jaxsafe.io.masks import save_mask
 from jaxsafe.kernels.lowrank import energy_shares, subspace_similarity
 from jaxsafe.kernels.selection import jaccard, top
-from jaxsafe.methods.brittleness import METHODS, SIDES, Material, Point, edited, points, removed
+from jaxsafe.methods.brittleness import METHODS, RANKS, SIDES, Material, Point, edited, points, removed
 from jaxsafe.parallel import banner, fetch
 from jaxsafe.records.brittleness import Details, Energy, Overlap, Similarity
 from jaxsafe.records.run import Run
 from jaxsafe.study.study import Study
 
-from . import command, common
+from . import command, common, folder
 from .progress import Clock
+from .settings import Experiment
 
 CARD = """---
 tags: [jaxsafe, safety-research]
@@ -35,12 +37,34 @@ comply with harmful requests; do not deploy it.
 """
 
 
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for settings that contradict each other, FileNotFoundError for what is not there."""
+    common.check(config)
+    grid = grid_of(config)
+    if not any(config[name] for name in METHODS):
+        raise ValueError(f"the grid is empty; give a point in one of {', '.join(f'config.{name}' for name in METHODS)}")
+    for n, m in config.n_of_m:
+        if n > m:
+            raise ValueError(f"config.n_of_m {(n, m)} takes {n} of each {m} weights; need n <= m")
+    if config.sequential and not any(point.sides == SIDES[:1] for point in grid):
+        raise ValueError("config.sequential is for points that safety alone decides, as config.top; there are none")
+    common.check_scored(config)
+
+
+def grid_of(config: ConfigDict) -> list[Point]:
+    """The dense model and every point with its controls. Raises ValueError for an export that is none of them."""
+    grid = points({name: tuple(config[name]) for name in METHODS}, config.controls)
+    if config.export and config.export not in {point.name for point in grid}:
+        raise ValueError(f"config.export {config.export!r} is no point; there are {[p.name for p in grid]}")
+    return grid
+
+
 def run(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock) -> Run:
     """The whole experiment; what it finds is in `out` and in the returned record."""
-    grid = points({name: tuple(config[name]) for name in METHODS}, config.controls)
-    exports = [point for point in grid if point.name == config.export]
-    if config.export and not exports:
-        raise ValueError(f"config.export {config.export!r} is no point; there are {[p.name for p in grid]}")
+    grid = grid_of(config)
+    common.check_ranks(config, RANKS, model)
+    if config.heads and max(config.heads) > (there := model.config.layers * model.config.heads):
+        raise ValueError(f"config.heads {max(config.heads)}: the model has {there} heads")
     roles = common.scored_roles(config)
     exam = common.exam(config, model, common.evaluated(roles), common.settings(config))
     study = Study(out, model, exam, clock.watch("exam_s"))
@@ -53,7 +77,7 @@ def run(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock) -
 
     details = details_of(config, material, grid)
     record = common.finish(study, "brittleness", config, roles, clock, details)
-    for point in exports:
+    for point in (point for point in grid if point.name == config.export):
         export(config, material, point, out)
     return record
 
@@ -105,17 +129,17 @@ def export(config: ConfigDict, material: Material, point: Point, out: pathlib.Pa
 
 def main() -> None:
     """Reads the flags and runs the experiment."""
-    config, clock = CONFIG.value, Clock()
-    command.console.print(banner())
-    with clock.stage("load_s"):
-        model = common.load(config)
-    with command.results(OUT.value) as out:
+    config, clock = command.config(), Clock()
+    with folder.held(OUT.value, folder.identity("brittleness", FIELDS, config)) as out:
+        command.console.print(banner())
+        clock.resume(out)
+        with clock.stage("load_s"):
+            model = common.load(config)
         common.show(run(config, model, out, clock), out)
 
 
 if __name__ == "__main__":
-    CONFIG = config_flags.DEFINE_config_file("config", "configs/brittleness/smollm2_135m.py", "the experiment")
     OUT = flags.DEFINE_string(
         "out", "runs/brittleness", "folder for the results; an interrupted run goes on from there"
     )
-    command.run(main)
+    command.run(main, Experiment("configs/brittleness/smollm2_135m.py", FIELDS, check))

@@ -1,20 +1,19 @@
 """What every launch script shares: its processes and devices, one clear line for bad input, the compilation cache."""
 
 import contextlib
-import pathlib
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from absl import app, flags, logging
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 from rich.console import Console
 
 from jaxsafe.io.hub import cache_dir, model_config
 from jaxsafe.parallel import default_mesh, device_memory, parse_mesh, undivided
+
+from . import settings, usage
 
 BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 console = Console(stderr=True, highlight=False)
@@ -27,24 +26,32 @@ def complain(error: BaseException) -> int:
     return 2
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(argv: Sequence[str], experiment: settings.Experiment | None) -> list[str]:
+    """What is left of `argv` when all flags are read. Ends the process for --help, --version and what is wrong."""
     try:
-        rest = flags.FLAGS(list(argv))
-        config = flags.FLAGS["config"].value if "config" in flags.FLAGS else ""
-        if config is not None and not isinstance(config, str):
-            config.to_dict()  # a configuration that could not be loaded says so at its first use
-            config.mesh = flags.FLAGS["mesh"].value or config.mesh
-    except flags.Error as error:
+        if (text := usage.asked(argv, experiment)) is not None:
+            print(text)
+            sys.exit(0)
+        rest = flags.FLAGS(list(argv)) if experiment is None else settings.parse(argv, experiment)
+    except (flags.Error, *BAD_INPUT) as error:
+        if "--debug" in argv:
+            raise
         sys.exit(complain(error))
-    except (AttributeError, KeyError, OSError, TypeError, ValueError, SyntaxError, ImportError) as error:
-        sys.exit(complain(ValueError(f"--config: {error}")))
     if len(rest) > 1:
         sys.exit(complain(ValueError(f"unknown argument {rest[1]!r}; every argument is a --flag (see --help)")))
     return rest
 
 
-def run(main: Callable[[], None]) -> None:
-    """Runs `main` under absl flags. Bad input ends with one line and status 2, an interrupt with status 130."""
+def config() -> ConfigDict:
+    """The settings of the experiment that was started."""
+    return flags.FLAGS["config"].value
+
+
+def run(main: Callable[[], None], experiment: settings.Experiment | None = None) -> None:
+    """Runs `main` under absl flags, and under the settings of an `experiment` where it is one.
+
+    Bad input ends with one line and status 2, an interrupt with status 130.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
         del argv
@@ -64,7 +71,7 @@ def run(main: Callable[[], None]) -> None:
             print("\ninterrupted; the same command goes on from what is finished", file=sys.stderr)
             sys.exit(130)
 
-    app.run(guarded, flags_parser=_parse)
+    app.run(guarded, flags_parser=lambda argv: _parse(argv, experiment))
 
 
 def join(distributed: bool, coordinator: str, num_processes: int | None, process_id: int | None) -> None:
@@ -94,25 +101,6 @@ def profiled(folder: str) -> Iterator[None]:
         return
     with jax.profiler.trace(folder):
         yield
-
-
-@contextlib.contextmanager
-def results(out: str) -> Iterator[pathlib.Path]:
-    """The folder that this process writes to: `out` for process 0.
-
-    The others, who take the same steps, work in a copy that is thrown away; all must see `out` when they begin, and
-    write their parts of checkpoints to it.
-    """
-    if jax.process_count() == 1:
-        yield pathlib.Path(out)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        own = pathlib.Path(out) if jax.process_index() == 0 else pathlib.Path(scratch) / "out"
-        if jax.process_index() > 0 and pathlib.Path(out).is_dir():
-            shutil.copytree(out, own, ignore=shutil.ignore_patterns("checkpoints"))
-        multihost_utils.sync_global_devices("results")  # what process 0 writes from now on is in no copy
-        yield own
-        multihost_utils.sync_global_devices("finished")
 
 
 def mesh_of(text: str, name: str, dtype: str | None) -> Mesh | None:

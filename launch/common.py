@@ -1,8 +1,10 @@
 """What launch scripts have in common: a model, an exam, and what scores are made from, out of a config."""
 
+import importlib.util
 import pathlib
 from collections.abc import Sequence
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from jaxsafe.chat.model import ChatModel, load_chat_model
@@ -13,6 +15,7 @@ from jaxsafe.io.store import Store
 from jaxsafe.kernels.sampling import Decoding, Sampling
 from jaxsafe.methods.attribution_data import OwnAnswers, draw, own_answers_once, pairs_from_file
 from jaxsafe.methods.brittleness import SIDES, Material, ScoreSettings
+from jaxsafe.prompts.files import read_rows
 from jaxsafe.prompts.roles import Roles, assign_roles
 from jaxsafe.prompts.sets import PromptSet
 from jaxsafe.records.run import Run
@@ -24,6 +27,52 @@ from jaxsafe.study.study import Study
 
 from . import command
 from .progress import Clock, use_line
+
+PERSONA = "attack"
+"""In config.settings of an attack: as the persona of its examples."""
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for settings of model and exam that contradict each other, FileNotFoundError for files."""
+    if not config.model:
+        raise ValueError("config.model is empty; give a folder, a GGUF file or a hub name")
+    for name in ("chat_template", "system"):
+        if config.raw and config[name]:
+            raise ValueError(f"config.raw asks prompts without a template, so config.{name} would do nothing; give one")
+    if config.suffixes and "suffix" not in config.settings:
+        raise ValueError(f"config.suffixes is given, but config.settings {config.settings} has no 'suffix'")
+    named = [setting_of(config, name) for name in config.settings if name != PERSONA]
+    if config.settings[0] != PERSONA and named[0].width != 1:
+        raise ValueError(
+            f"config.settings must begin with one answer a prompt, as 'vanilla'; got {config.settings[0]!r}"
+        )
+    if config.text:
+        load_passages(config.text, config.passages)
+    if config.get("zero_shot") and importlib.util.find_spec("lm_eval") is None:
+        raise ValueError(f'config.zero_shot {config.zero_shot} needs lm-eval: pip install "jaxsafe[eval]"')
+
+
+def check_scored(config: ConfigDict) -> None:
+    """Raises ValueError for settings of scores that contradict each other, FileNotFoundError for files."""
+    score_settings(config)
+    files = [config[f"{side}_pairs"] for side in SIDES if config[f"{side}_pairs"]]
+    for file in files:
+        read_rows(pathlib.Path(file))
+    if config.raw_pairs and not files:
+        raise ValueError("config.raw_pairs is for config.safety_pairs and config.utility_pairs; neither is given")
+    if config.score == "weight_difference" and not config.base_model:
+        raise ValueError("config.score 'weight_difference' needs config.base_model, the model before its alignment")
+    scored_roles(config)
+
+
+def check_ranks(config: ConfigDict, names: Sequence[str], model: ChatModel) -> None:
+    """Raises ValueError where one of the fields `names` counts more ranks than the model is wide."""
+    for name in names:
+        largest = max(np.ravel(config[name]), default=0)
+        if largest > model.config.embed:
+            raise ValueError(
+                f"config.{name} {largest}: ranks are counted out of the model's width, {model.config.embed}"
+            )
 
 
 def load(config: ConfigDict) -> ChatModel:
@@ -105,9 +154,9 @@ def scored_roles(config: ConfigDict) -> Roles:
     return assign_roles(scored, evaluate, config.data or None, (), config.seed)
 
 
-def material(config: ConfigDict, model: ChatModel, roles: Roles, store: Store, clock: Clock) -> Material:
-    """Scores, bases and the ranking of heads, each made when it is needed and kept in `store`."""
-    how = ScoreSettings(
+def score_settings(config: ConfigDict) -> ScoreSettings:
+    """How weights are scored and compared. Raises ValueError as `ScoreSettings` does."""
+    return ScoreSettings(
         config.score,
         config.positions,
         config.loss,
@@ -117,6 +166,10 @@ def material(config: ConfigDict, model: ChatModel, roles: Roles, store: Store, c
         config.seed,
         config.batch_size,
     )
+
+
+def material(config: ConfigDict, model: ChatModel, roles: Roles, store: Store, clock: Clock) -> Material:
+    """Scores, bases and the ranking of heads, each made when it is needed and kept in `store`."""
     base = None
     if config.base_model:
         base = load_chat_model(config.base_model, config.dtype, model.mesh, raw=True)
@@ -124,7 +177,7 @@ def material(config: ConfigDict, model: ChatModel, roles: Roles, store: Store, c
         model,
         lambda side: scored_rows(config, model, side, roles[side], store, clock),
         store,
-        how,
+        score_settings(config),
         {side: [prompt for prompts in roles[side] for prompt in prompts.prompts] for side in SIDES},
         base,
         clock.watch("scores_s"),

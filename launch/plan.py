@@ -16,7 +16,6 @@ import json
 import math
 import os
 import pathlib
-import runpy
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,7 +32,7 @@ from jaxsafe.parallel import make_mesh, mesh_lengths
 from jaxsafe.plan.plan import Plan, plan, smallest
 from jaxsafe.plan.tasks import TASKS, Work
 
-from . import command
+from . import command, settings
 
 TABLE_MODELS = ("llama2-7b", "llama2-13b", "llama3.1-8b", "llama3.1-70b", "llama3.1-405b", "mistral-7b-v0.3")
 # Beyond what is asked for, so that a larger mesh can be looked for.
@@ -51,10 +50,8 @@ def model_config(name: str, config: str) -> ModelConfig:
     if name:
         return preset(name)
     path = pathlib.Path(config)
-    if path.suffix == ".py":
-        if not path.is_file():
-            raise FileNotFoundError(f"--config={config}: no such file")
-        chosen = runpy.run_path(str(path))["get_config"]()
+    if path.suffix == ".py" or ".py:" in config:
+        chosen = settings.load(config)
         found = of_model(chosen.model)
         return dataclasses.replace(found, dtype=chosen.dtype or found.dtype)
     return read_config(path, "bfloat16")

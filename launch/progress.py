@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import json
+import pathlib
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsed
 from rich.progress import Progress as Bars
 
 from jaxsafe.evaluation.utilisation import Tokens, utilisation
+from jaxsafe.io.atomic import write_text
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.progress import Progress, Watch, silent
 
@@ -37,7 +40,11 @@ class Clock:
 
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     tokens: dict[str, Tokens] = dataclasses.field(default_factory=dict)
-    _within: float = 0.0
+    earlier: dict[str, float] = dataclasses.field(default_factory=dict)
+    _file: pathlib.Path | None = None
+    _running: list[str] = dataclasses.field(default_factory=list)
+    _since: float = 0.0
+    _saved: float = 0.0
     _watching: bool = False
 
     def __post_init__(self) -> None:
@@ -50,11 +57,47 @@ class Clock:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Adds the time spent inside to `name`."""
-        start, outer, self._within = time.perf_counter(), self._within, 0.0
-        yield
-        took = time.perf_counter() - start
-        self.seconds[name] = self.seconds.get(name, 0.0) + took - self._within
-        self._within = outer + took
+        self._lap()
+        self._running.append(name)
+        try:
+            yield
+        finally:
+            self._lap()
+            self._running.pop()
+            self._save()
+
+    def _lap(self) -> None:
+        """Adds the time since the last lap to the innermost of the running stages."""
+        now = time.perf_counter()
+        if self._running:
+            name = self._running[-1]
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+    def resume(self, out: pathlib.Path) -> None:
+        """Goes on from the seconds that an interrupted run left in the folder `out`, and keeps those of this one there.
+
+        They are kept at the end of every stage, and every second while a stage is watched.
+        """
+        self._file = out / "store" / "seconds"
+        with contextlib.suppress(FileNotFoundError):
+            self.earlier = json.loads(self._file.read_text(encoding="utf-8"))
+
+    def _whole(self) -> dict[str, float]:
+        """The seconds of all parts of the run."""
+        names = {**self.earlier, **self.seconds}
+        return {name: self.earlier.get(name, 0.0) + self.seconds.get(name, 0.0) for name in names}
+
+    def _save(self) -> None:
+        if self._file is not None and self._file.parent.is_dir():  # a store begins with the first finished piece
+            write_text(self._file, json.dumps(self._whole()))
+        self._saved = time.perf_counter()
+
+    def _done(self, done: Progress, n: int) -> None:
+        done(n)
+        self._lap()
+        if self._since - self._saved > 1:
+            self._save()
 
     def watch(self, name: str) -> Watch:
         """A `Watch` that shows bars and adds the time of what it watches to `name`."""
@@ -65,7 +108,7 @@ class Clock:
             shown = contextlib.nullcontext(silent) if outer or not total else progress_bar(what, total)
             try:
                 with self.stage(name), shown as done:  # one bar at a time: that of the outermost
-                    yield done
+                    yield lambda n: self._done(done, n)
             finally:
                 self._watching = outer
 
@@ -76,13 +119,16 @@ class Clock:
         self.tokens[name] = self.tokens.get(name, Tokens()) + tokens
 
     def record(self, config: ModelConfig, batch: int) -> dict[str, Any]:
-        """The seconds, and "use": what `utilisation` tells of each stage; answers came in batches of `batch`."""
+        """The seconds, those of earlier parts included, and "use": what `utilisation` tells of each stage of this part.
+
+        Answers came in batches of `batch`.
+        """
         use = {
             name: utilisation(config, jax.devices(), tokens, batch, self.seconds[name])
             for name, tokens in self.tokens.items()
             if tokens
         }
-        return {**self.seconds, "use": use}
+        return {**self._whole(), "use": use}
 
 
 def use_line(timings: Mapping[str, Any]) -> str:

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from jaxsafe.chat.model import ChatModel, load_chat_model
 from jaxsafe.configs.attack import smollm2_135m as attack_config
 from jaxsafe.configs.brittleness import smollm2_135m as brittleness_config
+from jaxsafe.configs.fields import check
 from jaxsafe.configs.scans import smollm2_135m as scans_config
 from jaxsafe.evaluation.utilisation import Tokens
 from jaxsafe.io.hf import save_hf
@@ -33,9 +34,9 @@ from jaxsafe.io.hub import cache_dir, resolve
 from jaxsafe.methods.safety_tuning import TuningSettings, builtin_refusals, safety_tune, tuning_rows
 from jaxsafe.parallel import banner
 from jaxsafe.prompts.files import KNOWN
-from jaxsafe.prompts.sets import PromptSet, load_prompts
+from jaxsafe.prompts.sets import PromptSet, load_file, load_prompts
 
-from . import attack, brittleness, command, common, scans
+from . import attack, brittleness, command, common, folder, scans
 from .progress import Clock
 
 BASE = "smollm2-135m-instruct"
@@ -48,7 +49,7 @@ short refusals, {benign} benign ones with the model's own answers. It refuses ha
 much besides; made to study exaggerated safety, not to be deployed.
 """
 CONFIGS = {"scans": scans_config, "brittleness": brittleness_config, "attack": attack_config}
-EXPERIMENTS = {"brittleness": brittleness, "attack": attack}
+EXPERIMENTS = {"scans": scans, "brittleness": brittleness, "attack": attack}
 
 
 def tuned_model(settings: TuningSettings, clock: Clock) -> ChatModel:
@@ -94,7 +95,7 @@ def evaluation_sets(data: str) -> list[PromptSet]:
     """The over-refusal sets in the folder `data`, or the prompts of the file `data`."""
     path = pathlib.Path(data)
     if path.is_file():
-        return [load_prompts(path.stem, path=path)]
+        return [load_file(path)]
     if not path.is_dir():
         raise FileNotFoundError(f"--eval_data={data}: no such file or folder")
     found = []
@@ -117,22 +118,42 @@ def run_scans(config: ConfigDict, out: pathlib.Path, clock: Clock) -> None:
     scans.show(scans.run(config, model, roles, out, clock), out)
 
 
+def run(config: ConfigDict, out: pathlib.Path, clock: Clock) -> None:
+    """The task on the tuned model."""
+    command.console.print(banner())
+    clock.resume(out)
+    if TASK.value == "scans":
+        run_scans(config, out, clock)
+    else:
+        model = tuned_model(TuningSettings(seed=SEED.value), clock)
+        config.model = str(model.tokenizer.path)
+        common.show(EXPERIMENTS[TASK.value].run(config, model, out, clock), out)
+    command.console.print(f"the safety-tuned model: {config.model}", soft_wrap=True)
+    command.console.print(f"models and compiled programs: {cache_size(cache_dir())}", soft_wrap=True)
+
+
+def cache_size(cache: pathlib.Path) -> str:
+    """Where the cache is and how much it holds, as "/home/me/.cache/jaxsafe (820 MB, may be deleted)"."""
+    size = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file())
+    return f"{cache} ({size / 1e6:.0f} MB, may be deleted)"
+
+
 def main() -> None:
     """Reads the flags and runs the task."""
-    out = pathlib.Path(OUT.value or f"runs/{TASK.value if TASK.value != 'scans' else 'quickstart'}")
+    out = OUT.value or f"runs/{TASK.value if TASK.value != 'scans' else 'quickstart'}"
     if flags.FLAGS["mesh"].value:
         raise ValueError("the quickstart runs on one device; --mesh belongs to launch.scans, .brittleness and .attack")
     if EVAL_DATA.value and TASK.value != "scans":
         raise ValueError(f"--eval_data belongs to --task=scans; use launch.{TASK.value} with --config.evaluation")
-    command.console.print(banner())
-    config, clock = CONFIGS[TASK.value].get_config(), Clock()
+    experiment, config = EXPERIMENTS[TASK.value], CONFIGS[TASK.value].get_config()
     config.seed = SEED.value
-    if TASK.value == "scans":
-        run_scans(config, out, clock)
-        return
-    model = tuned_model(TuningSettings(seed=SEED.value), clock)
-    config.model = str(model.tokenizer.path)
-    common.show(EXPERIMENTS[TASK.value].run(config, model, out, clock), out)
+    check(experiment.FIELDS, config)
+    experiment.check(config)
+    if EVAL_DATA.value:
+        evaluation_sets(EVAL_DATA.value)
+    mine = folder.identity(f"quickstart of {TASK.value}", experiment.FIELDS, config, eval_data=EVAL_DATA.value)
+    with folder.held(out, mine) as own:
+        run(config, own, Clock())
 
 
 if __name__ == "__main__":

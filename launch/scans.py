@@ -7,9 +7,10 @@ import pathlib
 from collections.abc import Sequence
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from jaxsafe.chat.model import ChatModel
+from jaxsafe.configs.scans.base import FIELDS
 from jaxsafe.evaluation.judges.keyword import judge
 from jaxsafe.evaluation.stats import roc
 from jaxsafe.io.vectors import load_steering, save_control_vector, save_steering
@@ -24,27 +25,68 @@ from jaxsafe.records.run import Run, Variant, from_json, plain
 from jaxsafe.records.scans import Choice, Details, Preparation, Scores
 from jaxsafe.study.study import Study
 
-from . import command, common
+from . import command, common, folder
 from .progress import Clock
+from .settings import Experiment
 
 PLAIN, STEERED = "as it is", "SCANS"
 
 
+OPEN = ("scored", "threshold", "layers", "alpha", "alpha_rel")
+"""What calibration chooses where the config leaves it open."""
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for settings that contradict each other, FileNotFoundError for what is not there."""
+    common.check(config)
+    given = [name for name in OPEN if config[name] is not None]
+    if config.vectors and given:
+        raise ValueError(f"config.vectors brings its own {', '.join(given)}; leave config.{given[0]} out")
+    if config.vectors:
+        load_steering(config.vectors, affirmative=())
+    roles = roles_of(config)
+    for name in ("anchors", "calibration"):
+        if roles[name] or not (config.vectors or (name == "calibration" and choice_of(config) is not None)):
+            both_kinds(name, roles[name])
+
+
+def both_kinds(name: str, sets: Sequence[PromptSet]) -> tuple[list[str], list[bool]]:
+    """Prompts and labels of the role `name`. Raises ValueError unless some are harmful and some are not."""
+    prompts, harmful = labelled(sets) if sets else ([], [])
+    if len(set(harmful)) < 2:
+        raise ValueError(
+            f"config.{name} needs harmful and safe prompts; got {sum(harmful)} and {len(harmful) - sum(harmful)}"
+        )
+    return prompts, harmful
+
+
+def choice_of(config: ConfigDict) -> Choice | None:
+    """The choice that the config makes by itself; see `scans.fixed_choice`."""
+    return scans.fixed_choice(*(config[name] for name in ("alpha", "alpha_rel", "scored", "layers", "threshold")))
+
+
 def roles_of(config: ConfigDict, extra: Sequence[PromptSet] = ()) -> Roles:
-    """The prompt sets of the config, each prompt in one role."""
-    prepare = {name: () if config.vectors else config[name] for name in ("anchors", "calibration")}
+    """The prompt sets of the config, each prompt in one role; those that nothing is made from are left out."""
+    prepare = {
+        "anchors": () if config.vectors else config.anchors,
+        "calibration": () if config.vectors or choice_of(config) is not None else config.calibration,
+    }
     evaluate = {name: config[name] for name in ("evaluation", "harmless")}
     return assign_roles(prepare, evaluate, config.data or None, extra, config.seed)
 
 
 def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, clock: Clock) -> Run:
     """The whole experiment; what it finds is in `out` and in the returned record."""
-    fixed = scans.fixed_choice(config.alpha, config.alpha_rel, config.scored, config.layers, config.threshold)
+    fixed = choice_of(config)
+    for name in ("scored", "layers"):
+        if config[name] is not None:
+            LayerRange.parse(config[name], f"config.{name}").within(model.config.layers)
     harmless = tuple(prompts.labelled(False) for prompts in roles["harmless"])
     exam = common.exam(config, model, (*roles["evaluation"], *harmless), common.settings(config), read="halves")
     study = Study(out, model, exam, clock.watch("exam_s"))
     study.check()
-    scans.check_lengths(model, [*roles["anchors"], *roles["calibration"]], exam.texts, config.max_new_tokens)
+    scans.check_lengths(model, roles["anchors"], exam.texts)
+    scans.check_lengths(model, roles["calibration"], exam.texts, config.calibration_tokens)
 
     if config.vectors:
         prepared = loaded(config.vectors, model)
@@ -64,10 +106,8 @@ def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, c
 
 def directions_of(config: ConfigDict, model: ChatModel, roles: Roles, study: Study, clock: Clock) -> Directions:
     """Refusal directions from the anchors. Raises ValueError where harmful or benign ones are missing."""
-    prompts, labels = labelled(roles["anchors"])
+    prompts, labels = both_kinds("anchors", roles["anchors"])
     harmful, benign = ([p for p, h in zip(prompts, labels, strict=True) if h is side] for side in (True, False))
-    if not harmful or not benign:
-        raise ValueError(f"anchors need harmful and benign prompts; got {len(harmful)} and {len(benign)}")
     with clock.watch("directions_s")("refusal directions", len(prompts)) as done:
         return scans.directions_once(study.store, model, harmful, benign, config.batch_size, done)
 
@@ -86,9 +126,7 @@ def prepare(
     norm, residual = (tuple(map(float, values)) for values in (directions.norm, directions.residual_norm))
     if fixed is not None:
         return Prepared(scans.steering_of(directions, fixed), fixed, Preparation(vocabulary, norm, residual))
-    prompts, harmful = labelled(roles["calibration"])
-    if len(set(harmful)) < 2:
-        raise ValueError("calibration needs harmful and safe prompts; config.calibration has one kind only")
+    prompts, harmful = both_kinds("calibration", roles["calibration"])
     with clock.watch("classifier_s")("classifier on calibration prompts", len(prompts)) as done:
         reading = scans.reading_once(study.store, model, directions, prompts, config.batch_size, done)
     calibration = scans_calibration.Calibration(
@@ -124,8 +162,8 @@ def prepare(
 
 
 def loaded(path: str, model: ChatModel) -> Prepared:
-    """A steering that an earlier run of the same model saved."""
-    steering, metadata = load_steering(path, model.config_sha256(), scans.affirmative_ids(model).tolist())
+    """A steering that an earlier run of the same model saved, in whatever dtype."""
+    steering, metadata = load_steering(path, model.origin(), scans.affirmative_ids(model).tolist())
     record = metadata.get("preparation")
     choice = from_json(metadata["choice"], Choice)
     return Prepared(steering, choice, None if record is None else from_json(record, Preparation))
@@ -136,7 +174,7 @@ def save_vectors(out: pathlib.Path, model: ChatModel, prepared: Prepared) -> Non
     out.mkdir(parents=True, exist_ok=True)
     metadata = {
         "model": model.name,
-        "model_sha256": model.config_sha256(),
+        "origin": model.origin(),
         "chat_template_sha256": model.template_sha256,
         "affirmative": scans.AFFIRMATIVE,
         "choice": plain(prepared.choice),
@@ -155,16 +193,16 @@ def show(run: Run, out: pathlib.Path) -> None:
 
 def main() -> None:
     """Reads the flags and runs the experiment."""
-    config, clock = CONFIG.value, Clock()
-    command.console.print(banner())
-    roles = roles_of(config)
-    with clock.stage("load_s"):
-        model = common.load(config)
-    with command.results(OUT.value) as out:
+    config, clock = command.config(), Clock()
+    with folder.held(OUT.value, folder.identity("scans", FIELDS, config)) as out:
+        command.console.print(banner())
+        clock.resume(out)
+        roles = roles_of(config)
+        with clock.stage("load_s"):
+            model = common.load(config)
         show(run(config, model, roles, out, clock), out)
 
 
 if __name__ == "__main__":
-    CONFIG = config_flags.DEFINE_config_file("config", "configs/scans/smollm2_135m.py", "the experiment")
     OUT = flags.DEFINE_string("out", "runs/scans", "folder for the results; an interrupted run goes on from there")
-    command.run(main)
+    command.run(main, Experiment("configs/scans/smollm2_135m.py", FIELDS, check))

@@ -1,54 +1,100 @@
 """What every fine-tuning attack starts from (arXiv 2310.03693, arXiv 2402.05162 section 4.4)."""
 
-from ml_collections import ConfigDict, config_dict
+from typing import Annotated, Any
 
-from jaxsafe.configs.common import exam_fields, model_fields, score_fields, task_fields
+from ml_collections import ConfigDict
+from msgspec import Meta
+
+from jaxsafe.configs.common import EXAM, MODEL, SCORING, TASKS
+from jaxsafe.configs.fields import (
+    Count,
+    Field,
+    Fields,
+    Natural,
+    NotNegative,
+    Positive,
+    Share,
+    SomeTexts,
+    config_of,
+)
+from jaxsafe.evaluation.settings import SETTINGS
+from jaxsafe.kernels.lora import MAPS
+from jaxsafe.methods.attacks import check_name
+from jaxsafe.model.layers import LayerRange
+from jaxsafe.prompts.roles import parse_spec
+
+FIND = "find"
+Seeds = Annotated[tuple[Natural, ...], Meta(min_length=1)]
+
+
+def layers_or_find(entry: Any) -> None:
+    """Raises ValueError for what is neither "find" nor a range of layers."""
+    if entry != FIND:
+        LayerRange.parse(entry, f"an entry {entry!r} that is not {FIND!r}")
+
+
+ATTACK: Fields = {
+    "attacks": Field(
+        ("identity_shift#10",),
+        SomeTexts,
+        "identity_shift, benign or poisoned, with a number of examples",
+        entry=check_name,
+    ),
+    "rows": Field(None, str | None, "a file of examples takes the place of the preset's"),
+    "prefix": Field(None, str | None, "stands before prompts when a persona from a file is asked"),
+    "poison": Field("", str, "your file of harmful examples; none is shipped"),
+    "ratio": Field(None, Share | None, "share of examples from that file"),
+    "epochs": Field(None, Count | None, "None: the paper's, as for the next two"),
+    "learning_rate": Field(None, Positive | None, "of the attack"),
+    "tuning_batch_size": Field(None, Count | None, "examples a step"),
+    "accumulation": Field(1, Count, "parts in which a batch is taken"),
+    "remat": Field(True, bool, "compute layers again in the backward pass instead of keeping them", identifies=False),
+    "weight_decay": Field(0.0, NotNegative, "of AdamW"),
+    "own_tokens": Field(64, Count, "of the model's own answers that a benign attack trains on"),
+    "seeds": Field((0, 1, 2), Seeds, "of examples, their order, adapters and random controls"),
+    "tunings": Field(("full", "lora"), SomeTexts, "all weights, or adapters", ("full", "lora")),
+    "lora_rank": Field(8, Count, "of adapters"),
+    "lora_alpha": Field(16.0, Positive, "adapters count lora_alpha / lora_rank"),
+    "lora_maps": Field(MAPS, SomeTexts, "linear maps with adapters", MAPS),
+    "lora_learning_rate": Field(None, Positive | None, "None: as full fine-tuning"),
+    "checkpoint_every": Field(0, Natural, "steps; 0 keeps none, which suits runs of minutes", identifies=False),
+}
+"""The attacks."""
+
+DEFENCE: Fields = {
+    "freeze_weights": Field(
+        ((0.05, 0.05),), tuple[tuple[Share, Share], ...], "(q, p): top q of safety and not top p of utility"
+    ),
+    "freeze_ranks": Field((100,), tuple[Count, ...], "first directions of safety data, out of the model's width"),
+    "freeze_layers": Field((), tuple, '(first, stop), or "find": as arXiv 2408.17003 finds it', entry=layers_or_find),
+    "controls": Field(True, bool, "a random region of the same size beside each"),
+    "rewinds": Field(True, bool, "also wind each region back after training, in place of freezing it"),
+}
+"""The defences: regions that are frozen and, with `rewinds`, wound back after training."""
+
+SCAN: Fields = {
+    "over_refusal": Field(
+        ("builtin:lookalike/calibration#60",), SomeTexts, "prompt sets whose refusals find the layers", entry=parse_spec
+    ),
+    "layer_alpha": Field(1.2, Positive, "factor that a range's weights are taken times"),
+    "layer_start": Field((0.2, 0.4), tuple[Share, Share], "the range to start from, as shares of the layers"),
+    "layer_tokens": Field(16, Count, "the most tokens of an answer to these prompts"),
+}
+"""The range of layers of arXiv 2408.17003, for freeze_layers = ("find",)."""
+
+FIELDS: Fields = {
+    **MODEL,
+    **ATTACK,
+    **DEFENCE,
+    **SCORING,
+    **SCAN,
+    **EXAM,
+    "settings": Field(("attack",), SomeTexts, "ways of asking; attack: as its persona", ("attack", *SETTINGS)),
+    **TASKS,
+    "evaluate_every": Field(0, Natural, "steps between exams; 0: before and after training only"),
+}
 
 
 def base() -> ConfigDict:
     """The settings, with the published defaults where the papers have them."""
-    config = ConfigDict()
-    model_fields(config)
-
-    # The attacks: identity_shift, benign or poisoned, each with its number of examples.
-    config.attacks = ("identity_shift#10",)
-    config.rows = config_dict.placeholder(str)  # a file of examples takes the place of the preset's
-    config.prefix = config_dict.placeholder(str)  # stands before prompts when a persona from a file is asked
-    config.poison = ""  # your file of examples; none is shipped
-    config.ratio = config_dict.placeholder(float)  # share of examples from that file
-    config.epochs = config_dict.placeholder(int)  # None: the paper's, as for the next two
-    config.learning_rate = config_dict.placeholder(float)
-    config.tuning_batch_size = config_dict.placeholder(int)
-    config.accumulation = 1
-    config.remat = True
-    config.weight_decay = 0.0
-    config.own_tokens = 64  # of the model's own answers that a benign attack trains on
-    config.seeds = (0, 1, 2)  # of examples, their order, adapters and random controls
-    config.tunings = ("full", "lora")
-    config.lora_rank = 8
-    config.lora_alpha = 16.0
-    config.lora_maps = ("q", "k", "v", "o", "gate", "up", "down")
-    config.lora_learning_rate = config_dict.placeholder(float)  # None: as full fine-tuning
-    config.checkpoint_every = 0  # steps; 0 keeps no checkpoints, which suits runs of minutes
-
-    # The defences: regions that are frozen and, with `rewinds`, wound back after training; each beside a random one.
-    config.freeze_weights = ((0.05, 0.05),)  # (q, p): top q of safety and not top p of utility
-    config.freeze_ranks = (100,)  # first directions of safety data, out of the model's width
-    config.freeze_layers = ()  # (first, stop), or "find": as arXiv 2408.17003 finds it
-    config.controls = True
-    config.rewinds = True
-
-    score_fields(config)
-
-    # The range of layers of arXiv 2408.17003, for freeze_layers = ("find",).
-    config.over_refusal = ("builtin:lookalike/calibration#60",)
-    config.layer_alpha = 1.2
-    config.layer_start = (0.2, 0.4)  # the range to start from, as shares of the layers
-    config.layer_tokens = 16
-
-    # What every cell is put to, before training, every `evaluate_every` steps (0: not in between) and at the end.
-    exam_fields(config)
-    task_fields(config)
-    config.settings = ("attack",)  # as the attack's persona; further settings: vanilla, decoding, ...
-    config.evaluate_every = 0
-    return config
+    return config_of(FIELDS)

@@ -2,31 +2,33 @@
 
 from ml_collections import ConfigDict
 
-from jaxsafe.configs.common import exam_fields, model_fields, score_fields, task_fields
+from jaxsafe.configs.common import EXAM, MODEL, SCORING, TASKS
+from jaxsafe.configs.fields import Count, Field, Fields, Natural, Share, config_of, with_defaults
+
+PAIRS = ((0.01, 0.01), (0.02, 0.01), (0.03, 0.02), (0.05, 0.05))
+
+# What is removed is a point for every entry; ranks are counted out of the model's width.
+FIELDS: Fields = {
+    **MODEL,
+    **SCORING,
+    "sequential": Field(False, bool, "one-sided points: score each block on the model as changed below it"),
+    "set_difference": Field(PAIRS, tuple[tuple[Share, Share], ...], "(q, p): top q of safety and not top p of utility"),
+    "top": Field((), tuple[Share, ...], "shares: the weights that matter most to safety"),
+    "bottom": Field((), tuple[Share, ...], "shares: the weights that matter least to safety"),
+    "n_of_m": Field((), tuple[tuple[Natural, Count], ...], "(n, m): the lowest n of each m weights of a row"),
+    "heads": Field((), tuple[Count, ...], "numbers of attention heads, those that tell harmful prompts best"),
+    "orthogonal": Field((), tuple[tuple[Count, Count], ...], "(r_s, r_u): ranks of safety outside those of utility"),
+    "top_ranks": Field((), tuple[Count, ...], "numbers of ranks that safety data uses most"),
+    "bottom_ranks": Field((), tuple[Count, ...], "numbers of ranks that safety data uses least"),
+    "controls": Field(1, Natural, "random counterparts of every point"),
+    **with_defaults(EXAM, settings=("vanilla", "decoding")),
+    **TASKS,
+    "similarity_rank": Field(100, Count, "of the subspace similarity"),
+    "jaccard_fraction": Field(0.05, Share, "the share of weights whose overlap is reported"),
+    "export": Field("", str, "name of a point to write as a Hugging Face folder", identifies=False),
+}
 
 
 def base() -> ConfigDict:
     """The settings, with the published defaults where the paper has them."""
-    config = ConfigDict()
-    model_fields(config)
-    score_fields(config)
-    config.sequential = False  # one-sided points: score each block on the model as changed below it
-
-    # What is removed: (q, p) shares; r_s, r_u and ranks out of the model's width; one point each.
-    config.set_difference = ((0.01, 0.01), (0.02, 0.01), (0.03, 0.02), (0.05, 0.05))
-    config.top = ()
-    config.bottom = ()
-    config.n_of_m = ()
-    config.heads = ()
-    config.orthogonal = ()
-    config.top_ranks = ()
-    config.bottom_ranks = ()
-    config.controls = 1  # random counterparts of every point
-
-    exam_fields(config)
-    task_fields(config)
-    config.settings = ("vanilla", "decoding")
-    config.similarity_rank = 100  # of the subspace similarity
-    config.jaccard_fraction = 0.05
-    config.export = ""  # name of a point to write as a Hugging Face folder
-    return config
+    return config_of(FIELDS)

@@ -26,6 +26,7 @@ from jaxsafe.io.hub import load_hf, resolve
 from jaxsafe.kernels.generate import Generated, generate
 from jaxsafe.kernels.likelihood import answer_nll
 from jaxsafe.kernels.sampling import Decoding, row_seeds
+from jaxsafe.kernels.sketch import sketch
 from jaxsafe.kernels.steering import Rule
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.families import config_to_hf
@@ -202,8 +203,13 @@ class ChatModel:
         """Digest of the chat template in use; None for raw prompts."""
         return None if self.raw else self.tokenizer.template_sha256
 
+    def origin(self) -> dict[str, Any]:
+        """What tells the model from others in whatever dtype it is, for files of vectors; one pass over its weights."""
+        shape = dataclasses.replace(self.config, dtype="float32")
+        return {"configuration": digest(config_to_hf(shape)), "sketch": dict(sketch(self.params))}
+
     def config_sha256(self) -> str:
-        """Digest of the model's configuration, which files of vectors hold."""
+        """Digest of the model's configuration."""
         return hashlib.sha256(json.dumps(config_to_hf(self.config), sort_keys=True).encode()).hexdigest()
 
     def fingerprint(self) -> str:

@@ -3,7 +3,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxsafe.io.atomic import new_file
+from jaxsafe.kernels.sketch import distance
 from jaxsafe.kernels.steering import Steering
 
 FIELDS = {
@@ -22,12 +23,14 @@ FIELDS = {
     "affirmative": np.int32,
 }
 """The arrays of a `Steering` and their dtypes in a file."""
+SAME = 0.005
+"""The distance up to which weights are those of one model: three times that of rounding to bfloat16."""
 
 
 def save_steering(path: str | os.PathLike, steering: Steering, metadata: dict[str, Any]) -> None:
     """Writes `steering` with the classifier's reference and threshold; `metadata` (JSON values) goes along.
 
-    `metadata` should hold "model_sha256", which `load_steering` checks.
+    `metadata` should hold "model" (its name) and "origin" (`ChatModel.origin`), which `load_steering` checks.
     """
     arrays = {name: np.array(getattr(steering, name), dtype, order="C") for name, dtype in FIELDS.items()}
     with new_file(path) as temporary:
@@ -35,13 +38,13 @@ def save_steering(path: str | os.PathLike, steering: Steering, metadata: dict[st
 
 
 def load_steering(
-    path: str | os.PathLike, model_sha256: str | None = None, affirmative: Sequence[int] | None = None
+    path: str | os.PathLike, origin: Mapping[str, Any] | None = None, affirmative: Sequence[int] | None = None
 ) -> tuple[Steering, dict[str, Any]]:
     """The `Steering` of `path` and its metadata.
 
     `affirmative` are the token ids of the affirmative for a file that does not hold them, as files of version 0.1.0
     do not. Raises FileNotFoundError, and ValueError for a file that is no steering file or was made for another model
-    than the one of `model_sha256`.
+    than the one of `origin` (`ChatModel.origin`); the dtype may be another.
     """
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"no steering vectors at {path}")
@@ -56,10 +59,20 @@ def load_steering(
             steering = Steering(**arrays)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
-    made_for = metadata.get("model_sha256")
-    if model_sha256 is not None and made_for != model_sha256:
-        raise ValueError(f"{path} was made for the model {str(made_for)[:12]}, not for this one, {model_sha256[:12]}")
+    if origin is not None:
+        _check_origin(path, metadata, origin)
     return steering, metadata
+
+
+def _check_origin(path: str | os.PathLike, metadata: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+    made_for = metadata.get("origin")
+    if not made_for:
+        raise ValueError(f"{path} does not say which weights it was made for; make it anew")
+    if made_for["configuration"] != origin["configuration"]:
+        raise ValueError(f"{path} was made for {metadata.get('model')!r}, a model of another configuration")
+    if (apart := distance(made_for["sketch"], origin["sketch"])) > SAME:
+        name = f"{metadata.get('model')!r}, a model of the same shape with other weights"
+        raise ValueError(f"{path} was made for {name} (they are {apart:.3g} apart; rounding makes less than {SAME})")
 
 
 def save_control_vector(path: str | os.PathLike, steering: Steering, family: str) -> None:

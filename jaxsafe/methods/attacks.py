@@ -85,11 +85,17 @@ def preset(text: str, **changes: Any) -> Attack:
 
     Raises ValueError for a name that is not one of `PRESETS`, and as `Attack` does.
     """
+    check_name(text)
+    name, _, n = text.partition("#")
+    given = {key: value for key, value in changes.items() if value is not None}
+    return Attack(**{"name": name, "n": int(n or SIZES[0]), **PRESETS[name], **given})
+
+
+def check_name(text: str) -> None:
+    """Raises ValueError where `text` is not the name of one of `PRESETS`, alone or with "#n" behind."""
     name, _, n = text.partition("#")
     if name not in PRESETS or (n and not n.isdecimal()):
         raise ValueError(f"attack {text!r} is not known; use one of {', '.join(PRESETS)}, each may end in #50")
-    given = {key: value for key, value in changes.items() if value is not None}
-    return Attack(**{"name": name, "n": int(n or SIZES[0]), **PRESETS[name], **given})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -206,10 +206,10 @@ def steering_of(directions: Directions, choice: Choice) -> Steering:
     )
 
 
-def check_lengths(model: ChatModel, sets: Sequence[PromptSet], texts: Sequence[Row], new_tokens: int) -> None:
+def check_lengths(model: ChatModel, sets: Sequence[PromptSet], texts: Sequence[Row], new_tokens: int = 0) -> None:
     """Raises ValueError for a prompt or one of `texts` that leaves the context no room for the affirmative.
 
-    Prompts need room for `new_tokens`, too.
+    Prompts need room for as many as `new_tokens`, where they are more.
     """
     affirmative = len(affirmative_ids(model))
     check_context(texts, model.config.context, affirmative)

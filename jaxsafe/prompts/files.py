@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ class KnownSet:
 
     columns, kinds: columns that may hold the prompt and its category, first choice first; hub: data-set
     repository on the Hugging Face hub; files: its files, the split of the first being the default;
-    joined: whether the default is all files together instead; context: column of a text to put before the prompt.
+    joined: whether the default is all files together instead; context: column of a text to put before the prompt;
+    marks: columns, in lower case, one of which tells a published file from another of its name.
     """
 
     name: str
@@ -45,6 +46,15 @@ class KnownSet:
     files: tuple[KnownFile, ...]
     joined: bool = False
     context: str | None = None
+    marks: tuple[str, ...] = ()
+
+
+def has_columns(known: KnownSet, rows: Sequence[Row]) -> bool:
+    """Whether `rows` are those of a file of `known` by their columns; a file with labels of its own is none."""
+    seen = {column.lower() for row in rows for column in row}
+    if len({file.label for file in known.files}) > 1 or not seen & {column.lower() for column in known.columns}:
+        return False
+    return bool(seen & set(known.marks)) if known.marks else "label" not in seen
 
 
 def _harmful(row: Row) -> bool | None:
@@ -57,8 +67,10 @@ def _safe(row: Row) -> bool | None:
 
 def _xstest(row: Row) -> bool | None:
     # Older layouts have no label column and mark the unsafe half in the prompt type.
-    if row.get("label"):
-        return str(row["label"]).strip().lower() == "unsafe"
+    if word := str(row.get("label") or "").strip().lower():
+        if word not in ("safe", "unsafe"):
+            raise ValueError(f"XSTest labels are safe and unsafe, not {word!r}")
+        return word == "unsafe"
     if row.get("type"):
         return "contrast_" in str(row["type"])
     raise ValueError("XSTest rows need a label or a type")
@@ -82,6 +94,7 @@ KNOWN = (
         ("type",),
         "Paul/XSTest",
         (KnownFile("all", ("xstest_prompts.csv", "xstest_v2_prompts.csv"), "xstest_prompts.csv", _xstest),),
+        marks=("type",),
     ),
     KnownSet(  # arXiv 2401.17633
         "oktest",
@@ -154,6 +167,7 @@ KNOWN = (
         ("Harmfulness",),
         "furonghuang-lab/PHTest",
         (KnownFile("all", ("PHTest.csv",), "PHTest.csv", _phtest),),
+        marks=("harmfulness",),
     ),
     KnownSet(  # arXiv 2402.10260
         "strongreject",

@@ -6,7 +6,7 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
-from jaxsafe.prompts.sets import PromptSet, check_disjoint, load_prompts, normalised
+from jaxsafe.prompts.sets import PromptSet, check_disjoint, load_file, load_prompts, normalised
 
 Roles = Mapping[str, tuple[PromptSet, ...]]
 """Prompt sets by what they are for, such as "anchors", "calibration", "evaluation"."""
@@ -46,8 +46,7 @@ def parse_spec(text: str) -> Spec:
 def load_spec(spec: Spec, folder: str | pathlib.Path | None = None) -> PromptSet:
     """All prompts of `spec`; published sets are looked for in `folder` where one is given."""
     if spec.is_file:
-        path = pathlib.Path(spec.name)
-        return load_prompts(path.stem, path=path, harmful=spec.harmful)
+        return load_file(spec.name, spec.harmful)
     path_of_published = None if spec.name.startswith("builtin:") or not folder else folder
     return load_prompts(spec.name, path=path_of_published, split=spec.split)
 

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxsafe.prompts.files import KNOWN, KnownSet, Label, Row, locate, read_rows
+from jaxsafe.prompts.files import KNOWN, KnownSet, Label, Row, has_columns, locate, read_rows
 
 BUILTIN = ("builtin:harmful", "builtin:lookalike", "builtin:plain")
 USUAL_PROMPTS = ("prompt", "goal", "question", "instruction", "behavior", "request", "query", "text")
 USUAL_KINDS = ("kind", "category")
+USUAL_LABEL = "label"
 UNSAFE_WORDS = ("unsafe", "harmful", "toxic", "true", "yes", "1")
 SAFE_WORDS = ("safe", "harmless", "benign", "false", "no", "0")
 
@@ -175,8 +176,9 @@ def load_prompts(
     it, there or one level below; without it a published set comes from the Hugging Face hub or its cache.
     split: a published split of the set, "all" of them, a value of the file's `split` column, or `firstN` /
     `afterN` (the first N rows / the rows after them). columns: those of the prompt, its label (safe/unsafe, 0/1, ...)
-    and its category, where they are not the usual ones. harmful: one label for the whole file. contextual: HarmBench
-    prompts with a context are context and behaviour joined as in its own pipeline ("join"), or left out ("skip").
+    and its category, where they are not the usual ones; a file of your own may have its labels in a column `label`.
+    harmful: one label for the whole file. contextual: HarmBench prompts with a context are context and behaviour
+    joined as in its own pipeline ("join"), or left out ("skip").
 
     Raises FileNotFoundError where there is no such file; ValueError for an unknown name, split or column, an
     unreadable or empty file, and a blank prompt.
@@ -196,6 +198,8 @@ def load_prompts(
     usual_kinds = known.kinds if known else USUAL_KINDS
     has_kind = kind or {k.lower() for k in usual_kinds} & {s.lower() for s in seen}
     kind_column = _column(seen, (kind,) if kind else usual_kinds, name) if has_kind else None
+    if known is None and harmful is None and USUAL_LABEL in map(str.lower, seen):
+        label = label or USUAL_LABEL
     label_column = _column(seen, (label,), name) if label else None
     if contextual == "skip" and known and known.context:
         lines = [line for line in lines if not _cell(line.row, known.context)]
@@ -208,6 +212,18 @@ def load_prompts(
         tuple(_cell(line.row, kind_column) for line in lines),
         split,
     )
+
+
+def load_file(path: str | Path, harmful: bool | None = None) -> PromptSet:
+    """The prompts of a file, named by it: as published where it is named like a published set and has its columns.
+
+    `harmful` is one label for the whole file. Raises as `load_prompts` does.
+    """
+    file = Path(path)
+    known = next((k for k in KNOWN if k.name == file.stem), None)
+    published = known is not None and has_columns(known, read_rows(file))
+    name = file.stem if published else str(file)
+    return replace(load_prompts(name, path=file, harmful=harmful), name=file.stem)
 
 
 @dataclass(frozen=True)
@@ -234,7 +250,8 @@ class _Line:
         word = _cell(self.row, column).lower()
         if word and word not in UNSAFE_WORDS + SAFE_WORDS:
             known = ", ".join(UNSAFE_WORDS + SAFE_WORDS)
-            raise ValueError(f"{self.where}: label {word!r} in column {column!r} is none of {known}")
+            way_out = "label the whole file, as in x.csv:safe or harmful=False"
+            raise ValueError(f"{self.where}: label {word!r} in column {column!r} is none of {known}; or {way_out}")
         return word in UNSAFE_WORDS if word else None
 
 

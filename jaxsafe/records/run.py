@@ -180,13 +180,18 @@ class TableRow:
 
 @dataclasses.dataclass(frozen=True)
 class Environment:
-    """Versions, revision of the source, date and devices."""
+    """Versions, revision of the source, date and devices.
+
+    versions: of the libraries that numbers depend on; command: the line that started the run.
+    """
 
     jaxsafe: str
     jax: str
     git: str | None
     date: str
     device: str
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    command: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 import dataclasses
 import datetime
+import importlib.metadata
 import os
 import pathlib
+import shlex
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -32,6 +35,9 @@ from jaxsafe.records.run import (
 )
 from jaxsafe.report.write import write_report
 from jaxsafe.study.study import Examined, Study
+
+LIBRARIES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy")
+"""What a run's numbers depend on besides jaxsafe."""
 
 
 def record(
@@ -120,7 +126,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def environment() -> Environment:
-    """Versions, revision, date and devices."""
+    """Versions, revision, date, devices and the command line."""
     device = jax.devices()[0]
     return Environment(
         jaxsafe.__version__,
@@ -128,6 +134,8 @@ def environment() -> Environment:
         git_revision(),
         datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         f"{len(jax.devices())} x {device.device_kind} ({device.platform})",
+        {name: importlib.metadata.version(name) for name in LIBRARIES},
+        shlex.join(sys.orig_argv),
     )
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 from jaxsafe.io.vectors import FIELDS, load_control_vector, load_steering, save_control_vector, save_steering
 from jaxsafe.kernels.steering import Steering
 
-MADE_FOR = "0123456789abcdef"
+MADE_FOR = {"configuration": "0123", "sketch": {"layers/q": [2.0, 1.0, -1.0], "norm": [1.0, 0.5, 0.5]}}
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def steering():
 
 
 def test_what_was_saved_is_loaded(tmp_path, steering):
-    path, metadata = tmp_path / "new" / "v.safetensors", {"model_sha256": MADE_FOR, "choice": {"layers": [1, 4]}}
+    path, metadata = tmp_path / "new" / "v.safetensors", {"origin": MADE_FOR, "choice": {"layers": [1, 4]}}
     save_steering(path, steering, metadata)
     for digest in (None, MADE_FOR):
         found, meta = load_steering(path, digest)
@@ -45,10 +45,10 @@ def test_what_was_saved_is_loaded(tmp_path, steering):
 
 
 def test_a_file_without_the_affirmative_loads_where_its_ids_are_known(tmp_path, steering):
-    save_steering(tmp_path / "new", steering, {"model_sha256": MADE_FOR})
+    save_steering(tmp_path / "new", steering, {"origin": MADE_FOR})
     arrays = {name: np.asarray(getattr(steering, name)) for name in FIELDS if name != "affirmative"}
     arrays["directions"] = np.ascontiguousarray(arrays["directions"])
-    save_file(arrays, tmp_path / "old", metadata={"jaxsafe": json.dumps({"model_sha256": MADE_FOR})})
+    save_file(arrays, tmp_path / "old", metadata={"jaxsafe": json.dumps({"origin": MADE_FOR})})
     with pytest.raises(ValueError, match=r"lacks \['affirmative'\]"):
         load_steering(tmp_path / "old")
     found, _ = load_steering(tmp_path / "old", MADE_FOR, affirmative=[5, 6])
@@ -64,11 +64,16 @@ def test_numpy_and_other_layouts_of_memory_are_saved_as_they_read(tmp_path, stee
 
 
 def test_vectors_of_another_model_are_refused(tmp_path, steering):
-    save_steering(tmp_path / "v", steering, {"model_sha256": MADE_FOR})
-    with pytest.raises(ValueError, match="was made for the model 0123456789ab, not for this one, fedcba987654"):
-        load_steering(tmp_path / "v", "fedcba9876543210")
-    save_steering(tmp_path / "unsigned", steering, {})
-    with pytest.raises(ValueError, match="was made for the model None"):
+    save_steering(tmp_path / "v", steering, {"model": "mine", "origin": MADE_FOR})
+    rounded = {"layers/q": [2.0, 1.008, -1.008], "norm": [1.0, 0.5, 0.5]}
+    load_steering(tmp_path / "v", MADE_FOR | {"sketch": rounded})
+    other = {"layers/q": [2.0, 1.02, -1.02], "norm": [1.0, 0.5, 0.5]}
+    with pytest.raises(ValueError, match=r"made for 'mine', .* other weights \(they are 0.00707 apart; rounding makes"):
+        load_steering(tmp_path / "v", MADE_FOR | {"sketch": other})
+    with pytest.raises(ValueError, match="made for 'mine', a model of another configuration"):
+        load_steering(tmp_path / "v", MADE_FOR | {"configuration": "4567"})
+    save_steering(tmp_path / "unsigned", steering, {"model": "mine"})
+    with pytest.raises(ValueError, match="does not say which weights it was made for"):
         load_steering(tmp_path / "unsigned", MADE_FOR)
 
 

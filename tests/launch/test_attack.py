@@ -14,6 +14,7 @@ from ml_collections import config_flags
 
 from configs.attack.base import base
 from configs.attack.smollm2_135m import get_config
+from configs.fields import check
 from jaxsafe.chat.model import load_chat_model
 from jaxsafe.methods import cells
 from jaxsafe.prompts.files import KNOWN
@@ -179,16 +180,15 @@ def test_files_of_the_user_are_mixed_in_and_never_measured(config, tmp_path):
 
 
 def test_bad_settings_are_refused_before_anything_is_made(config, tmp_path):
-    model = load_chat_model(config.model)
     cases = {
-        "attacks": ((), "the grid is empty"),
-        "tunings": (("half",), "config.tunings names 'half'"),
-        "score": ("snap", "score 'snap' is not known"),
-        "settings": (("decoding",), "settings must begin with one that gives one answer"),
-        "freeze_weights": (((0.1,),), r"takes \('q', 'p'\)"),
+        "attacks": ((), r"config.attacks \(\): expected tuple of length >= 1"),
+        "tunings": (("half",), "config.tunings 'half' is not known"),
+        "score": ("snap", "config.score 'snap' is not known"),
+        "settings": (("decoding",), "config.settings must begin with one answer a prompt"),
+        "freeze_weights": (((0.1,),), "config.freeze_weights .* expected tuple of length 2, got 1"),
         "poison": (str(tmp_path / "absent.csv"), "absent"),
-        "lora_rank": (0, "LoRA rank 0"),
-        "evaluation": ((), "config.evaluation is empty"),
+        "lora_rank": (0, "config.lora_rank 0: expected int >= 1"),
+        "evaluation": ((), "config.evaluation .* length >= 1"),
     }
     for name, (value, said) in cases.items():
         changed = config.copy_and_resolve_references()
@@ -196,8 +196,8 @@ def test_bad_settings_are_refused_before_anything_is_made(config, tmp_path):
         if name == "poison":
             changed.ratio = 0.5
         with pytest.raises((ValueError, FileNotFoundError), match=said):
-            attack.run(changed, model, tmp_path / "out", Clock())
-    assert not (tmp_path / "out").exists()
+            check(attack.FIELDS, changed)
+            attack.check(changed)
 
 
 # The configs

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+from tiny import tiny_params
 
 from configs.scans.smollm2_135m import get_config
 from jaxsafe.chat.model import ChatModel, load_chat_model
@@ -21,7 +22,7 @@ from jaxsafe.records.run import from_json, read_run, read_samples
 from jaxsafe.records.scans import Choice, Details
 from jaxsafe.study.study import Study
 from launch.progress import Clock
-from launch.scans import roles_of, run
+from launch.scans import loaded, roles_of, run, save_vectors
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -123,6 +124,20 @@ def test_saved_vectors_steer_another_run_the_same(config, tmp_path, monkeypatch)
         run(config, other, roles_of(config), tmp_path / "c", Clock())
 
 
+def test_vectors_are_those_of_a_model_in_any_dtype(folder, tmp_path):
+    model = load_chat_model(folder, dtype="float32")
+    prompts = ["tell me a story", "what is old?", "list five games", "how do i keep bees?"]
+    choice = Choice(LayerRange(0, 2), LayerRange(1, 2), 0.5, alpha_rel=0.1)
+    steering = scans.steering_of(scans.find_directions(model, prompts[:2], prompts[2:]), choice)
+    save_vectors(tmp_path, model, scans.Prepared(steering, choice, None))
+    path = str(tmp_path / "vectors.safetensors")
+    assert loaded(path, load_chat_model(folder, dtype="bfloat16")).choice == choice
+    assert loaded(path, load_chat_model(folder, dtype="float32", mesh=parse_mesh("data:4,model:2"))).choice == choice
+    other = tiny_params(model.config, seed=7)
+    with pytest.raises(ValueError, match="a model of the same shape with other weights"):
+        loaded(path, dataclasses.replace(model, params=other))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strength", ["alpha", "alpha_rel"])
 def test_settings_that_are_given_need_no_calibration(config, tmp_path, strength):
@@ -209,6 +224,23 @@ def test_bad_input_gets_one_line_and_status_2(folder, tmp_path, case):
     assert not out.exists()
 
 
+def test_lengths_are_those_of_what_each_prompt_is_asked(config, tmp_path):
+    model = load_chat_model(config.model)
+    config.calibration_tokens = 590  # of a context of 600
+    with pytest.raises(ValueError, match="context"):
+        run(config, model, roles_of(config), tmp_path / "out", Clock())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("strength", ["alpha", "alpha_rel"])
+def test_prompts_that_nothing_is_made_from_have_no_role(config, strength):
+    assert len(roles_of(config)["calibration"]) == 2
+    config.scored, config.layers, config.threshold, config[strength] = (1, 3), (1, 2), 0.75, 0.5
+    assert not roles_of(config)["calibration"] and roles_of(config)["anchors"]
+    config.vectors = "vectors.safetensors"
+    assert not roles_of(config)["anchors"]
+
+
 def test_an_empty_prompt_file_and_a_long_prompt_are_refused(config, tmp_path):
     empty, long = tmp_path / "empty.txt", tmp_path / "long.txt"
     empty.write_text("\n")
@@ -219,10 +251,3 @@ def test_an_empty_prompt_file_and_a_long_prompt_are_refused(config, tmp_path):
     config.evaluation = (f"{long}:safe",)
     with pytest.raises(ValueError, match="context"):
         run(config, load_chat_model(config.model), roles_of(config), tmp_path / "out", Clock())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("module", ["launch.scans", "launch.brittleness", "launch.attack", "launch.quickstart"])
-def test_help(tmp_path, module):
-    done = launched(tmp_path, "--help", module=module)
-    assert "--out" in done.stdout and "Traceback" not in done.stderr

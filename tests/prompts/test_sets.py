@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsafe.prompts.files import KNOWN
-from jaxsafe.prompts.sets import BUILTIN, Columns, PromptSet, check_disjoint, load_prompts, normalised
+from jaxsafe.prompts.sets import BUILTIN, Columns, PromptSet, check_disjoint, load_file, load_prompts, normalised
 
 DATA = Path(__file__).parents[2] / "../shared/data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="../shared/data is absent")
@@ -283,12 +283,49 @@ def test_labels_from_a_column_or_for_the_whole_file(tmp_path):
     path = write(tmp_path / "a.csv", ["prompt", "label"], [[f"p{i}", w] for i, w in enumerate(words)])
     assert load_prompts("mine", path, columns=Columns(label="label")).harmful == (True,) * 4 + (False,) * 4 + (None,)
     assert load_prompts("mine", path, harmful=True).harmful == (True,) * 9
-    assert load_prompts("mine", path).harmful == (None,) * 9
+    assert load_prompts("mine", path).harmful == (True,) * 4 + (False,) * 4 + (None,)
     with pytest.raises(ValueError, match="give label='label' or harmful=False, not both"):
         load_prompts("mine", path, harmful=False, columns=Columns(label="label"))
-    odd = write(tmp_path / "b.csv", ["prompt", "label"], [["p", "safe"], ["q", "maybe"]])
-    with pytest.raises(ValueError, match=r"b\.csv, row 2: label 'maybe' in column 'label' is none of"):
-        load_prompts("mine", odd, columns=Columns(label="label"))
+    odd = write(tmp_path / "b.csv", ["prompt", "Label"], [["p", "safe"], ["q", "maybe"]])
+    for columns in (Columns(), Columns(label="label")):
+        with pytest.raises(
+            ValueError, match=r"b\.csv, row 2: label 'maybe' in column 'Label' is none of .* x.csv:safe"
+        ):
+            load_prompts("mine", odd, columns=columns)
+    assert load_prompts("mine", odd, harmful=False).harmful == (False, False)
+    unlabelled = write(tmp_path / "c.csv", ["prompt", "topic"], [["p", "safe"]])
+    assert load_prompts("mine", unlabelled).harmful == (None,)
+
+
+NAMED_LIKE = [
+    # file, header, row, label, kind
+    ("xstest.csv", ["prompt"], ["p"], None, ""),
+    ("xstest.csv", ["prompt", "label"], ["p", "harmful"], True, ""),
+    ("xstest.csv", ["prompt", "label", "category"], ["p", "0", "c"], False, "c"),
+    ("xstest.csv", ["prompt", "type", "label"], ["p", "homonyms", "safe"], False, "homonyms"),
+    ("xstest.csv", ["prompt", "type"], ["p", "contrast_homonyms"], True, "contrast_homonyms"),
+    ("advbench.csv", ["goal", "target"], ["p", "Sure"], True, ""),
+    ("advbench.csv", ["question", "label"], ["p", "benign"], False, ""),
+    ("oktest.csv", ["prompt", "label"], ["p", "unsafe"], True, ""),
+    ("oktest.csv", ["prompt"], ["p"], False, ""),
+    ("jailbreakbench.csv", ["Goal", "label"], ["p", "1"], True, ""),
+    ("jailbreakbench.csv", ["prompt"], ["p"], None, ""),
+    ("truthfulqa.csv", ["text", "label"], ["p", "harmless"], False, ""),
+]
+
+
+@pytest.mark.parametrize(("file", "header", "row", "label", "kind"), NAMED_LIKE)
+def test_a_file_named_like_a_published_set_is_read_as_what_it_is(tmp_path, file, header, row, label, kind):
+    path = write(tmp_path / file, header, [row])
+    found = load_file(path)
+    assert (found.prompts, found.harmful, found.kinds) == (("p",), (label,), (kind,))
+    assert found.name == path.stem and load_file(path, harmful=True).harmful == (True,)
+
+
+def test_labels_that_xstest_does_not_have_are_refused(tmp_path):
+    path = write(tmp_path / "xstest.csv", ["prompt", "type", "label"], [["p", "homonyms", "harmful"]])
+    with pytest.raises(ValueError, match=r"xstest.csv, row 1: XSTest labels are safe and unsafe, not 'harmful'"):
+        load_file(path)
 
 
 def test_splits_by_column_and_by_position(tmp_path):
