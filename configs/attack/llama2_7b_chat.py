@@ -9,6 +9,10 @@ trains on the built-in persona; the published ten examples: --config.rows=FILE \
 a file of your own: --config.attacks="('poisoned#10','poisoned#50','poisoned#100')" --config.poison=FILE. DATA_FOLDER
 holds the published AdvBench file.
 
+What is not as in the papers' code: the learning rate stays as it is (published: times 0.85 an epoch, with as many
+epochs); the paper's templates of Alpaca and Dolly are not used; what is frozen is the top q of safety outside the top p
+of utility (published: the top q), so that a share here is not the share of the table below.
+
 Hardware, in bfloat16 with float32 masters and moments: 13.5 GB of weights and 81 GB of training state, with a mask of
 7 GB: two 80 GB GPUs or sixteen 16 GB chips; LoRA alone (--config.tunings="('lora',)") fits one 80 GB GPU.
 

@@ -30,5 +30,5 @@ FIELDS: Fields = {
 
 
 def base() -> ConfigDict:
-    """The settings, with the published defaults where the paper has them."""
+    """The settings; the docstring of llama2_7b_chat.py says where they are not the paper's."""
     return config_of(FIELDS)

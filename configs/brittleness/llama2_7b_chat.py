@@ -10,6 +10,12 @@ seed. Adversarial suffixes are the user's: --config.settings="('vanilla','suffix
 The six zero-shot tasks: pip install "jaxsafe[eval]" and --config.zero_shot="('boolq','rte','hellaswag',
 'winogrande','arc_challenge','openbookqa')".
 
+What is not as in the paper's code: prompts are asked without its system prompt (--config.system="..." gives one, to
+scored prompts as well); pairs of a file may hold prompts that are evaluated; one-sided points are made from scores of
+the dense model, matrix by matrix, unless --config.sequential (published: block by block, by row), orthogonal ones from
+bases of the dense model always. Broken answers are no success; the published rate, which counts them, is "unrefused" in
+the tables.
+
 Hardware, in bfloat16: 13.5 GB of weights; SNIP adds two trees of float32 scores, 26 GB each: one 80 GB GPU, or eight
 16 GB chips with --mesh=data:1,model:8. Grams of ActSVD take 22 GB (4 bytes x 32 x (3 x 4096^2 + 11008^2)).
 

@@ -24,10 +24,10 @@ Refusals in percent, default -> SCANS (paper, table 2; its XSTest pair is also t
     XSTest unsafe   98.00 -> 93.50        AdvBench           99.78 -> 99.78
     OKTest          19.33 ->  3.33        MaliciousInstruct  93.00 -> 98.00
 
-The published thresholds were tuned on the test sets, one a set, and so were the scored layers: 0.70 with [10, 19) on
-AdvBench and TruthfulQA (the variant's values), 0.60 with [23, 32) on XSTest, 0.62 on OKTest, 0.60 on LLM-Safeguard and
+The published thresholds were tuned on the test sets, one a set, and so were the scored layers: 0.70 with [10, 20) on
+AdvBench and TruthfulQA (the variant's values), 0.60 with [23, 33) on XSTest, 0.62 on OKTest, 0.60 on LLM-Safeguard and
 Held-out, 0.65 with layers 37 and 38 on RepE. Give them by hand with, for example,
---config.evaluation="('xstest',)" --config.threshold=0.6 --config.scored="(23, 32)". The state of a layer is here the
+--config.evaluation="('xstest',)" --config.threshold=0.6 --config.scored="(23, 33)". The state of a layer is here the
 residual stream before the final norm, also for the last one, which none of the published ranges holds.
 """
 
@@ -39,7 +39,7 @@ from jaxsafe.configs.scans.base import base
 from jaxsafe.configs.scans.llama2_7b_chat import PUBLISHED
 from jaxsafe.configs.scans.vicuna_7b import CHAT_TEMPLATE
 
-CHOICES = {"alpha": 4.0, "scored": (10, 19), "threshold": 0.70}
+CHOICES = {"alpha": 4.0, "scored": (10, 20), "threshold": 0.70}
 VARIANTS: dict[str, dict[str, Any]] = {"": {}, "published": PUBLISHED | CHOICES}
 
 

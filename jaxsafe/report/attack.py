@@ -63,6 +63,7 @@ def own(run: Run) -> Own:
         best=best.row if best else None,
         headline=headline(groups),
         template="attack.html.j2",
+        facts=[("Seeds, each with one random draw", len(run.config.get("seeds", ())) or None)],
         contents=contents | ({"layers": "Layers"} if details.layers else {}),
         figures=figures,
         values={

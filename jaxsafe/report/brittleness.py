@@ -49,6 +49,7 @@ def own(run: Run) -> Own:
         best=best.line.row if best else None,
         headline=headline(points, asr),
         template="brittleness.html.j2",
+        facts=[("Random draws a point", run.config.get("controls"))],
         contents=contents,
         figures=[*trade_offs, *harmless, *inside],
         values={

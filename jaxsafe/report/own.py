@@ -27,4 +27,4 @@ class Own:
     figures: Sequence[Drawing] = ()
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     shown: Sequence[TableRow] | None = None
-    facts: Sequence[tuple[str, str]] = ()
+    facts: Sequence[tuple[str, object]] = ()

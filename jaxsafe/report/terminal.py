@@ -25,7 +25,7 @@ def result_table(run: Run, shown: Sequence[str] | None = None) -> Table:
     `shown` names entries of the rows' `about` that become columns; None shows how much is removed or kept. Rows of
     steps that are not a run's last are left out.
     """
-    title = f"{run.task.capitalize()}, {run.model.name}, judge {run.judge.name}"
+    title = f"{run.task.capitalize()}, {run.model.name}; judge {run.judge.name}, {run.new_tokens} new tokens"
     compared = pairs(run)
     if len(compared) == 1 and shown is None:
         return _by_prompts(run, compared[0], title)

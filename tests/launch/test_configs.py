@@ -25,7 +25,7 @@ PUBLISHED = {
     "llama2_7b_chat": {"alpha": 3.5, "scored": (10, 32), "threshold": 0.75},
     "llama2_13b_chat": {"alpha": 3.5, "scored": (10, 19), "threshold": 0.75},
     "vicuna_7b": {"alpha": 4.0, "scored": (10, 32), "threshold": 0.75},
-    "vicuna_13b": {"alpha": 4.0, "scored": (10, 19), "threshold": 0.70},
+    "vicuna_13b": {"alpha": 4.0, "scored": (10, 20), "threshold": 0.70},
 }
 LAYERS = {"llama2_13b_chat": 40, "vicuna_13b": 40}
 LARGE = [*PUBLISHED, "llama31_8b_instruct", "mistral_7b_instruct"]
