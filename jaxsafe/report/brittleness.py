@@ -54,6 +54,7 @@ def own(run: Run) -> Own:
         figures=[*trade_offs, *harmless, *inside],
         values={
             "trade_offs": [(figure.name, asr[int(figure.name.rpartition("-")[2])]) for figure in trade_offs],
+            "answers_of": lambda name: max((point.rates[name].n for point in points if name in point.rates), default=0),
             "ability": rate_label(ABILITY, []).lower() if ABILITY in named.main else "",
             "harmless": named.starting("refusal_"),
             "layered": [point.name for point in layered],

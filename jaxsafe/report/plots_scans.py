@@ -31,6 +31,7 @@ from jaxsafe.report.style import (
     styled,
     tone,
     upright,
+    wilson,
 )
 
 
@@ -141,15 +142,18 @@ def layer_separation(name: str, separation: Sequence[float], steered: LayerRange
 
 
 @styled
-def strength_refusals(name: str, rows: Sequence[Candidate]) -> Drawing:
+def strength_refusals(name: str, rows: Sequence[Candidate], counts: tuple[int, int]) -> Drawing:
     """Refusal of safe and of harmful prompts against the strength, for one range of layers, weakest first.
 
-    Candidates that are not allowed are grey and hollow; the chosen one is marked.
+    `counts` are the numbers of safe and of harmful prompts, from which the 95% intervals follow. Candidates that are
+    not allowed are grey and hollow; the chosen one is marked.
     """
     figure, axes = new_axes(240)
-    harmful, safe = (row.refusal_harmful for row in rows), (row.refusal_safe for row in rows)
-    _candidates(axes, rows, array(harmful), marker="s", color=tone(True), label="harmful prompts")
-    _candidates(axes, rows, array(safe), marker="o", color=tone(False), label="safe prompts")
+    for harmful, marker, word in ((True, "s", "harmful"), (False, "o", "safe")):
+        rates, n = array(row.refusal_harmful if harmful else row.refusal_safe for row in rows), counts[harmful]
+        ends = np.array([wilson(rate, n) for rate in rates]).T
+        axes.vlines(array(row.alpha_rel for row in rows), *ends, color=tone(harmful), linewidth=1, alpha=0.5)
+        _candidates(axes, rows, rates, marker=marker, color=tone(harmful), label=f"{word} prompts (n = {n})")
     _mark_chosen(axes, rows, 0.6)
     axes.set_ylim(0, 1)
     percent_axis(axes.yaxis)

@@ -68,8 +68,10 @@ def _preparation_figures(details: Details, prepared: Preparation) -> list[Drawin
     figures = [plots.layer_norms("norms", prepared.norm, prepared.residual_norm, steered)]
     if prepared.separation:
         figures.append(plots.layer_separation("separation", prepared.separation, steered))
-    if strength and strength.candidates:
+    if strength and strength.candidates and prepared.calibration:
+        labels = prepared.calibration.harmful
+        counts = sum(not label for label in labels), sum(labels)
         groups = plots.by_layers(strength.candidates).values()
-        figures += [plots.strength_refusals(f"strength-{index}", rows) for index, rows in enumerate(groups)]
+        figures += [plots.strength_refusals(f"strength-{index}", rows, counts) for index, rows in enumerate(groups)]
         figures.append(plots.strength_cost("strength-kl", strength.candidates, strength.kl_limit))
     return figures
