@@ -3,8 +3,10 @@
 import contextlib
 import pathlib
 import shutil
+import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -16,11 +18,13 @@ from rich.console import Console
 from jaxsafe.io.hub import cache_dir, model_config
 from jaxsafe.parallel import default_mesh, device_memory, parse_mesh, undivided
 
-BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
+from .faults import of_input, of_program
+from .interruption import Interrupted, interruptible
+
 console = Console(stderr=True, highlight=False)
 
 
-def complain(error: BaseException) -> int:
+def complain(error: BaseException | str) -> int:
     """Prints the error on one line and returns the exit status of bad input."""
     line = " ".join(str(error).split())
     print(f"error: {line}", file=sys.stderr)
@@ -44,27 +48,45 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs `main` under absl flags. Bad input ends with one line and status 2, an interrupt with status 130."""
+    """Runs `main` under absl flags.
+
+    Bad input ends with one line and status 2, SIGINT and SIGTERM with one line and 130 and 143, a fault of the program
+    with its traceback and status 1.
+    """
 
     def guarded(argv: Sequence[str]) -> None:
         del argv
         logging.set_verbosity(logging.ERROR)
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        jax.config.update("jax_traceback_filtering", "off")  # whose fault an error is shows in its whole traceback
         given = flags.FLAGS.flag_values_dict()
         try:
             join(given["distributed"], given["coordinator"], given["num_processes"], given["process_id"])
-            with profiled(given["profile"]):
+            with interruptible(_signals(), console.print), profiled(given["profile"]):
                 main()
-        except BAD_INPUT as error:
-            if given["debug"]:
-                raise
-            sys.exit(complain(error))
-        except KeyboardInterrupt:
-            print("\ninterrupted; the same command goes on from what is finished", file=sys.stderr)
-            sys.exit(130)
+        except KeyboardInterrupt as end:
+            sys.exit(end.status if isinstance(end, Interrupted) else 130)
+        except Exception as error:
+            sys.exit(explain(error, given["debug"]))
 
     app.run(guarded, flags_parser=_parse)
+
+
+def explain(error: Exception, debug: bool = False) -> int:
+    """Prints an error, with its traceback where the program is to blame or `debug`; returns the exit status."""
+    line = of_input(error)
+    if line is None or debug:
+        traceback.print_exception(error)
+    if line is not None:
+        return complain(line)
+    print(of_program(), file=sys.stderr)
+    return 1
+
+
+def _signals() -> list[int]:
+    """The signals that end this process; of several processes, JAX hears SIGTERM and makes them agree on a step."""
+    return [signal.SIGINT] if jax.distributed.is_initialized() else [signal.SIGINT, signal.SIGTERM]
 
 
 def join(distributed: bool, coordinator: str, num_processes: int | None, process_id: int | None) -> None:

@@ -42,7 +42,10 @@ class _Json:
         write_text(path, json.dumps(value))
 
     def read(self, path: pathlib.Path) -> Json:
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}); remove it to make it anew") from None
 
 
 class _Tree:
