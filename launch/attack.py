@@ -98,7 +98,7 @@ def examples_of(
 ) -> dict[int, list[Example]]:
     """The examples of every seed. Raises ValueError where one's prompt is evaluated, too."""
     answer = functools.partial(attacks.own_texts, model, max_new_tokens=config.own_tokens, batch_size=config.batch_size)
-    with clock.stage("examples_s"), command.console.status(f"examples of {attack.label}"):
+    with clock.watch("examples_s")(f"examples of {attack.label}", 0):
         examples = {seed: attacks.attack_examples(attack, seed, answer) for seed in config.seeds}
     for drawn in examples.values():
         for prompts in common.evaluated(roles):
@@ -159,7 +159,7 @@ def main() -> None:
     """Reads the flags and runs the experiment."""
     config, clock = CONFIG.value, Clock()
     command.console.print(banner())
-    with clock.stage("load_s"):
+    with clock.watch("load_s")(f"loading {config.model}", 0):
         model = common.load(config)
     with command.results(OUT.value) as out:
         common.show(run(config, model, out, clock, pathlib.Path(OUT.value) / "checkpoints"), out)

@@ -107,7 +107,7 @@ def main() -> None:
     """Reads the flags and runs the experiment."""
     config, clock = CONFIG.value, Clock()
     command.console.print(banner())
-    with clock.stage("load_s"):
+    with clock.watch("load_s")(f"loading {config.model}", 0):
         model = common.load(config)
     with command.results(OUT.value) as out:
         common.show(run(config, model, out, clock), out)

@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Sequence
 
 from ml_collections import ConfigDict
+from rich.console import Console
 
 from jaxsafe.chat.model import ChatModel, load_chat_model
 from jaxsafe.evaluation.judges.keyword import judge
@@ -144,8 +145,8 @@ def finish(study: Study, task: str, config: ConfigDict, roles: Roles, clock: Clo
 
 
 def show(run: Run, out: pathlib.Path) -> None:
-    """Prints the table of a run and where its files are."""
-    command.console.print(result_table(run))
+    """Prints the table of a run to standard output, and to standard error where its files are."""
+    Console(highlight=False, quiet=command.console.quiet).print(result_table(run))
     command.console.print(use_line(run.timings), soft_wrap=True)
     for name in ("report.html", "run.json", "samples.jsonl", "vectors.safetensors"):
         if (out / name).exists():

@@ -53,14 +53,14 @@ EXPERIMENTS = {"brittleness": brittleness, "attack": attack}
 
 def tuned_model(settings: TuningSettings, clock: Clock) -> ChatModel:
     """The safety-tuned model, from the cache or made now."""
-    with clock.stage("load_s"):
+    with clock.watch("load_s")(f"loading {BASE}", 0):
         path = resolve(BASE)
         base = load_chat_model(path)
     harmful, benign = (load_prompts(f"builtin:{name}", split="train") for name in ("harmful", "plain"))
     folder = cache_dir() / "models" / f"{BASE}-safety-{settings.digest(base, [harmful, benign])}"
     if not (folder / "config.json").is_file():
         tune(base, (harmful, benign), settings, folder, path, clock)
-    with clock.stage("load_s"):
+    with clock.watch("load_s")("loading the safety-tuned model", 0):
         tuned = load_chat_model(folder)
     return dataclasses.replace(tuned, name=f"{BASE}, safety-tuned")
 

@@ -158,7 +158,7 @@ def main() -> None:
     config, clock = CONFIG.value, Clock()
     command.console.print(banner())
     roles = roles_of(config)
-    with clock.stage("load_s"):
+    with clock.watch("load_s")(f"loading {config.model}", 0):
         model = common.load(config)
     with command.results(OUT.value) as out:
         show(run(config, model, roles, out, clock), out)

@@ -24,7 +24,7 @@ from jaxsafe.kernels.steering import (
     steered_answers,
     steered_nll,
 )
-from jaxsafe.parallel import put_rows
+from jaxsafe.parallel import fetch, put_rows
 from jaxsafe.progress import Progress, silent
 from jaxsafe.rows import Batch, Row, Tree, answer_slots, bucket, reported
 
@@ -82,7 +82,8 @@ class Steered:
                 decision = self._decision(rule, prefilled.states, batch)
                 start = (model.config, model.params, batch, prefilled.cache)
                 generated = steered_answers(*start, self._edits(decision), draw, again)
-                return (generated, None, None) if rule is None else (generated, decision.score, decision.gate)
+                # One rule at a time: many at once would be minutes in which nothing is finished or interrupted.
+                return fetch((generated, None, None) if rule is None else (generated, decision.score, decision.gate))
 
             return tuple(map(under, self.rules))
 
@@ -149,7 +150,7 @@ class Steered:
             start = (model.config, model.params, batch, prefilled.cache)
             plain = self._edits(self._decision(None, prefilled.states, batch))
             decisions = [self._decision(rule, prefilled.states, batch) for rule in self.rules]
-            return tuple(answer_divergence(*start, (plain, self._edits(d)), given, again)[0] for d in decisions)
+            return tuple(fetch(answer_divergence(*start, (plain, self._edits(d)), given, again)[0]) for d in decisions)
 
         return np.stack(model.map(call, rows, batch_size, done, slots))
 

@@ -27,7 +27,7 @@ class Tokenizer:
 
     @functools.cached_property
     def hf(self) -> Any:
-        """The `transformers` tokenizer. Raises FileNotFoundError where the folder holds none, ValueError for a torn one."""
+        """The `transformers` tokenizer. Raises FileNotFoundError where there is none, and ValueError for a torn one."""
         if str(self.path).endswith(".gguf"):
             return GgufFile(self.path).tokenizer()
         if not pathlib.Path(self.path).is_dir():

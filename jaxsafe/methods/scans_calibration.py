@@ -5,6 +5,7 @@ n prompts, L layers
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,9 +13,10 @@ from sklearn.metrics import roc_auc_score
 
 from jaxsafe.chat.answers import Answers
 from jaxsafe.chat.model import ChatModel
+from jaxsafe.chat.steered import Steered
 from jaxsafe.evaluation.judges.judge import Judge
 from jaxsafe.evaluation.stats import best_threshold, rate
-from jaxsafe.io.store import Store
+from jaxsafe.io.store import Log, Store
 from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.kernels.steering import Steering
 from jaxsafe.methods.scans import Directions, Reading, directions_identity, steering_of
@@ -118,27 +120,65 @@ def away(steering: Steering) -> Steering:
     return steering.replace(threshold=jnp.float32(jnp.inf))  # type: ignore[attr-defined]
 
 
+@dataclasses.dataclass(frozen=True)
+class InHand:
+    """Work that goes on from an earlier run: the log of what is finished (None keeps nothing), and its progress."""
+
+    log: Log | None = None
+    done: Progress = silent
+
+
+class Tried(NamedTuple):
+    """The verdicts on a prompt's answers, by rule, and the tokens of the unsteered one."""
+
+    verdicts: list[bool | None]
+    tokens: list[int]
+
+
 def try_strengths(
     model: ChatModel,
     directions: Directions,
     settings: Sequence[Setting],
     calibration: Calibration,
-    done: Progress = silent,
+    hand: InHand = InHand(),
 ) -> Trial:
     """Answers the calibration prompts under each of `settings`, toward refusal and away from it, from one prefill."""
     whole = LayerRange(0, len(directions.norm))
     steerings = [steering_of(directions, Choice(whole, layers, 0.0, alpha_rel=a)) for layers, a in settings]
     rules = [None, *(signed(steering) for steering in steerings for signed in (toward, away))]
-    prompts = calibration.prompts
-    answers = model.steered(rules).answers(prompts, calibration.decoding, calibration.batch_size, done)
-    verdicts = [calibration.judge.refused(prompts, each.texts) for each in answers]
-    before, both = verdicts[0], verdicts[1:]
+    tried = _tried(model.steered(rules), calibration, hand)
+    before, *both = (list(verdicts) for verdicts in zip(*(each.verdicts for each in tried), strict=True))
     return Trial(
         before,
         toward=dict(zip(settings, both[0::2], strict=True)),
         away=dict(zip(settings, both[1::2], strict=True)),
-        answers=answers[0],
+        answers=_answers([each.tokens for each in tried], calibration.decoding.max_new_tokens),
     )
+
+
+def _tried(examinee: Steered, calibration: Calibration, hand: InHand) -> list[Tried]:
+    """What comes of every prompt, batch by batch; what the log holds is not tried again."""
+    prompts = calibration.prompts
+    found = {index: Tried(*tried) for index, *tried in ([] if hand.log is None else hand.log.entries())}
+    hand.done(len(found))
+    left = [i for i in range(len(prompts)) if i not in found]
+    batches = examinee.answer_batches([prompts[i] for i in left], calibration.decoding, calibration.batch_size)
+    for rows, answers in batches if left else ():
+        batch = [left[row] for row in rows]
+        judged = [calibration.judge.refused([prompts[i] for i in batch], each.texts) for each in answers]
+        own = answers[0]
+        tokens = [row[:length].tolist() for row, length in zip(own.tokens, own.lengths, strict=True)]
+        new = {i: Tried(list(v), t) for i, v, t in zip(batch, zip(*judged, strict=True), tokens, strict=True)}
+        if hand.log is not None:
+            hand.log.add(*([i, *tried] for i, tried in new.items()))
+        found |= new
+        hand.done(len(new))
+    return [found[i] for i in range(len(prompts))]
+
+
+def _answers(tokens: Sequence[Sequence[int]], width: int) -> Answers:
+    rows = [[*ids, *[0] * (width - len(ids))] for ids in tokens]
+    return Answers((), np.array(rows, np.int32), np.array(list(map(len, tokens)), np.int32))
 
 
 def outcome(trial: Trial, setting: Setting, scores: np.ndarray, threshold: float) -> list[bool | None]:
@@ -193,7 +233,7 @@ def calibrate(
     settings: Sequence[Setting],
     calibration: Calibration,
     threshold: float | None = None,
-    done: Progress = silent,
+    hand: InHand = InHand(),
 ) -> list[Candidate]:
     """Every setting as a candidate, each at its own best threshold or at the given one, the chosen one marked.
 
@@ -203,7 +243,7 @@ def calibrate(
     """
     scored, scores = classifier
     prompts, harmful = calibration.prompts, calibration.harmful
-    trial = try_strengths(model, directions, settings, calibration, done)
+    trial = try_strengths(model, directions, settings, calibration, hand)
     complied = [i for i, (v, h) in enumerate(zip(trial.before, harmful, strict=True)) if v is False and not h]
     if not complied:
         raise ValueError("the model refuses every safe calibration prompt; the divergence of answers cannot be told")
@@ -247,7 +287,7 @@ def choose_once(
 ) -> tuple[Choice, Strength, np.ndarray]:
     """What `given` leaves open, chosen on the calibration prompts; all candidates; and the classifier's scores [n].
 
-    Kept in `store`.
+    Kept in `store`, batch by batch while they are made.
     """
     reading, vocabulary = found
     scored = given.scored or choose_classifier(reading.cosines, calibration.harmful)[0]
@@ -259,7 +299,8 @@ def choose_once(
     judge, decoding = calibration.judge, calibration.decoding
 
     def make() -> Json:
-        return plain(calibrate(model, directions, (scored, scores), settings, calibration, threshold, done))
+        hand = InHand(store.log("strength", follows), done)
+        return plain(calibrate(model, directions, (scored, scores), settings, calibration, threshold, hand))
 
     follows = [
         model.fingerprint(),
@@ -271,6 +312,7 @@ def choose_once(
         plain([scored, settings, threshold]),
     ]
     candidates = from_json(store.once("strength", follows, make), tuple[Candidate, ...])
+    store.drop("strength", follows, ".jsonl")
     best = next(candidate for candidate in candidates if candidate.chosen)
     choice = Choice(scored, best.layers, best.threshold, alpha_rel=best.alpha_rel)
     strength = Strength(calibration.kl_limit, calibration.max_drop, len(calibration.prompts), candidates)

@@ -1,6 +1,7 @@
 """Whose fault an error is, and what a run says of it."""
 
 import json
+import pathlib
 import subprocess
 import sys
 
@@ -32,7 +33,7 @@ def full_disk():
 INPUT = {
     "said by this package": (lambda: LayerRange.parse("x", "config.layers"), "config.layers"),
     "disk full": (full_disk, "No space left on device"),
-    "no such file": (lambda: open("nowhere.csv"), "nowhere.csv"),
+    "no such file": (pathlib.Path("nowhere.csv").read_text, "nowhere.csv"),
     "not UTF-8": (lambda: b"\xff".decode("utf-8"), "utf-8"),
     "not JSON": (lambda: json.loads("{"), "line 1"),
     "no tensors": (lambda: load(b"xx"), "header"),

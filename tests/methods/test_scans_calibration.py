@@ -22,6 +22,7 @@ from jaxsafe.methods import scans_calibration
 from jaxsafe.methods.scans import find_directions, read_prompts, steering_of, vocabulary
 from jaxsafe.methods.scans_calibration import (
     Calibration,
+    InHand,
     Open,
     Trial,
     best_outcome,
@@ -132,8 +133,8 @@ def test_the_segment_that_names_refusal_is_tried_first():
 @pytest.fixture(scope="module")
 def trial(model, directions):
     heard = []
-    found = try_strengths(model, directions, SETTINGS, CALIBRATION, heard.append)
-    assert heard == [8]
+    found = try_strengths(model, directions, SETTINGS, CALIBRATION, InHand(done=heard.append))
+    assert heard == [0, 8]
     return found
 
 
@@ -409,6 +410,26 @@ def test_choices_are_made_once(model, directions, found, tmp_path, monkeypatch):
     monkeypatch.setitem(vars(model.tokenizer), "eos_ids", (*ends, 7))
     choose()
     assert len(made) == len(calibrations) + len(others) + 1
+
+
+def test_an_interrupted_calibration_goes_on_from_its_batches(model, directions, tmp_path, trial):
+    calibration, log = dataclasses.replace(CALIBRATION, batch_size=2), Store(tmp_path).log("strength", 0)
+    heard = []
+
+    def stopped(n):
+        heard.append(n)
+        if len(heard) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        try_strengths(model, directions, SETTINGS, calibration, InHand(log, stopped))
+    assert heard == [0, 2, 2] and len(log.entries()) == 4
+    heard.clear()
+    found = try_strengths(model, directions, SETTINGS, calibration, InHand(log, heard.append))
+    assert heard[0] == 4 and sum(heard) == 8
+    assert (found.before, found.toward, found.away) == (trial.before, trial.toward, trial.away)
+    np.testing.assert_array_equal(found.answers.tokens, trial.answers.tokens)
+    np.testing.assert_array_equal(found.answers.lengths, trial.answers.lengths)
 
 
 def test_prompts_longer_than_the_context_are_refused_before_anything_runs(tmp_path, directions):
