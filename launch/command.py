@@ -31,6 +31,11 @@ def complain(error: BaseException | str) -> int:
     return 2
 
 
+def say(line: str) -> None:
+    """Prints a line to standard error, whatever its length; of several processes, the first one does."""
+    console.print(line, markup=False, soft_wrap=True)
+
+
 def _parse(argv: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(list(argv))
@@ -63,7 +68,7 @@ def run(main: Callable[[], None]) -> None:
         given = flags.FLAGS.flag_values_dict()
         try:
             join(given["distributed"], given["coordinator"], given["num_processes"], given["process_id"])
-            with interruptible(_signals(), console.print), profiled(given["profile"]):
+            with interruptible(_signals(), say), profiled(given["profile"]):
                 main()
         except KeyboardInterrupt as end:
             sys.exit(end.status if isinstance(end, Interrupted) else 130)

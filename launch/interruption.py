@@ -33,14 +33,16 @@ def interruptible(signals: Sequence[int], say: Callable[[str], object]) -> Itera
     os.set_blocking(writer, False)
     before = {number: signal.signal(number, raised) for number in signals}
     woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_listen, args=(reader, signals, say), daemon=True).start()
+    listener = threading.Thread(target=_listen, args=(reader, signals, say), daemon=True)
+    listener.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(woken)
         for number, handler in before.items():
             signal.signal(number, handler)
-        os.close(writer)  # which ends the thread
+        os.close(writer)  # which ends the listener, once it has said what it heard
+        listener.join()
 
 
 def _listen(reader: int, signals: Sequence[int], say: Callable[[str], object]) -> None:

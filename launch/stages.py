@@ -42,9 +42,9 @@ def lines(task: Task) -> Iterator[None]:
 
     def tell() -> None:
         while not left.wait(EVERY):
-            say(under_way(task))
+            command.say(under_way(task))
 
-    say(f"{task.description}: 0/{task.total:.0f}" if counted else task.description)
+    command.say(f"{task.description}: 0/{task.total:.0f}" if counted else task.description)
     clock = threading.Thread(target=tell, daemon=True)
     clock.start()
     try:
@@ -52,9 +52,8 @@ def lines(task: Task) -> Iterator[None]:
     finally:
         left.set()
         clock.join()
-    say(
-        f"{task.description}: {f'{task.completed:.0f}/{task.total:.0f}' if counted else 'done'} in {_time(task.elapsed)}"
-    )
+    finished = f"{task.completed:.0f}/{task.total:.0f}" if counted else "done"
+    command.say(f"{task.description}: {finished} in {_time(task.elapsed)}")
 
 
 def under_way(task: Task) -> str:
@@ -64,11 +63,6 @@ def under_way(task: Task) -> str:
     rate = f", {task.speed:.3g} a second" if task.speed else ""
     rest = f", {_time(task.time_remaining)} left" if task.time_remaining is not None else ""
     return f"{task.description}: {task.completed:.0f}/{task.total:.0f}{rate}{rest}"
-
-
-def say(line: str) -> None:
-    """Prints a line to standard error."""
-    command.console.print(line, markup=False, soft_wrap=True)
 
 
 def _time(seconds: float | None) -> str:
