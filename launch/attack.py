@@ -23,7 +23,6 @@ from jaxsafe.methods.defences import Defence, Keep, defences
 from jaxsafe.methods.layer_scan import ScanSettings, safety_layers_once
 from jaxsafe.methods.trainer import FineTuning
 from jaxsafe.model.layers import LayerRange
-from jaxsafe.parallel import banner
 from jaxsafe.prompts.roles import Roles, assign_roles
 from jaxsafe.prompts.sets import check_disjoint
 from jaxsafe.records.attack import Details, LayerScan
@@ -158,7 +157,7 @@ def layer_scan(config: ConfigDict, model: ChatModel, study: Study, clock: Clock)
 def main() -> None:
     """Reads the flags and runs the experiment."""
     config, clock = CONFIG.value, Clock()
-    command.console.print(banner())
+    common.greet()
     with clock.watch("load_s")(f"loading {config.model}", 0):
         model = common.load(config)
     with command.results(OUT.value) as out:

@@ -19,7 +19,7 @@ from jaxsafe.io.masks import save_mask
 from jaxsafe.kernels.lowrank import energy_shares, subspace_similarity
 from jaxsafe.kernels.selection import jaccard, top
 from jaxsafe.methods.brittleness import METHODS, SIDES, Material, Point, edited, points, removed
-from jaxsafe.parallel import banner, fetch
+from jaxsafe.parallel import fetch
 from jaxsafe.records.brittleness import Details, Energy, Overlap, Similarity
 from jaxsafe.records.run import Run
 from jaxsafe.study.study import Study
@@ -106,7 +106,7 @@ def export(config: ConfigDict, material: Material, point: Point, out: pathlib.Pa
 def main() -> None:
     """Reads the flags and runs the experiment."""
     config, clock = CONFIG.value, Clock()
-    command.console.print(banner())
+    common.greet()
     with clock.watch("load_s")(f"loading {config.model}", 0):
         model = common.load(config)
     with command.results(OUT.value) as out:

@@ -14,6 +14,7 @@ from jaxsafe.io.store import Store
 from jaxsafe.kernels.sampling import Decoding, Sampling
 from jaxsafe.methods.attribution_data import OwnAnswers, draw, own_answers_once, pairs_from_file
 from jaxsafe.methods.brittleness import SIDES, Material, ScoreSettings
+from jaxsafe.parallel import banner
 from jaxsafe.prompts.roles import Roles, assign_roles
 from jaxsafe.prompts.sets import PromptSet
 from jaxsafe.records.run import Run
@@ -24,7 +25,15 @@ from jaxsafe.study.record import data_records, record, timed, write_run
 from jaxsafe.study.study import Study
 
 from . import command
+from .accelerator import unused_here
 from .progress import Clock, use_line
+
+
+def greet() -> None:
+    """Says on which devices this process runs, and which it leaves alone."""
+    for line in (banner(), unused_here()):
+        if line:
+            command.say(line)
 
 
 def load(config: ConfigDict) -> ChatModel:

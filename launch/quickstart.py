@@ -31,7 +31,6 @@ from jaxsafe.evaluation.utilisation import Tokens
 from jaxsafe.io.hf import save_hf
 from jaxsafe.io.hub import cache_dir, resolve
 from jaxsafe.methods.safety_tuning import TuningSettings, builtin_refusals, safety_tune, tuning_rows
-from jaxsafe.parallel import banner
 from jaxsafe.prompts.files import KNOWN
 from jaxsafe.prompts.sets import PromptSet, load_prompts
 
@@ -124,7 +123,7 @@ def main() -> None:
         raise ValueError("the quickstart runs on one device; --mesh belongs to launch.scans, .brittleness and .attack")
     if EVAL_DATA.value and TASK.value != "scans":
         raise ValueError(f"--eval_data belongs to --task=scans; use launch.{TASK.value} with --config.evaluation")
-    command.console.print(banner())
+    common.greet()
     config, clock = CONFIGS[TASK.value].get_config(), Clock()
     config.seed = SEED.value
     if TASK.value == "scans":

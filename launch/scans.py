@@ -17,7 +17,6 @@ from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.methods import scans, scans_calibration
 from jaxsafe.methods.scans import Directions, Prepared
 from jaxsafe.model.layers import LayerRange
-from jaxsafe.parallel import banner
 from jaxsafe.prompts.roles import Roles, assign_roles, labelled
 from jaxsafe.prompts.sets import PromptSet
 from jaxsafe.records.run import Run, Variant, from_json, plain
@@ -156,7 +155,7 @@ def show(run: Run, out: pathlib.Path) -> None:
 def main() -> None:
     """Reads the flags and runs the experiment."""
     config, clock = CONFIG.value, Clock()
-    command.console.print(banner())
+    common.greet()
     roles = roles_of(config)
     with clock.watch("load_s")(f"loading {config.model}", 0):
         model = common.load(config)
