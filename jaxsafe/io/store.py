@@ -80,11 +80,11 @@ class Store:
     beside those of this one.
     """
 
-    folder: pathlib.Path
+    folder: str | os.PathLike
 
     def path(self, name: str, follows: Json, suffix: str) -> pathlib.Path:
         """Where the piece lies, or would."""
-        return self.folder / f"{name}-{digest(follows)[:16]}{suffix}"
+        return pathlib.Path(self.folder) / f"{name}-{digest(follows)[:16]}{suffix}"
 
     def has(self, name: str, follows: Json, codec: Codec = JSON) -> bool:
         """Whether the piece is finished."""

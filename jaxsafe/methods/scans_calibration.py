@@ -5,7 +5,7 @@ n prompts, L layers
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +15,7 @@ from jaxsafe.chat.answers import Answers
 from jaxsafe.chat.model import ChatModel
 from jaxsafe.chat.steered import Steered
 from jaxsafe.evaluation.judges.judge import Judge
+from jaxsafe.evaluation.judges.keyword import judge
 from jaxsafe.evaluation.stats import best_threshold, rate
 from jaxsafe.io.store import Log, Store
 from jaxsafe.kernels.sampling import Decoding
@@ -22,10 +23,13 @@ from jaxsafe.kernels.steering import Steering
 from jaxsafe.methods.scans import Directions, Reading, directions_identity, steering_of
 from jaxsafe.model.layers import LayerRange
 from jaxsafe.progress import Progress, silent
+from jaxsafe.prompts.roles import labelled
+from jaxsafe.prompts.sets import PromptSet
 from jaxsafe.records.run import Json, from_json, plain
 from jaxsafe.records.scans import Candidate, Choice, Strength, Vocabulary
 from jaxsafe.rows import data_sha256
 
+SCANS_JUDGE = judge("scans")
 Setting = tuple[LayerRange, float]
 """Layers to steer, and alpha_rel."""
 
@@ -35,16 +39,22 @@ class Calibration:
     """Labelled prompts that settings are tried on, how answers to them are made and judged, and what is allowed.
 
     kl_limit: nats a token on safe prompts that the model answers anyway; max_drop: of the refusal rate of harmful
-    prompts.
+    prompts. See `of` for whole prompt sets.
     """
 
     prompts: tuple[str, ...]
     harmful: tuple[bool, ...]
-    judge: Judge
-    decoding: Decoding
+    judge: Judge = SCANS_JUDGE
+    decoding: Decoding = Decoding(32)
     batch_size: int = 32
     kl_limit: float = 0.1
     max_drop: float = 0.05
+
+    @classmethod
+    def of(cls, sets: Sequence[PromptSet], **settings: Any) -> "Calibration":
+        """The prompts of `sets` with these settings. Raises ValueError for a prompt without a label, and for none."""
+        prompts, harmful = labelled(sets)
+        return cls(tuple(prompts), tuple(harmful), **settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +306,7 @@ def choose_once(
     threshold = best_threshold(scores, calibration.harmful) if by_roc else given.threshold
     ranges = [given.layers] if given.layers else layer_candidates(model.config.layers, vocabulary)
     settings = [(layers, a) for layers in ranges for a in given.strengths]
-    judge, decoding = calibration.judge, calibration.decoding
+    decoding = calibration.decoding
 
     def make() -> Json:
         hand = InHand(store.log("strength", follows), done)
@@ -306,7 +316,8 @@ def choose_once(
         model.fingerprint(),
         directions_identity(directions),
         data_sha256(model.rows(calibration.prompts)),
-        [list(calibration.harmful), judge.name, judge.version, calibration.kl_limit, calibration.max_drop],
+        [list(calibration.harmful), calibration.judge.name, calibration.judge.version],
+        [calibration.kl_limit, calibration.max_drop],
         [decoding.max_new_tokens, decoding.seed, calibration.batch_size],
         [[float(value) for value in dataclasses.astuple(decoding.sampling)], list(model.tokenizer.eos_ids)],
         plain([scored, settings, threshold]),

@@ -35,7 +35,11 @@ from jaxsafe.study.study import Examined, Study
 
 
 def record(
-    study: Study, task: str, config: Mapping[str, Json], datasets: Sequence[Data], details: object = None
+    study: Study,
+    task: str,
+    config: Mapping[str, Json] | None = None,
+    datasets: Sequence[Data] = (),
+    details: object = None,
 ) -> Run:
     """The run of what `study` examined, as its file holds it; `details` is the record of what is the task's own."""
     judge = study.exam.judge
@@ -45,7 +49,7 @@ def record(
         model_record(study.model),
         JudgeVersion(judge.name, judge.version),
         study.exam.decoding.seed,
-        dict(config),
+        dict(config or {}),
         tuple(datasets),
         tuple(examined.result for examined in study.examined.values()),
         table(study),
