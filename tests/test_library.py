@@ -47,9 +47,7 @@ def test_each_block_does_what_it_says(names):
     model, prepared = names["model"], names["prepared"]
     assert names["states"].shape[:2] == (model.config.layers, 2)
     assert names["steered"].answers(["Why?"]).texts != model.answers(["Why?"]).texts
-    assert (
-        len(prepared.record.strength.candidates) > 2 and sum(c.chosen for c in prepared.record.strength.candidates) == 1
-    )
+    assert sum(candidate.chosen for candidate in prepared.record.strength.candidates) == 1
     assert names["after"].scores.shape == (1,)
     assert not same(names["safety_scores"], names["utility_scores"]) and not same(
         names["wanda"], names["safety_scores"]

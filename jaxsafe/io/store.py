@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -17,6 +17,7 @@ from jaxsafe.digest import digest
 from jaxsafe.io.atomic import new_file, write_text
 from jaxsafe.model.weights import flatten, nest
 from jaxsafe.parallel import fetch
+from jaxsafe.progress import Progress, silent
 
 Json = Any
 
@@ -139,3 +140,27 @@ class Log:
             file.write("".join(json.dumps(entry) + "\n" for entry in entries))
             file.flush()
             os.fsync(file.fileno())
+
+
+Batches = Iterable[tuple[Sequence[int], Sequence[Json]]]
+"""(indices, values) of each batch as it is finished."""
+
+
+def by_batch(
+    n: int, make: Callable[[list[int]], Batches], log: Log | None = None, done: Progress = silent
+) -> list[Json]:
+    """The values of 0 to n - 1, in values of JSON, made batch by batch by `make(indices)`.
+
+    What `log` holds is not made again, and every finished batch is added to it. `done` is called with numbers of
+    finished values, first with that of those in the log.
+    """
+    found: dict[int, Json] = dict([] if log is None else log.entries())
+    done(len(found))
+    left = [i for i in range(n) if i not in found]
+    for indices, values in make(left) if left else ():
+        batch = dict(zip(map(int, indices), values, strict=True))
+        if log is not None:
+            log.add(*batch.items())
+        found |= batch
+        done(len(batch))
+    return [found[i] for i in range(n)]

@@ -4,7 +4,7 @@ n prompts, L layers
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jaxsafe.chat.steered import Steered
 from jaxsafe.evaluation.judges.judge import Judge
 from jaxsafe.evaluation.judges.keyword import judge
 from jaxsafe.evaluation.stats import best_threshold, rate
-from jaxsafe.io.store import Log, Store
+from jaxsafe.io.store import Log, Store, by_batch
 from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.kernels.steering import Steering
 from jaxsafe.methods.scans import Directions, Reading, directions_identity, steering_of
@@ -167,23 +167,16 @@ def try_strengths(
 
 
 def _tried(examinee: Steered, calibration: Calibration, hand: InHand) -> list[Tried]:
-    """What comes of every prompt, batch by batch; what the log holds is not tried again."""
-    prompts = calibration.prompts
-    found = {index: Tried(*tried) for index, *tried in ([] if hand.log is None else hand.log.entries())}
-    hand.done(len(found))
-    left = [i for i in range(len(prompts)) if i not in found]
-    batches = examinee.answer_batches([prompts[i] for i in left], calibration.decoding, calibration.batch_size)
-    for rows, answers in batches if left else ():
-        batch = [left[row] for row in rows]
-        judged = [calibration.judge.refused([prompts[i] for i in batch], each.texts) for each in answers]
-        own = answers[0]
-        tokens = [row[:length].tolist() for row, length in zip(own.tokens, own.lengths, strict=True)]
-        new = {i: Tried(list(v), t) for i, v, t in zip(batch, zip(*judged, strict=True), tokens, strict=True)}
-        if hand.log is not None:
-            hand.log.add(*([i, *tried] for i, tried in new.items()))
-        found |= new
-        hand.done(len(new))
-    return [found[i] for i in range(len(prompts))]
+    """What comes of every prompt."""
+
+    def make(left: list[int]) -> Iterator[tuple[list[int], list[Json]]]:
+        prompts = [calibration.prompts[i] for i in left]
+        for rows, answers in examinee.answer_batches(prompts, calibration.decoding, calibration.batch_size):
+            asked = [prompts[row] for row in rows]
+            verdicts = zip(*(calibration.judge.refused(asked, each.texts) for each in answers), strict=True)
+            yield [left[row] for row in rows], [[list(v), t] for v, t in zip(verdicts, answers[0].ids, strict=True)]
+
+    return [Tried(*tried) for tried in by_batch(len(calibration.prompts), make, hand.log, hand.done)]
 
 
 def _answers(tokens: Sequence[Sequence[int]], width: int) -> Answers:

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -97,4 +98,12 @@ def test_an_installed_run_leaves_the_users_own_folders_alone(installed, folder, 
     done = away(tmp_path, installed / "jaxsafe", "scans", f"--config={config}", *flags, "--out=out")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "report.html").is_file()
+    table = done.stdout.splitlines()
+    assert sum("%" in line for line in table) >= 2 and max(map(len, table)) <= 80
+    said = done.stderr.splitlines()
+    for stage in ("refusal directions", "classifier on calibration prompts", "layers and strength", "SCANS"):
+        assert any(line.startswith(f"{stage}: 0/") for line in said) and any(
+            re.match(rf"{stage}: (\d+)/\1 in 0:", line) for line in said
+        ), (stage, said)
+    assert not set(said) & set(table)
     assert {path: path.read_text() for path in tmp_path.rglob("*.py")} == own
