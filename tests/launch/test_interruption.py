@@ -80,26 +80,39 @@ def test_attack_killed_while_it_trains_and_between_cells(folder, tmp_path):
     check(command, tmp_path, lambda out: any(out.glob(trained)), lambda out: some(out, "result-*.json", 2))
 
 
+@pytest.fixture
+def run():
+    """Starts a script, which is over when the test is."""
+    processes = []
+
+    def start(script):
+        processes.append(started([sys.executable, "-c", script]))
+        assert processes[0].stdout.readline() == "started\n"
+        return processes[0]
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_one_signal_ends_a_run_with_one_line(number, status):
-    process = started([sys.executable, "-c", IDLE])
-    assert process.stdout.readline() == "started\n"
+def test_one_signal_ends_a_run_with_one_line(run, number, status):
+    process = run(IDLE)
     process.send_signal(number)
-    _, error = process.communicate(timeout=20)
+    _, error = process.communicate(timeout=60)
     assert (process.returncode, error) == (status, f"{SAID}\n")
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_second_signal_ends_at_once_in_the_middle_of_a_program(number, status):
-    process = started([sys.executable, "-c", ENDLESS])
-    assert process.stdout.readline() == "started\n"
+def test_a_second_signal_ends_at_once_in_the_middle_of_a_program(run, number, status):
+    process = run(ENDLESS)
     time.sleep(1.0)
     process.send_signal(number)
     assert process.stderr.readline() == f"{SAID}\n"
     time.sleep(1.0)
     assert process.poll() is None, "the program in hand was not waited for"
     process.send_signal(number)
-    _, error = process.communicate(timeout=5)
+    _, error = process.communicate(timeout=20)
     assert (process.returncode, error) == (status, "")
 
 
