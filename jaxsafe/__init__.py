@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from jaxsafe.methods.scans import find_directions as find_directions
     from jaxsafe.methods.scans import steering_of as steering_of
     from jaxsafe.methods.scans_calibration import Calibration as Calibration
-    from jaxsafe.methods.scans_calibration import Open as Open
+    from jaxsafe.methods.scans_calibration import OpenChoice as OpenChoice
     from jaxsafe.methods.scans_preparation import prepare_scans as prepare_scans
     from jaxsafe.methods.trainer import FineTuning as FineTuning
     from jaxsafe.methods.trainer import train as train
@@ -165,7 +165,7 @@ _WHERE = {
     "steering_of": "jaxsafe.methods.scans",
     "prepare_scans": "jaxsafe.methods.scans_preparation",
     "Calibration": "jaxsafe.methods.scans_calibration",
-    "Open": "jaxsafe.methods.scans_calibration",
+    "OpenChoice": "jaxsafe.methods.scans_calibration",
     "Prepared": "jaxsafe.methods.scans",
     "Choice": "jaxsafe.records.scans",
     "pad_rows": "jaxsafe.rows",

@@ -16,7 +16,7 @@ from jaxsafe.io.vectors import load_steering, save_control_vector, save_steering
 from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.methods import scans
 from jaxsafe.methods.scans import Prepared
-from jaxsafe.methods.scans_calibration import Calibration, Open
+from jaxsafe.methods.scans_calibration import Calibration, OpenChoice
 from jaxsafe.methods.scans_preparation import prepare_scans
 from jaxsafe.model.layers import LayerRange
 from jaxsafe.progress import Progress
@@ -91,9 +91,9 @@ def calibration_of(config: ConfigDict, roles: Roles) -> Calibration:
     )
 
 
-def open_choice(config: ConfigDict) -> Open:
+def open_choice(config: ConfigDict) -> OpenChoice:
     """What the config says of the choice; the rest is left open."""
-    return Open(
+    return OpenChoice(
         None if config.scored is None else LayerRange.parse(config.scored, "config.scored"),
         None if config.layers is None else LayerRange.parse(config.layers, "config.layers"),
         config.threshold,

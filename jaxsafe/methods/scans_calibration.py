@@ -58,7 +58,7 @@ class Calibration:
 
 
 @dataclasses.dataclass(frozen=True)
-class Open:
+class OpenChoice:
     """What is given of a choice; None is chosen. threshold_by: "outcome" (refusals under steering) or "roc"."""
 
     scored: LayerRange | None = None
@@ -284,7 +284,7 @@ def choose_once(
     model: ChatModel,
     directions: Directions,
     found: tuple[Reading, Vocabulary],
-    given: Open,
+    given: OpenChoice,
     calibration: Calibration,
     done: Progress = silent,
 ) -> tuple[Choice, Strength, np.ndarray]:

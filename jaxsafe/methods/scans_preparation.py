@@ -8,7 +8,7 @@ from jaxsafe.evaluation.stats import roc
 from jaxsafe.io.store import Store
 from jaxsafe.methods import scans, scans_calibration
 from jaxsafe.methods.scans import Directions, Prepared
-from jaxsafe.methods.scans_calibration import Calibration, Open
+from jaxsafe.methods.scans_calibration import Calibration, OpenChoice
 from jaxsafe.progress import Watch, unwatched
 from jaxsafe.prompts.roles import labelled
 from jaxsafe.prompts.sets import PromptSet
@@ -19,12 +19,12 @@ def prepare_scans(
     model: ChatModel,
     anchors: Sequence[PromptSet],
     calibration: Calibration | None = None,
-    choice: Choice | Open = Open(),
+    choice: Choice | OpenChoice = OpenChoice(),
     store: Store | None = None,
     watch: Watch = unwatched,
     batch_size: int = 32,
 ) -> Prepared:
-    """The steering by a given `choice`, or by what an `Open` one leaves open, chosen on the prompts of `calibration`.
+    """The steering by a given `choice`, or what an `OpenChoice` leaves open chosen on the prompts of `calibration`.
 
     Directions are those of the harmful and the benign prompts of `anchors`, read `batch_size` at a time. What is
     finished is kept in `store` (None: nothing is), and `watch` shows how far each stage is. Raises ValueError where
@@ -54,7 +54,7 @@ def _directions(
 
 
 def _chosen(
-    model: ChatModel, directions: Directions, calibration: Calibration, given: Open, store: Store, watch: Watch
+    model: ChatModel, directions: Directions, calibration: Calibration, given: OpenChoice, store: Store, watch: Watch
 ) -> Prepared:
     prompts, harmful, size = calibration.prompts, calibration.harmful, calibration.batch_size
     if len(set(harmful)) < 2:

@@ -23,7 +23,7 @@ from jaxsafe.methods.scans import find_directions, read_prompts, steering_of, vo
 from jaxsafe.methods.scans_calibration import (
     Calibration,
     InHand,
-    Open,
+    OpenChoice,
     Trial,
     best_outcome,
     calibrate,
@@ -332,7 +332,9 @@ def test_what_is_open_is_chosen_and_what_is_given_is_not(model, directions, foun
     store = Store(tmp_path)
 
     def chosen(**given):
-        return choose_once(store, model, directions, found, Open(**{"strengths": (0.3, 0.6)} | given), CALIBRATION)
+        return choose_once(
+            store, model, directions, found, OpenChoice(**{"strengths": (0.3, 0.6)} | given), CALIBRATION
+        )
 
     choice, strength, scores = chosen()
     scored, _ = choose_classifier(reading.cosines, LABELS)
@@ -354,11 +356,11 @@ def test_what_is_open_is_chosen_and_what_is_given_is_not(model, directions, foun
     choice, strength, scores = chosen(threshold_by="roc", layers=LAST)
     assert {c.threshold for c in strength.candidates} == {choice.threshold} == {best_threshold(scores, LABELS)}
     with pytest.raises(ValueError, match=r"config\.threshold_by 'auc' is not known; use 'outcome' or 'roc'"):
-        Open(threshold_by="auc")
+        OpenChoice(threshold_by="auc")
 
 
 def test_choices_are_made_once(model, directions, found, tmp_path, monkeypatch):
-    store, given = Store(tmp_path), Open(layers=LAST, strengths=(0.3, 0.6))
+    store, given = Store(tmp_path), OpenChoice(layers=LAST, strengths=(0.3, 0.6))
 
     def choose(model=model, directions=directions, given=given, calibration=CALIBRATION):
         return choose_once(store, model, directions, found, given, calibration)
@@ -393,10 +395,10 @@ def test_choices_are_made_once(model, directions, found, tmp_path, monkeypatch):
         choose(calibration=dataclasses.replace(CALIBRATION, **change))
     assert len(made) == len(calibrations)
     others = [
-        {"given": Open(layers=WHOLE, strengths=(0.3, 0.6))},
-        {"given": Open(layers=LAST, strengths=(0.3, 0.7))},
-        {"given": Open(layers=LAST, strengths=(0.3, 0.6), threshold=0.1)},
-        {"given": Open(layers=LAST, strengths=(0.3, 0.6), scored=elsewhere)},
+        {"given": OpenChoice(layers=WHOLE, strengths=(0.3, 0.6))},
+        {"given": OpenChoice(layers=LAST, strengths=(0.3, 0.7))},
+        {"given": OpenChoice(layers=LAST, strengths=(0.3, 0.6), threshold=0.1)},
+        {"given": OpenChoice(layers=LAST, strengths=(0.3, 0.6), scored=elsewhere)},
         {"directions": dataclasses.replace(directions, direction=-directions.direction)},
         {"directions": dataclasses.replace(directions, residual_norm=2 * directions.residual_norm)},
         {"model": model.with_params(tiny_params(model.config, 1))},
