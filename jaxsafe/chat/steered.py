@@ -62,11 +62,16 @@ class Steered:
         prompts: Sequence[str] | Sequence[Row],
         decoding: Decoding = Decoding(),
         batch_size: int = 32,
+        by_rule: Progress = silent,
     ) -> Iterator[tuple[np.ndarray, tuple[Answers, ...]]]:
-        """(indices, answers under each rule) of each finished batch; see `ChatModel.answer_batches`."""
+        """(indices, answers under each rule) of each finished batch; see `ChatModel.answer_batches`.
+
+        `by_rule` is called with a batch's number of rows whenever they are answered under one more rule.
+        """
         model = self.model
         if not self._steers:
             for indices, own in model.answer_batches(prompts, decoding, batch_size):
+                by_rule(len(indices) * len(self.rules))
                 yield indices, (own, *[dataclasses.replace(own, read=0)] * (len(self.rules) - 1))
             return
         rows, decoding = model.asked(prompts, decoding)
@@ -83,7 +88,9 @@ class Steered:
                 start = (model.config, model.params, batch, prefilled.cache)
                 generated = steered_answers(*start, self._edits(decision), draw, again)
                 # One rule at a time: many at once would be minutes in which nothing is finished or interrupted.
-                return fetch((generated, None, None) if rule is None else (generated, decision.score, decision.gate))
+                found = fetch((generated, None, None) if rule is None else (generated, decision.score, decision.gate))
+                by_rule(int((indices >= 0).sum()))
+                return found
 
             return tuple(map(under, self.rules))
 

@@ -71,6 +71,15 @@ class OpenChoice:
         if self.threshold_by not in ("roc", "outcome"):
             raise ValueError(f"config.threshold_by {self.threshold_by!r} is not known; use 'outcome' or 'roc'")
 
+    def settings(self, layers: int, vocabulary: Vocabulary | None = None) -> list[Setting]:
+        """The settings to try on a model of so many layers, whose directions point to the words of `vocabulary`."""
+        ranges = [self.layers] if self.layers else layer_candidates(layers, vocabulary)
+        return [(each, strength) for each in ranges for strength in self.strengths]
+
+    def answers(self, prompts: int, layers: int, vocabulary: Vocabulary | None = None) -> int:
+        """How many answers it takes to try them: each prompt unsteered, and toward refusal and away from it."""
+        return prompts * (1 + 2 * len(self.settings(layers, vocabulary)))
+
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
@@ -167,16 +176,18 @@ def try_strengths(
 
 
 def _tried(examinee: Steered, calibration: Calibration, hand: InHand) -> list[Tried]:
-    """What comes of every prompt."""
+    """What comes of every prompt; a prompt is as many pieces of progress as there are rules."""
+    hand.done(len(examinee.rules) * (0 if hand.log is None else len(hand.log.entries())))
 
     def make(left: list[int]) -> Iterator[tuple[list[int], list[Json]]]:
         prompts = [calibration.prompts[i] for i in left]
-        for rows, answers in examinee.answer_batches(prompts, calibration.decoding, calibration.batch_size):
+        how = calibration.decoding, calibration.batch_size, hand.done
+        for rows, answers in examinee.answer_batches(prompts, *how):
             asked = [prompts[row] for row in rows]
             verdicts = zip(*(calibration.judge.refused(asked, each.texts) for each in answers), strict=True)
             yield [left[row] for row in rows], [[list(v), t] for v, t in zip(verdicts, answers[0].ids, strict=True)]
 
-    return [Tried(*tried) for tried in by_batch(len(calibration.prompts), make, hand.log, hand.done)]
+    return [Tried(*tried) for tried in by_batch(len(calibration.prompts), make, hand.log)]
 
 
 def _answers(tokens: Sequence[Sequence[int]], width: int) -> Answers:
@@ -290,15 +301,14 @@ def choose_once(
 ) -> tuple[Choice, Strength, np.ndarray]:
     """What `given` leaves open, chosen on the calibration prompts; all candidates; and the classifier's scores [n].
 
-    Kept in `store`, batch by batch while they are made.
+    Kept in `store`, batch by batch while they are made; `done` is called with numbers of finished `OpenChoice.answers`.
     """
     reading, vocabulary = found
     scored = given.scored or choose_classifier(reading.cosines, calibration.harmful)[0]
     scores = reading.cosines[:, scored.slice].mean(1)
     by_roc = given.threshold is None and given.threshold_by == "roc"
     threshold = best_threshold(scores, calibration.harmful) if by_roc else given.threshold
-    ranges = [given.layers] if given.layers else layer_candidates(model.config.layers, vocabulary)
-    settings = [(layers, a) for layers in ranges for a in given.strengths]
+    settings = given.settings(model.config.layers, vocabulary)
     decoding = calibration.decoding
 
     def make() -> Json:

@@ -62,7 +62,8 @@ def _chosen(
     with watch("classifier on calibration prompts", len(prompts)) as done:
         reading = scans.reading_once(store, model, directions, prompts, size, done)
     record = _record(model, directions)
-    with watch("layers and strength", len(prompts)) as done:
+    answers = given.answers(len(prompts), model.config.layers, record.vocabulary)
+    with watch("layers and strength", answers) as done:
         choice, strength, scores = scans_calibration.choose_once(
             store, model, directions, (reading, record.vocabulary), given, calibration, done
         )
