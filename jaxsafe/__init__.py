@@ -2,13 +2,108 @@
 
 import importlib
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 # An installation has launch/ and configs/ inside the package; in a clone they stand beside it.
 if not (pathlib.Path(__file__).parent / "launch").is_dir():
     __path__.append(str(pathlib.Path(__file__).parents[1]))
+
+# What type checkers read; the test of the public names holds it against the table below.
+if TYPE_CHECKING:
+    from jaxsafe.chat.answers import Answers as Answers
+    from jaxsafe.chat.model import ChatModel as ChatModel
+    from jaxsafe.chat.model import load_chat_model as load_chat_model
+    from jaxsafe.chat.steered import Steered as Steered
+    from jaxsafe.chat.tokenizer import Tokenizer as Tokenizer
+    from jaxsafe.evaluation.judges.keyword import judge as judge
+    from jaxsafe.evaluation.settings import setting as setting
+    from jaxsafe.evaluation.stats import mcnemar as mcnemar
+    from jaxsafe.evaluation.stats import rate as rate
+    from jaxsafe.io.hf import save_hf as save_hf
+    from jaxsafe.io.hub import load_hf as load_hf
+    from jaxsafe.io.hub import resolve as resolve
+    from jaxsafe.io.masks import load_mask as load_mask
+    from jaxsafe.io.masks import load_scores as load_scores
+    from jaxsafe.io.masks import save_mask as save_mask
+    from jaxsafe.io.masks import save_scores as save_scores
+    from jaxsafe.io.store import Store as Store
+    from jaxsafe.io.sums import sums_once as sums_once
+    from jaxsafe.io.vectors import load_control_vector as load_control_vector
+    from jaxsafe.io.vectors import load_steering as load_steering
+    from jaxsafe.io.vectors import save_control_vector as save_control_vector
+    from jaxsafe.io.vectors import save_steering as save_steering
+    from jaxsafe.kernels.forward import capture as capture
+    from jaxsafe.kernels.freezing import freeze as freeze
+    from jaxsafe.kernels.freezing import outside as outside
+    from jaxsafe.kernels.freezing import rewind as rewind
+    from jaxsafe.kernels.generate import generate as generate
+    from jaxsafe.kernels.importance import snip_scores as snip_scores
+    from jaxsafe.kernels.importance import wanda_scores as wanda_scores
+    from jaxsafe.kernels.lora import LoRA as LoRA
+    from jaxsafe.kernels.lora import merge_adapters as merge_adapters
+    from jaxsafe.kernels.lowrank import act_svd as act_svd
+    from jaxsafe.kernels.lowrank import remove_orthogonal as remove_orthogonal
+    from jaxsafe.kernels.lowrank import remove_ranks as remove_ranks
+    from jaxsafe.kernels.lowrank import subspace_similarity as subspace_similarity
+    from jaxsafe.kernels.sampling import Decoding as Decoding
+    from jaxsafe.kernels.sampling import Sampling as Sampling
+    from jaxsafe.kernels.selection import apply_mask as apply_mask
+    from jaxsafe.kernels.selection import bottom as bottom
+    from jaxsafe.kernels.selection import jaccard as jaccard
+    from jaxsafe.kernels.selection import set_difference as set_difference
+    from jaxsafe.kernels.selection import top as top
+    from jaxsafe.kernels.steering import Steering as Steering
+    from jaxsafe.kernels.sums import Scoring as Scoring
+    from jaxsafe.kernels.sums import Statistics as Statistics
+    from jaxsafe.kernels.sums import gather as gather
+    from jaxsafe.kernels.sums import merge as merge
+    from jaxsafe.kernels.units import head_mask as head_mask
+    from jaxsafe.kernels.units import layer_mask as layer_mask
+    from jaxsafe.methods.brittleness import Material as Material
+    from jaxsafe.methods.brittleness import Point as Point
+    from jaxsafe.methods.brittleness import ScoreSettings as ScoreSettings
+    from jaxsafe.methods.brittleness import edited as edited
+    from jaxsafe.methods.defences import Keep as Keep
+    from jaxsafe.methods.scans import Prepared as Prepared
+    from jaxsafe.methods.scans import find_directions as find_directions
+    from jaxsafe.methods.scans import steering_of as steering_of
+    from jaxsafe.methods.scans_calibration import Calibration as Calibration
+    from jaxsafe.methods.scans_calibration import OpenChoice as OpenChoice
+    from jaxsafe.methods.scans_preparation import prepare_scans as prepare_scans
+    from jaxsafe.methods.trainer import FineTuning as FineTuning
+    from jaxsafe.methods.trainer import train as train
+    from jaxsafe.methods.trainer import trained as trained
+    from jaxsafe.model.config import ModelConfig as ModelConfig
+    from jaxsafe.model.layers import LayerRange as LayerRange
+    from jaxsafe.model.taps import At as At
+    from jaxsafe.model.taps import Edit as Edit
+    from jaxsafe.model.taps import SquareSum as SquareSum
+    from jaxsafe.model.taps import at as at
+    from jaxsafe.model.taps import edit as edit
+    from jaxsafe.model.transformer import Transformer as Transformer
+    from jaxsafe.model.transformer import forward as forward
+    from jaxsafe.model.transformer import init as init
+    from jaxsafe.model.weights import hf_view as hf_view
+    from jaxsafe.parallel import parse_mesh as parse_mesh
+    from jaxsafe.parallel import per_device as per_device
+    from jaxsafe.prompts.sets import PromptSet as PromptSet
+    from jaxsafe.prompts.sets import check_disjoint as check_disjoint
+    from jaxsafe.prompts.sets import load_prompts as load_prompts
+    from jaxsafe.records.run import Variant as Variant
+    from jaxsafe.records.run import json_schema as json_schema
+    from jaxsafe.records.run import read_run as read_run
+    from jaxsafe.records.run import read_samples as read_samples
+    from jaxsafe.records.scans import Choice as Choice
+    from jaxsafe.report.write import write_report as write_report
+    from jaxsafe.rows import Batch as Batch
+    from jaxsafe.rows import Row as Row
+    from jaxsafe.rows import pad_rows as pad_rows
+    from jaxsafe.study.exam import Exam as Exam
+    from jaxsafe.study.record import record as record
+    from jaxsafe.study.record import write_run as write_run
+    from jaxsafe.study.study import Study as Study
 
 # Public name -> where it lives; imported on first use, so that `import jaxsafe` costs little.
 _WHERE = {
@@ -68,6 +163,12 @@ _WHERE = {
     "mcnemar": "jaxsafe.evaluation.stats",
     "find_directions": "jaxsafe.methods.scans",
     "steering_of": "jaxsafe.methods.scans",
+    "prepare_scans": "jaxsafe.methods.scans_preparation",
+    "Calibration": "jaxsafe.methods.scans_calibration",
+    "OpenChoice": "jaxsafe.methods.scans_calibration",
+    "Prepared": "jaxsafe.methods.scans",
+    "Choice": "jaxsafe.records.scans",
+    "pad_rows": "jaxsafe.rows",
     "load_steering": "jaxsafe.io.vectors",
     "save_steering": "jaxsafe.io.vectors",
     "save_control_vector": "jaxsafe.io.vectors",
@@ -102,12 +203,14 @@ _WHERE = {
 __all__ = ["__version__", *_WHERE]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module 'jaxsafe' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_WHERE[name]), name)
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # which would take every unknown name for Any
+
+    def __getattr__(name: str) -> Any:
+        if name not in _WHERE:
+            raise AttributeError(f"module 'jaxsafe' has no attribute {name!r}")
+        value = getattr(importlib.import_module(_WHERE[name]), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -24,7 +24,6 @@ from jaxsafe.methods.defences import Defence, Keep, defences
 from jaxsafe.methods.layer_scan import ScanSettings, safety_layers_once
 from jaxsafe.methods.trainer import FineTuning
 from jaxsafe.model.layers import LayerRange
-from jaxsafe.parallel import banner
 from jaxsafe.prompts.roles import Roles, assign_roles
 from jaxsafe.prompts.sets import check_disjoint
 from jaxsafe.records.attack import Details, LayerScan
@@ -124,7 +123,7 @@ def examples_of(
 ) -> dict[int, list[Example]]:
     """The examples of every seed. Raises ValueError where one's prompt is evaluated, too."""
     answer = functools.partial(attacks.own_texts, model, max_new_tokens=config.own_tokens, batch_size=config.batch_size)
-    with clock.stage("examples_s"), command.console.status(f"examples of {attack.label}"):
+    with clock.watch("examples_s")(f"examples of {attack.label}", 0):
         examples = {seed: attacks.attack_examples(attack, seed, answer) for seed in config.seeds}
     for drawn in examples.values():
         for prompts in common.evaluated(roles):
@@ -185,9 +184,9 @@ def main() -> None:
     """Reads the flags and runs the experiment."""
     config, clock = command.config(), Clock()
     with folder.held(OUT.value, folder.identity("attack", FIELDS, config)) as out:
-        command.console.print(banner())
+        common.greet()
         clock.resume(out)
-        with clock.stage("load_s"):
+        with clock.watch("load_s")(f"loading {config.model}", 0):
             model = common.load(config)
         common.show(run(config, model, out, clock, pathlib.Path(OUT.value) / "checkpoints"), out)
 

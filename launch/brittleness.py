@@ -20,7 +20,7 @@ from jaxsafe.io.masks import save_mask
 from jaxsafe.kernels.lowrank import energy_shares, subspace_similarity
 from jaxsafe.kernels.selection import jaccard, top
 from jaxsafe.methods.brittleness import METHODS, RANKS, SIDES, Material, Point, edited, points, removed
-from jaxsafe.parallel import banner, fetch
+from jaxsafe.parallel import fetch
 from jaxsafe.records.brittleness import Details, Energy, Overlap, Similarity
 from jaxsafe.records.run import Run
 from jaxsafe.study.study import Study
@@ -131,9 +131,9 @@ def main() -> None:
     """Reads the flags and runs the experiment."""
     config, clock = command.config(), Clock()
     with folder.held(OUT.value, folder.identity("brittleness", FIELDS, config)) as out:
-        command.console.print(banner())
+        common.greet()
         clock.resume(out)
-        with clock.stage("load_s"):
+        with clock.watch("load_s")(f"loading {config.model}", 0):
             model = common.load(config)
         common.show(run(config, model, out, clock), out)
 

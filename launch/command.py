@@ -1,7 +1,9 @@
 """What every launch script shares: its processes and devices, one clear line for bad input, the compilation cache."""
 
 import contextlib
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
@@ -14,16 +16,22 @@ from jaxsafe.io.hub import cache_dir, model_config
 from jaxsafe.parallel import default_mesh, device_memory, parse_mesh, undivided
 
 from . import settings, usage
+from .faults import of_input, of_program
+from .interruption import Interrupted, interruptible
 
-BAD_INPUT = (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, PermissionError)
 console = Console(stderr=True, highlight=False)
 
 
-def complain(error: BaseException) -> int:
+def complain(error: BaseException | str) -> int:
     """Prints the error on one line and returns the exit status of bad input."""
     line = " ".join(str(error).split())
     print(f"error: {line}", file=sys.stderr)
     return 2
+
+
+def say(line: str) -> None:
+    """Prints a line to standard error, whatever its length; of several processes, the first one does."""
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def _parse(argv: Sequence[str], experiment: settings.Experiment | None) -> list[str]:
@@ -33,10 +41,10 @@ def _parse(argv: Sequence[str], experiment: settings.Experiment | None) -> list[
             print(text)
             sys.exit(0)
         rest = flags.FLAGS(list(argv)) if experiment is None else settings.parse(argv, experiment)
-    except (flags.Error, *BAD_INPUT) as error:
-        if "--debug" in argv:
-            raise
+    except flags.Error as error:
         sys.exit(complain(error))
+    except Exception as error:
+        sys.exit(explain(error, "--debug" in argv))
     if len(rest) > 1:
         sys.exit(complain(ValueError(f"unknown argument {rest[1]!r}; every argument is a --flag (see --help)")))
     return rest
@@ -50,7 +58,8 @@ def config() -> ConfigDict:
 def run(main: Callable[[], None], experiment: settings.Experiment | None = None) -> None:
     """Runs `main` under absl flags, and under the settings of an `experiment` where it is one.
 
-    Bad input ends with one line and status 2, an interrupt with status 130.
+    Bad input ends with one line and status 2, SIGINT and SIGTERM with one line and 130 and 143, a fault of the program
+    with its traceback and status 1.
     """
 
     def guarded(argv: Sequence[str]) -> None:
@@ -58,20 +67,34 @@ def run(main: Callable[[], None], experiment: settings.Experiment | None = None)
         logging.set_verbosity(logging.ERROR)
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        jax.config.update("jax_traceback_filtering", "off")  # whose fault an error is shows in its whole traceback
         given = flags.FLAGS.flag_values_dict()
         try:
             join(given["distributed"], given["coordinator"], given["num_processes"], given["process_id"])
-            with profiled(given["profile"]):
+            with interruptible(_signals(), say), profiled(given["profile"]):
                 main()
-        except BAD_INPUT as error:
-            if given["debug"]:
-                raise
-            sys.exit(complain(error))
-        except KeyboardInterrupt:
-            print("\ninterrupted; the same command goes on from what is finished", file=sys.stderr)
-            sys.exit(130)
+        except KeyboardInterrupt as end:
+            sys.exit(end.status if isinstance(end, Interrupted) else 130)
+        except Exception as error:
+            sys.exit(explain(error, given["debug"]))
 
     app.run(guarded, flags_parser=lambda argv: _parse(argv, experiment))
+
+
+def explain(error: Exception, debug: bool = False) -> int:
+    """Prints an error, with its traceback where the program is to blame or `debug`; returns the exit status."""
+    line = of_input(error)
+    if line is None or debug:
+        traceback.print_exception(error)
+    if line is not None:
+        return complain(line)
+    print(of_program(), file=sys.stderr)
+    return 1
+
+
+def _signals() -> list[int]:
+    """The signals that end this process; of several processes, JAX hears SIGTERM and makes them agree on a step."""
+    return [signal.SIGINT] if jax.distributed.is_initialized() else [signal.SIGINT, signal.SIGTERM]
 
 
 def join(distributed: bool, coordinator: str, num_processes: int | None, process_id: int | None) -> None:

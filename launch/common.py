@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
+from rich.console import Console
 
 from jaxsafe.chat.model import ChatModel, load_chat_model
 from jaxsafe.evaluation.judges.keyword import judge
@@ -15,6 +16,7 @@ from jaxsafe.io.store import Store
 from jaxsafe.kernels.sampling import Decoding, Sampling
 from jaxsafe.methods.attribution_data import OwnAnswers, draw, own_answers_once, pairs_from_file
 from jaxsafe.methods.brittleness import SIDES, Material, ScoreSettings
+from jaxsafe.parallel import banner
 from jaxsafe.prompts.files import read_rows
 from jaxsafe.prompts.roles import Roles, assign_roles
 from jaxsafe.prompts.sets import PromptSet
@@ -26,6 +28,7 @@ from jaxsafe.study.record import data_records, record, timed, write_run
 from jaxsafe.study.study import Study
 
 from . import command
+from .accelerator import unused_here
 from .progress import Clock, use_line
 
 PERSONA = "attack"
@@ -73,6 +76,13 @@ def check_ranks(config: ConfigDict, names: Sequence[str], model: ChatModel) -> N
             raise ValueError(
                 f"config.{name} {largest}: ranks are counted out of the model's width, {model.config.embed}"
             )
+
+
+def greet() -> None:
+    """Says on which devices this process runs, and which it leaves alone."""
+    for line in (banner(), unused_here()):
+        if line:
+            command.say(line)
 
 
 def load(config: ConfigDict) -> ChatModel:
@@ -196,8 +206,8 @@ def finish(study: Study, task: str, config: ConfigDict, roles: Roles, clock: Clo
 
 
 def show(run: Run, out: pathlib.Path) -> None:
-    """Prints the table of a run and where its files are."""
-    command.console.print(result_table(run))
+    """Prints the table of a run to standard output, and to standard error where its files are."""
+    Console(highlight=False, quiet=command.console.quiet).print(result_table(run))
     command.console.print(use_line(run.timings), soft_wrap=True)
     for name in ("report.html", "run.json", "samples.jsonl", "vectors.safetensors"):
         if (out / name).exists():

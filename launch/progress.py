@@ -1,4 +1,4 @@
-"""How far a long run is: progress bars, and the time that each stage takes."""
+"""The time that each stage of a run takes, and what it goes over."""
 
 import contextlib
 import dataclasses
@@ -10,24 +10,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.progress import Progress as Bars
 
 from jaxsafe.evaluation.utilisation import Tokens, utilisation
 from jaxsafe.io.atomic import write_text
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.progress import Progress, Watch, silent
 
-from . import command
-
-
-@contextmanager
-def progress_bar(what: str, total: int) -> Iterator[Progress]:
-    """A bar of `total` steps; yields a function to call with n more steps."""
-    columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn())
-    with Bars(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=command.console) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda n: progress.advance(task, n)
+from .stages import stage
 
 
 @dataclasses.dataclass
@@ -100,14 +89,14 @@ class Clock:
             self._save()
 
     def watch(self, name: str) -> Watch:
-        """A `Watch` that shows bars and adds the time of what it watches to `name`."""
+        """A `Watch` that shows a stage and adds the time of what it watches to `name`."""
 
         @contextmanager
         def watched(what: str, total: int) -> Iterator[Progress]:
             outer, self._watching = self._watching, True
-            shown = contextlib.nullcontext(silent) if outer or not total else progress_bar(what, total)
+            shown = contextlib.nullcontext(silent) if outer else stage(what, total)
             try:
-                with self.stage(name), shown as done:  # one bar at a time: that of the outermost
+                with self.stage(name), shown as done:  # one at a time: the outermost
                     yield lambda n: self._done(done, n)
             finally:
                 self._watching = outer

@@ -32,7 +32,6 @@ from jaxsafe.evaluation.utilisation import Tokens
 from jaxsafe.io.hf import save_hf
 from jaxsafe.io.hub import cache_dir, resolve
 from jaxsafe.methods.safety_tuning import TuningSettings, builtin_refusals, safety_tune, tuning_rows
-from jaxsafe.parallel import banner
 from jaxsafe.prompts.files import KNOWN
 from jaxsafe.prompts.sets import PromptSet, load_file, load_prompts
 
@@ -54,14 +53,14 @@ EXPERIMENTS = {"scans": scans, "brittleness": brittleness, "attack": attack}
 
 def tuned_model(settings: TuningSettings, clock: Clock) -> ChatModel:
     """The safety-tuned model, from the cache or made now."""
-    with clock.stage("load_s"):
+    with clock.watch("load_s")(f"loading {BASE}", 0):
         path = resolve(BASE)
         base = load_chat_model(path)
     harmful, benign = (load_prompts(f"builtin:{name}", split="train") for name in ("harmful", "plain"))
     folder = cache_dir() / "models" / f"{BASE}-safety-{settings.digest(base, [harmful, benign])}"
     if not (folder / "config.json").is_file():
         tune(base, (harmful, benign), settings, folder, path, clock)
-    with clock.stage("load_s"):
+    with clock.watch("load_s")("loading the safety-tuned model", 0):
         tuned = load_chat_model(folder)
     return dataclasses.replace(tuned, name=f"{BASE}, safety-tuned")
 
@@ -120,7 +119,6 @@ def run_scans(config: ConfigDict, out: pathlib.Path, clock: Clock) -> None:
 
 def run(config: ConfigDict, out: pathlib.Path, clock: Clock) -> None:
     """The task on the tuned model."""
-    command.console.print(banner())
     clock.resume(out)
     if TASK.value == "scans":
         run_scans(config, out, clock)
@@ -145,6 +143,7 @@ def main() -> None:
         raise ValueError("the quickstart runs on one device; --mesh belongs to launch.scans, .brittleness and .attack")
     if EVAL_DATA.value and TASK.value != "scans":
         raise ValueError(f"--eval_data belongs to --task=scans; use launch.{TASK.value} with --config.evaluation")
+    common.greet()
     experiment, config = EXPERIMENTS[TASK.value], CONFIGS[TASK.value].get_config()
     config.seed = SEED.value
     check(experiment.FIELDS, config)

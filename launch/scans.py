@@ -5,6 +5,7 @@ python -m launch.scans --config=configs/scans/llama2_7b_chat.py --out=runs/llama
 
 import pathlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -12,17 +13,18 @@ from ml_collections import ConfigDict
 from jaxsafe.chat.model import ChatModel
 from jaxsafe.configs.scans.base import FIELDS
 from jaxsafe.evaluation.judges.keyword import judge
-from jaxsafe.evaluation.stats import roc
 from jaxsafe.io.vectors import load_steering, save_control_vector, save_steering
 from jaxsafe.kernels.sampling import Decoding
-from jaxsafe.methods import scans, scans_calibration
-from jaxsafe.methods.scans import Directions, Prepared
+from jaxsafe.methods import scans
+from jaxsafe.methods.scans import Prepared
+from jaxsafe.methods.scans_calibration import Calibration, OpenChoice
+from jaxsafe.methods.scans_preparation import prepare_scans
 from jaxsafe.model.layers import LayerRange
-from jaxsafe.parallel import banner
+from jaxsafe.progress import Progress
 from jaxsafe.prompts.roles import Roles, assign_roles, labelled
 from jaxsafe.prompts.sets import PromptSet
 from jaxsafe.records.run import Run, Variant, from_json, plain
-from jaxsafe.records.scans import Choice, Details, Preparation, Scores
+from jaxsafe.records.scans import Choice, Details, Preparation
 from jaxsafe.study.study import Study
 
 from . import command, common, folder
@@ -30,6 +32,12 @@ from .progress import Clock
 from .settings import Experiment
 
 PLAIN, STEERED = "as it is", "SCANS"
+STAGES = {
+    "refusal directions": "directions_s",
+    "classifier on calibration prompts": "classifier_s",
+    "layers and strength": "strength_s",
+}
+"""What the record calls the time of each stage of a preparation."""
 
 
 OPEN = ("scored", "threshold", "layers", "alpha", "alpha_rel")
@@ -47,17 +55,16 @@ def check(config: ConfigDict) -> None:
     roles = roles_of(config)
     for name in ("anchors", "calibration"):
         if roles[name] or not (config.vectors or (name == "calibration" and choice_of(config) is not None)):
-            both_kinds(name, roles[name])
+            check_kinds(name, roles[name])
 
 
-def both_kinds(name: str, sets: Sequence[PromptSet]) -> tuple[list[str], list[bool]]:
-    """Prompts and labels of the role `name`. Raises ValueError unless some are harmful and some are not."""
-    prompts, harmful = labelled(sets) if sets else ([], [])
+def check_kinds(name: str, sets: Sequence[PromptSet]) -> None:
+    """Raises ValueError unless some prompts of the role `name` are harmful and some are not."""
+    harmful = labelled(sets)[1] if sets else []
     if len(set(harmful)) < 2:
         raise ValueError(
             f"config.{name} needs harmful and safe prompts; got {sum(harmful)} and {len(harmful) - sum(harmful)}"
         )
-    return prompts, harmful
 
 
 def choice_of(config: ConfigDict) -> Choice | None:
@@ -88,11 +95,7 @@ def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, c
     scans.check_lengths(model, roles["anchors"], exam.texts)
     scans.check_lengths(model, roles["calibration"], exam.texts, config.calibration_tokens)
 
-    if config.vectors:
-        prepared = loaded(config.vectors, model)
-    else:
-        directions = directions_of(config, model, roles, study, clock)
-        prepared = prepare(config, model, directions, fixed, roles, study, clock)
+    prepared = loaded(config.vectors, model) if config.vectors else prepare(config, model, fixed, roles, study, clock)
     save_vectors(out, model, prepared)
 
     plain_variant = Variant(PLAIN)
@@ -104,61 +107,40 @@ def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, c
     return common.finish(study, "scans", config, roles, clock, details)
 
 
-def directions_of(config: ConfigDict, model: ChatModel, roles: Roles, study: Study, clock: Clock) -> Directions:
-    """Refusal directions from the anchors. Raises ValueError where harmful or benign ones are missing."""
-    prompts, labels = both_kinds("anchors", roles["anchors"])
-    harmful, benign = ([p for p, h in zip(prompts, labels, strict=True) if h is side] for side in (True, False))
-    with clock.watch("directions_s")("refusal directions", len(prompts)) as done:
-        return scans.directions_once(study.store, model, harmful, benign, config.batch_size, done)
-
-
 def prepare(
-    config: ConfigDict,
-    model: ChatModel,
-    directions: Directions,
-    fixed: Choice | None,
-    roles: Roles,
-    study: Study,
-    clock: Clock,
+    config: ConfigDict, model: ChatModel, fixed: Choice | None, roles: Roles, study: Study, clock: Clock
 ) -> Prepared:
     """The steering of a given choice, or of what the config leaves open, chosen on the calibration prompts."""
-    vocabulary = scans.vocabulary(model, directions)
-    norm, residual = (tuple(map(float, values)) for values in (directions.norm, directions.residual_norm))
-    if fixed is not None:
-        return Prepared(scans.steering_of(directions, fixed), fixed, Preparation(vocabulary, norm, residual))
-    prompts, harmful = both_kinds("calibration", roles["calibration"])
-    with clock.watch("classifier_s")("classifier on calibration prompts", len(prompts)) as done:
-        reading = scans.reading_once(study.store, model, directions, prompts, config.batch_size, done)
-    calibration = scans_calibration.Calibration(
-        tuple(prompts),
-        tuple(harmful),
-        judge(config.judge),
-        Decoding(config.calibration_tokens, seed=config.seed),
-        config.batch_size,
-        config.kl_limit,
-        config.max_drop,
+
+    def watch(what: str, total: int) -> AbstractContextManager[Progress]:
+        return clock.watch(STAGES[what])(what, total)
+
+    calibration = None if fixed else calibration_of(config, roles)
+    choice = fixed or open_choice(config)
+    return prepare_scans(model, roles["anchors"], calibration, choice, study.store, watch, config.batch_size)
+
+
+def calibration_of(config: ConfigDict, roles: Roles) -> Calibration:
+    """The calibration prompts, and how settings are tried on them."""
+    return Calibration.of(
+        roles["calibration"],
+        judge=judge(config.judge),
+        decoding=Decoding(config.calibration_tokens, seed=config.seed),
+        batch_size=config.batch_size,
+        kl_limit=config.kl_limit,
+        max_drop=config.max_drop,
     )
-    open_choice = scans_calibration.Open(
+
+
+def open_choice(config: ConfigDict) -> OpenChoice:
+    """What the config says of the choice; the rest is left open."""
+    return OpenChoice(
         None if config.scored is None else LayerRange.parse(config.scored, "config.scored"),
         None if config.layers is None else LayerRange.parse(config.layers, "config.layers"),
         config.threshold,
         tuple(config.alpha_grid) if config.alpha_rel is None else (config.alpha_rel,),
         config.threshold_by,
     )
-    with clock.watch("strength_s")("layers and strength", len(prompts)) as done:
-        choice, strength, scores = scans_calibration.choose_once(
-            study.store, model, directions, (reading, vocabulary), open_choice, calibration, done
-        )
-    record = Preparation(
-        vocabulary,
-        norm,
-        residual,
-        tuple(scans.separation(reading, harmful)),
-        Scores(tuple(map(float, scores)), tuple(harmful)),
-        roc(scores, harmful),
-        strength,
-    )
-    return Prepared(scans.steering_of(directions, choice), choice, record)
 
 
 def loaded(path: str, model: ChatModel) -> Prepared:
@@ -195,10 +177,10 @@ def main() -> None:
     """Reads the flags and runs the experiment."""
     config, clock = command.config(), Clock()
     with folder.held(OUT.value, folder.identity("scans", FIELDS, config)) as out:
-        command.console.print(banner())
+        common.greet()
         clock.resume(out)
         roles = roles_of(config)
-        with clock.stage("load_s"):
+        with clock.watch("load_s")(f"loading {config.model}", 0):
             model = common.load(config)
         show(run(config, model, roles, out, clock), out)
 

@@ -32,6 +32,11 @@ class Answers:
     read: int = 0
 
     @property
+    def ids(self) -> list[list[int]]:
+        """The tokens of each answer, without what is behind it."""
+        return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
+
+    @property
     def written(self) -> int:
         """How many tokens the answers have."""
         return int(self.lengths.sum())

@@ -24,7 +24,7 @@ from jaxsafe.kernels.steering import (
     steered_answers,
     steered_nll,
 )
-from jaxsafe.parallel import put_rows
+from jaxsafe.parallel import fetch, put_rows
 from jaxsafe.progress import Progress, silent
 from jaxsafe.rows import Batch, Row, Tree, answer_slots, bucket, reported
 
@@ -62,11 +62,16 @@ class Steered:
         prompts: Sequence[str] | Sequence[Row],
         decoding: Decoding = Decoding(),
         batch_size: int = 32,
+        by_rule: Progress = silent,
     ) -> Iterator[tuple[np.ndarray, tuple[Answers, ...]]]:
-        """(indices, answers under each rule) of each finished batch; see `ChatModel.answer_batches`."""
+        """(indices, answers under each rule) of each finished batch; see `ChatModel.answer_batches`.
+
+        `by_rule` is called with a batch's number of rows whenever they are answered under one more rule.
+        """
         model = self.model
         if not self._steers:
             for indices, own in model.answer_batches(prompts, decoding, batch_size):
+                by_rule(len(indices) * len(self.rules))
                 yield indices, (own, *[dataclasses.replace(own, read=0)] * (len(self.rules) - 1))
             return
         rows, decoding = model.asked(prompts, decoding)
@@ -82,7 +87,10 @@ class Steered:
                 decision = self._decision(rule, prefilled.states, batch)
                 start = (model.config, model.params, batch, prefilled.cache)
                 generated = steered_answers(*start, self._edits(decision), draw, again)
-                return (generated, None, None) if rule is None else (generated, decision.score, decision.gate)
+                # One rule at a time: many at once would be minutes in which nothing is finished or interrupted.
+                found = fetch((generated, None, None) if rule is None else (generated, decision.score, decision.gate))
+                by_rule(int((indices >= 0).sum()))
+                return found
 
             return tuple(map(under, self.rules))
 
@@ -149,7 +157,7 @@ class Steered:
             start = (model.config, model.params, batch, prefilled.cache)
             plain = self._edits(self._decision(None, prefilled.states, batch))
             decisions = [self._decision(rule, prefilled.states, batch) for rule in self.rules]
-            return tuple(answer_divergence(*start, (plain, self._edits(d)), given, again)[0] for d in decisions)
+            return tuple(fetch(answer_divergence(*start, (plain, self._edits(d)), given, again)[0]) for d in decisions)
 
         return np.stack(model.map(call, rows, batch_size, done, slots))
 

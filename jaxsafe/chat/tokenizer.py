@@ -27,7 +27,7 @@ class Tokenizer:
 
     @functools.cached_property
     def hf(self) -> Any:
-        """The `transformers` tokenizer. Raises FileNotFoundError where the folder holds none."""
+        """The `transformers` tokenizer. Raises FileNotFoundError where there is none, and ValueError for a torn one."""
         if str(self.path).endswith(".gguf"):
             return GgufFile(self.path).tokenizer()
         if not pathlib.Path(self.path).is_dir():
@@ -36,7 +36,10 @@ class Tokenizer:
             raise FileNotFoundError(f"no tokenizer.json or tokenizer.model in {self.path}")
         import transformers  # heavy, and only needed here
 
-        return transformers.AutoTokenizer.from_pretrained(str(self.path), local_files_only=True)
+        try:
+            return transformers.AutoTokenizer.from_pretrained(str(self.path), local_files_only=True)
+        except Exception as error:  # of files that hold something else: unrelated exception families
+            raise ValueError(f"the tokenizer in {self.path} cannot be read: {error}") from error
 
     @functools.cached_property
     def eos_ids(self) -> tuple[int, ...]:
@@ -45,7 +48,10 @@ class Tokenizer:
         for name in ("generation_config.json", "config.json"):
             file = pathlib.Path(self.path) / name
             if file.is_file():
-                ids = json.loads(file.read_text()).get("eos_token_id")
+                try:
+                    ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+                except ValueError as error:
+                    raise ValueError(f"{file} is not JSON: {error}") from None
                 ends |= set(ids) if isinstance(ids, list) else {ids}
         return tuple(sorted(ends - {None}))
 

@@ -93,4 +93,7 @@ def preemption() -> Iterator[Callable[[int], bool]]:
     finally:
         signal.signal(signal.SIGTERM, before)
         if asked.is_set():
-            signal.raise_signal(signal.SIGTERM)
+            if callable(before):
+                before(signal.SIGTERM, None)
+            else:
+                signal.raise_signal(signal.SIGTERM)

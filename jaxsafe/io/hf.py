@@ -71,8 +71,8 @@ def read_config(folder: str | os.PathLike, dtype: str | None = None) -> ModelCon
     if not path.is_file():
         raise FileNotFoundError(f"no config.json in {folder}; a Hugging Face model folder has one")
     try:
-        attributes = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        attributes = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no UTF-8, or no JSON
         raise ValueError(f"{path} is not JSON: {error}") from None
     stored = attributes.get("dtype") or attributes.get("torch_dtype") or "float32"
     try:

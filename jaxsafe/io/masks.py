@@ -33,13 +33,16 @@ ABOUT_SCORES = ("kind", "model", "data", "n", "loss", "positions")
 Matrices = Mapping[str, np.ndarray]
 
 
-def save_mask(path: str | os.PathLike, config: ModelConfig, mask: Mask, metadata: dict[str, Any]) -> None:
+def save_mask(
+    path: str | os.PathLike, config: ModelConfig, mask: Mask, metadata: Mapping[str, Any] | None = None
+) -> None:
     """Writes the boolean tree `mask` with eight entries a byte (numpy.packbits of each matrix); `metadata` is JSON.
 
     Raises ValueError for a tree that does not fit `config`.
     """
     matrices = {name: matrix.astype(bool) for name, matrix in _matrices(config, mask).items()}
-    _save(path, "mask", {name: np.packbits(matrix) for name, matrix in matrices.items()}, matrices, metadata)
+    packed = {name: np.packbits(matrix) for name, matrix in matrices.items()}
+    _save(path, "mask", packed, matrices, dict(metadata or {}))
 
 
 def load_mask(

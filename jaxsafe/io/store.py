@@ -5,7 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -17,6 +17,7 @@ from jaxsafe.digest import digest
 from jaxsafe.io.atomic import new_file, write_text
 from jaxsafe.model.weights import flatten, nest
 from jaxsafe.parallel import fetch
+from jaxsafe.progress import Progress, silent
 
 Json = Any
 
@@ -42,7 +43,10 @@ class _Json:
         write_text(path, json.dumps(value))
 
     def read(self, path: pathlib.Path) -> Json:
-        return json.loads(path.read_text(encoding="utf-8"))
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON ({error}); remove it to make it anew") from None
 
 
 class _Tree:
@@ -77,11 +81,11 @@ class Store:
     beside those of this one.
     """
 
-    folder: pathlib.Path
+    folder: str | os.PathLike
 
     def path(self, name: str, follows: Json, suffix: str) -> pathlib.Path:
         """Where the piece lies, or would."""
-        return self.folder / f"{name}-{digest(follows)[:16]}{suffix}"
+        return pathlib.Path(self.folder) / f"{name}-{digest(follows)[:16]}{suffix}"
 
     def has(self, name: str, follows: Json, codec: Codec = JSON) -> bool:
         """Whether the piece is finished."""
@@ -136,3 +140,27 @@ class Log:
             file.write("".join(json.dumps(entry) + "\n" for entry in entries))
             file.flush()
             os.fsync(file.fileno())
+
+
+Batches = Iterable[tuple[Sequence[int], Sequence[Json]]]
+"""(indices, values) of each batch as it is finished."""
+
+
+def by_batch(
+    n: int, make: Callable[[list[int]], Batches], log: Log | None = None, done: Progress = silent
+) -> list[Json]:
+    """The values of 0 to n - 1, in values of JSON, made batch by batch by `make(indices)`.
+
+    What `log` holds is not made again, and every finished batch is added to it. `done` is called with numbers of
+    finished values, first with that of those in the log.
+    """
+    found: dict[int, Json] = dict([] if log is None else log.entries())
+    done(len(found))
+    left = [i for i in range(n) if i not in found]
+    for indices, values in make(left) if left else ():
+        batch = dict(zip(map(int, indices), values, strict=True))
+        if log is not None:
+            log.add(*batch.items())
+        found |= batch
+        done(len(batch))
+    return [found[i] for i in range(n)]

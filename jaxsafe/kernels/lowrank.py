@@ -26,6 +26,7 @@ from threadpoolctl import threadpool_limits
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params
 from jaxsafe.model.weights import flatten, linear_maps, nest, sizes
+from jaxsafe.progress import Progress, silent
 
 _EXACT = jax.lax.Precision.HIGHEST
 
@@ -54,23 +55,27 @@ def as_matrices(config: ModelConfig, path: str, array: Float[Array, "L ..."]) ->
     return array.reshape(config.layers, math.prod(sizes(config, weight.inputs)), -1)
 
 
-def act_svd(config: ModelConfig, params: Params, grams: Mapping[str, Float[Array, "L F F"]]) -> dict[str, Any]:
+def act_svd(
+    config: ModelConfig, params: Params, grams: Mapping[str, Float[Array, "L F F"]], done: Progress = silent
+) -> dict[str, Any]:
     """The `Basis` of every linear map, a tree like the parameters; all ranks from one eigendecomposition a map.
 
     `grams` {tap: float32 [L, F, F]} are those of `gram_sums`. Layers are one batch, split over the devices of the
-    mesh that `params` lie on; maps follow one another. Not centred, as published. Source: arXiv 2402.05162,
-    section 2.3.
+    mesh that `params` lie on; maps follow one another, and `done` is called after each. Not centred, as published.
+    Source: arXiv 2402.05162, section 2.3.
     """
     weight = flatten(params)
 
     def basis(path: str, gram: jax.Array) -> Basis:
         where = getattr(weight[path], "sharding", None)
         W = as_matrices(config, path, weight[path])
-        return by_layers(where.mesh, W, gram) if isinstance(where, NamedSharding) else basis_of(W, gram)
+        made = by_layers(where.mesh, W, gram) if isinstance(where, NamedSharding) else basis_of(W, gram)
+        jax.block_until_ready(made)
+        done(1)
+        return made
 
-    table = linear_maps(config)
     with one_blas_thread():
-        return nest({path: jax.block_until_ready(basis(path, grams[str(w.tap)])) for path, w in table.items()})
+        return nest({path: basis(path, grams[str(w.tap)]) for path, w in linear_maps(config).items()})
 
 
 def one_blas_thread() -> threadpool_limits:

@@ -260,7 +260,8 @@ def gather_parts(
         answers = batch.tokens.shape[1] - 1 - int(batch.instruction_end.min())
         last = min(bucket(answers), batch.tokens.shape[1]) if scoring.positions == "response" else None
         try:
-            sums = add_batch(scoring, config, params, batch, sums, last, mesh)
+            # Waited for, so that a batch is finished, and one that does not fit memory is met, before the next one.
+            sums = jax.block_until_ready(add_batch(scoring, config, params, batch, sums, last, mesh))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

@@ -5,13 +5,13 @@ The safety set holds harmful prompts with refusals, the utility set harmless one
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from jaxsafe.chat.model import ChatModel
 from jaxsafe.evaluation.judges.judge import Judge
-from jaxsafe.io.store import Json, Store
+from jaxsafe.io.store import Json, Log, Store, by_batch
 from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.progress import Progress, silent
 from jaxsafe.prompts.files import read_rows
@@ -34,32 +34,44 @@ class OwnAnswers:
 def own_answers_once(
     store: Store, model: ChatModel, prompts: Sequence[str], kept: OwnAnswers, done: Progress = silent
 ) -> list[Row]:
-    """`own_answers`, kept in `store`."""
-
-    def make() -> Json:
-        return [[list(row.ids), row.instruction_end] for row in own_answers(model, prompts, kept, done)]
-
+    """`own_answers`, kept in `store`, batch by batch while they are made."""
     judged = [kept.judge.name, kept.judge.version, kept.refused]
     ends, asked = list(model.tokenizer.eos_ids), data_sha256(model.rows(prompts))
     follows = [model.fingerprint(), asked, ends, judged, kept.answer_tokens]
     name = f"own-answers-{'refused' if kept.refused else 'answered'}"
-    return [Row(tuple(ids), end) for ids, end in store.once(name, follows, make)]
+
+    def make() -> Json:
+        rows = own_answers(model, prompts, kept, done, store.log(name, follows))
+        return [[list(row.ids), row.instruction_end] for row in rows]
+
+    rows = [Row(tuple(ids), end) for ids, end in store.once(name, follows, make)]
+    store.drop(name, follows, ".jsonl")
+    return rows
 
 
-def own_answers(model: ChatModel, prompts: Sequence[str], kept: OwnAnswers, done: Progress = silent) -> list[Row]:
+def own_answers(
+    model: ChatModel, prompts: Sequence[str], kept: OwnAnswers, done: Progress = silent, log: Log | None = None
+) -> list[Row]:
     """The prompts whose greedy answer refuses (`kept.refused`) or does not, as rows with that answer.
 
-    An answer has no end-of-text token, as published. `done` is called with the number of prompts of each finished
-    batch. Raises ValueError where no prompt is left.
+    An answer has no end-of-text token, as published. Answers are kept in `log` batch by batch, and those that it holds
+    are not made again; `done` is called with the number of prompts of each finished batch. Raises ValueError where no
+    prompt is left.
     """
     judge, refused = kept.judge, kept.refused
     rows = model.rows(prompts)
-    own = model.answers(rows, Decoding(kept.answer_tokens), kept.batch_size, done)
-    verdicts = judge.refused(prompts, own.texts)
+
+    def make(left: list[int]) -> Iterator[tuple[list[int], list[Json]]]:
+        decoding = Decoding(kept.answer_tokens)
+        for some, own in model.answer_batches([rows[i] for i in left], decoding, kept.batch_size):
+            yield [left[i] for i in some], [[text, ids] for text, ids in zip(own.texts, own.ids, strict=True)]
+
+    own = by_batch(len(rows), make, log, done)
+    verdicts = judge.refused(prompts, [text for text, _ in own])
     chosen = [
-        Row(row.ids + tuple(int(t) for t in tokens[:length]), row.instruction_end)
-        for row, tokens, length, verdict in zip(rows, own.tokens, own.lengths, verdicts, strict=True)
-        if length > 0 and verdict is refused
+        Row(row.ids + tuple(ids), row.instruction_end)
+        for row, (_, ids), verdict in zip(rows, own, verdicts, strict=True)
+        if ids and verdict is refused
     ]
     if not chosen:
         kind = "refused" if refused else "answered"

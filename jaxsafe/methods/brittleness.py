@@ -270,8 +270,8 @@ class Material:
 
     def _bases(self, side: str) -> Bases:
         sums = self.statistics("gram", side).sums
-        with self._watch(f"ActSVD, {side}", 0):
-            return act_svd(self.config, self.params, sums)
+        with self._watch(f"ActSVD, {side}", len(linear_maps(self.config))) as done:
+            return act_svd(self.config, self.params, sums, done)
 
     def heads(self) -> list[Head]:
         """The heads that tell harmful prompts (of "safety") from benign ones (of "utility"), most accurate first.
@@ -287,8 +287,8 @@ class Material:
 
         def make() -> Json:
             seed, size = self.settings.seed, self.settings.probe_batch_size
-            with self._watch("probes of heads", 0):
-                found = ranking(head_accuracies(self.model, harmful, benign, size, seed=seed))
+            with self._watch("probes of heads", len(harmful) + len(benign)) as done:
+                found = ranking(head_accuracies(self.model, harmful, benign, size, seed=seed, done=done))
             return [list(head) for head in found]
 
         follows = [self.model.fingerprint(), harmful, benign, self.settings.seed]

@@ -22,6 +22,7 @@ from jaxsafe.kernels.units import Head
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.taps import At
 from jaxsafe.model.transformer import Params
+from jaxsafe.progress import Progress, silent
 from jaxsafe.rows import Batch
 
 
@@ -32,23 +33,25 @@ def head_accuracies(
     batch_size: int = 32,
     validation: float = 2 / 7,
     seed: int = 0,
+    done: Progress = silent,
 ) -> np.ndarray:
     """Accuracy on held-out prompts with which each head tells harmful from benign, float64 [L, N].
 
     A probe is a logistic regression on the head's output at the last token of the prompt; the share `validation` of
-    each kind, drawn by `seed`, is held out. Raises ValueError where a kind has too few prompts to be split.
+    each kind, drawn by `seed`, is held out. `done` is called with the number of prompts of each batch that was read.
+    Raises ValueError where a kind has too few prompts to be split.
     """
-    states = head_states(model, [*harmful, *benign], batch_size)
+    states = head_states(model, [*harmful, *benign], batch_size, done)
     return probe_accuracies(states, np.arange(len(states)) < len(harmful), validation, seed)
 
 
-def head_states(model: ChatModel, prompts: Sequence[str], batch_size: int = 32) -> np.ndarray:
+def head_states(model: ChatModel, prompts: Sequence[str], batch_size: int = 32, done: Progress = silent) -> np.ndarray:
     """What each head hands to the output map at the last token of each prompt, float32 [n, L, N, H]."""
 
     def call(batch: Batch, indices: np.ndarray) -> jax.Array:
         return _at_end(model.config, model.params, batch)
 
-    return model.map(call, model.rows(prompts), batch_size)
+    return model.map(call, model.rows(prompts), batch_size, done)
 
 
 @functools.partial(jax.jit, static_argnames="config")

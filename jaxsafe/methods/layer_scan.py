@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from jaxsafe.chat.model import ChatModel
 from jaxsafe.evaluation.judges.judge import Judge
-from jaxsafe.io.store import Store
+from jaxsafe.io.store import Json, Log, Store
 from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.layers import LayerRange
@@ -92,20 +92,33 @@ def scan_layers(refused: Callable[[LayerRange | None], int], layers: int, start:
 
 
 def safety_layers(
-    model: ChatModel, prompts: Sequence[str], judge: Judge, settings: ScanSettings, done: Progress = silent
+    model: ChatModel,
+    prompts: Sequence[str],
+    judge: Judge,
+    settings: ScanSettings,
+    done: Progress = silent,
+    log: Log | None = None,
 ) -> LayerScan:
     """`scan_layers` of a model, by refusals of over-refusal `prompts` with a range's weights times a factor.
 
-    `done` is called with the number of prompts of each finished batch of answers. Raises ValueError for no prompts
-    and as `scan_layers` does.
+    Ranges that are finished are kept in `log`, and those that it holds are not tried again. `done` is called with the
+    number of prompts of each finished batch of answers. Raises ValueError for no prompts and as `scan_layers` does.
     """
     rows = model.rows(prompts)
+    kept = {(first, stop): count for first, stop, count in ([] if log is None else log.entries())}
 
     def refused(layers: LayerRange | None) -> int:
+        ends = (0, 0) if layers is None else (layers.first, layers.stop)
+        if ends in kept:
+            done(len(rows))
+            return kept[ends]
         params = scaled(model.config, model.params, layers, settings.alpha)
         decoding = Decoding(settings.max_new_tokens)
         answers = model.with_params(params).answers(rows, decoding, settings.batch_size, done)
-        return sum(verdict is True for verdict in judge.refused(prompts, answers.texts))
+        count = sum(verdict is True for verdict in judge.refused(prompts, answers.texts))
+        if log is not None:
+            log.add([*ends, count])
+        return count
 
     return scan_layers(refused, model.config.layers, settings.start)
 
@@ -118,8 +131,13 @@ def safety_layers_once(
     settings: ScanSettings,
     done: Progress = silent,
 ) -> LayerScan:
-    """`safety_layers`, kept in `store`."""
+    """`safety_layers`, kept in `store`, range by range while they are tried."""
     asked = [data_sha256(model.rows(prompts)), list(model.tokenizer.eos_ids)]
     follows = [model.fingerprint(), asked, judge.name, judge.version, plain(settings)]
-    made = store.once("layers", follows, lambda: plain(safety_layers(model, prompts, judge, settings, done)))
-    return from_json(made, LayerScan)
+
+    def make() -> Json:
+        return plain(safety_layers(model, prompts, judge, settings, done, store.log("layers", follows)))
+
+    found = from_json(store.once("layers", follows, make), LayerScan)
+    store.drop("layers", follows, ".jsonl")
+    return found

@@ -4,7 +4,8 @@ n prompts, L layers
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,18 +13,23 @@ from sklearn.metrics import roc_auc_score
 
 from jaxsafe.chat.answers import Answers
 from jaxsafe.chat.model import ChatModel
+from jaxsafe.chat.steered import Steered
 from jaxsafe.evaluation.judges.judge import Judge
+from jaxsafe.evaluation.judges.keyword import judge
 from jaxsafe.evaluation.stats import best_threshold, rate
-from jaxsafe.io.store import Store
+from jaxsafe.io.store import Log, Store, by_batch
 from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.kernels.steering import Steering
 from jaxsafe.methods.scans import Directions, Reading, directions_identity, steering_of
 from jaxsafe.model.layers import LayerRange
 from jaxsafe.progress import Progress, silent
+from jaxsafe.prompts.roles import labelled
+from jaxsafe.prompts.sets import PromptSet
 from jaxsafe.records.run import Json, from_json, plain
 from jaxsafe.records.scans import Candidate, Choice, Strength, Vocabulary
 from jaxsafe.rows import data_sha256
 
+SCANS_JUDGE = judge("scans")
 Setting = tuple[LayerRange, float]
 """Layers to steer, and alpha_rel."""
 
@@ -33,20 +39,26 @@ class Calibration:
     """Labelled prompts that settings are tried on, how answers to them are made and judged, and what is allowed.
 
     kl_limit: nats a token on safe prompts that the model answers anyway; max_drop: of the refusal rate of harmful
-    prompts.
+    prompts. See `of` for whole prompt sets.
     """
 
     prompts: tuple[str, ...]
     harmful: tuple[bool, ...]
-    judge: Judge
-    decoding: Decoding
+    judge: Judge = SCANS_JUDGE
+    decoding: Decoding = Decoding(32)
     batch_size: int = 32
     kl_limit: float = 0.1
     max_drop: float = 0.05
 
+    @classmethod
+    def of(cls, sets: Sequence[PromptSet], **settings: Any) -> "Calibration":
+        """The prompts of `sets` with these settings. Raises ValueError for a prompt without a label, and for none."""
+        prompts, harmful = labelled(sets)
+        return cls(tuple(prompts), tuple(harmful), **settings)
+
 
 @dataclasses.dataclass(frozen=True)
-class Open:
+class OpenChoice:
     """What is given of a choice; None is chosen. threshold_by: "outcome" (refusals under steering) or "roc"."""
 
     scored: LayerRange | None = None
@@ -58,6 +70,15 @@ class Open:
     def __post_init__(self) -> None:
         if self.threshold_by not in ("roc", "outcome"):
             raise ValueError(f"config.threshold_by {self.threshold_by!r} is not known; use 'outcome' or 'roc'")
+
+    def settings(self, layers: int, vocabulary: Vocabulary | None = None) -> list[Setting]:
+        """The settings to try on a model of so many layers, whose directions point to the words of `vocabulary`."""
+        ranges = [self.layers] if self.layers else layer_candidates(layers, vocabulary)
+        return [(each, strength) for each in ranges for strength in self.strengths]
+
+    def answers(self, prompts: int, layers: int, vocabulary: Vocabulary | None = None) -> int:
+        """How many answers it takes to try them: each prompt unsteered, and toward refusal and away from it."""
+        return prompts * (1 + 2 * len(self.settings(layers, vocabulary)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,27 +139,60 @@ def away(steering: Steering) -> Steering:
     return steering.replace(threshold=jnp.float32(jnp.inf))  # type: ignore[attr-defined]
 
 
+@dataclasses.dataclass(frozen=True)
+class InHand:
+    """Work that goes on from an earlier run: the log of what is finished (None keeps nothing), and its progress."""
+
+    log: Log | None = None
+    done: Progress = silent
+
+
+class Tried(NamedTuple):
+    """The verdicts on a prompt's answers, by rule, and the tokens of the unsteered one."""
+
+    verdicts: list[bool | None]
+    tokens: list[int]
+
+
 def try_strengths(
     model: ChatModel,
     directions: Directions,
     settings: Sequence[Setting],
     calibration: Calibration,
-    done: Progress = silent,
+    hand: InHand = InHand(),
 ) -> Trial:
     """Answers the calibration prompts under each of `settings`, toward refusal and away from it, from one prefill."""
     whole = LayerRange(0, len(directions.norm))
     steerings = [steering_of(directions, Choice(whole, layers, 0.0, alpha_rel=a)) for layers, a in settings]
     rules = [None, *(signed(steering) for steering in steerings for signed in (toward, away))]
-    prompts = calibration.prompts
-    answers = model.steered(rules).answers(prompts, calibration.decoding, calibration.batch_size, done)
-    verdicts = [calibration.judge.refused(prompts, each.texts) for each in answers]
-    before, both = verdicts[0], verdicts[1:]
+    tried = _tried(model.steered(rules), calibration, hand)
+    before, *both = (list(verdicts) for verdicts in zip(*(each.verdicts for each in tried), strict=True))
     return Trial(
         before,
         toward=dict(zip(settings, both[0::2], strict=True)),
         away=dict(zip(settings, both[1::2], strict=True)),
-        answers=answers[0],
+        answers=_answers([each.tokens for each in tried], calibration.decoding.max_new_tokens),
     )
+
+
+def _tried(examinee: Steered, calibration: Calibration, hand: InHand) -> list[Tried]:
+    """What comes of every prompt; a prompt is as many pieces of progress as there are rules."""
+    hand.done(len(examinee.rules) * (0 if hand.log is None else len(hand.log.entries())))
+
+    def make(left: list[int]) -> Iterator[tuple[list[int], list[Json]]]:
+        prompts = [calibration.prompts[i] for i in left]
+        how = calibration.decoding, calibration.batch_size, hand.done
+        for rows, answers in examinee.answer_batches(prompts, *how):
+            asked = [prompts[row] for row in rows]
+            verdicts = zip(*(calibration.judge.refused(asked, each.texts) for each in answers), strict=True)
+            yield [left[row] for row in rows], [[list(v), t] for v, t in zip(verdicts, answers[0].ids, strict=True)]
+
+    return [Tried(*tried) for tried in by_batch(len(calibration.prompts), make, hand.log)]
+
+
+def _answers(tokens: Sequence[Sequence[int]], width: int) -> Answers:
+    rows = [[*ids, *[0] * (width - len(ids))] for ids in tokens]
+    return Answers((), np.array(rows, np.int32), np.array(list(map(len, tokens)), np.int32))
 
 
 def outcome(trial: Trial, setting: Setting, scores: np.ndarray, threshold: float) -> list[bool | None]:
@@ -193,7 +247,7 @@ def calibrate(
     settings: Sequence[Setting],
     calibration: Calibration,
     threshold: float | None = None,
-    done: Progress = silent,
+    hand: InHand = InHand(),
 ) -> list[Candidate]:
     """Every setting as a candidate, each at its own best threshold or at the given one, the chosen one marked.
 
@@ -203,7 +257,7 @@ def calibrate(
     """
     scored, scores = classifier
     prompts, harmful = calibration.prompts, calibration.harmful
-    trial = try_strengths(model, directions, settings, calibration, done)
+    trial = try_strengths(model, directions, settings, calibration, hand)
     complied = [i for i, (v, h) in enumerate(zip(trial.before, harmful, strict=True)) if v is False and not h]
     if not complied:
         raise ValueError("the model refuses every safe calibration prompt; the divergence of answers cannot be told")
@@ -241,36 +295,38 @@ def choose_once(
     model: ChatModel,
     directions: Directions,
     found: tuple[Reading, Vocabulary],
-    given: Open,
+    given: OpenChoice,
     calibration: Calibration,
     done: Progress = silent,
 ) -> tuple[Choice, Strength, np.ndarray]:
     """What `given` leaves open, chosen on the calibration prompts; all candidates; and the classifier's scores [n].
 
-    Kept in `store`.
+    Kept in `store`, batch by batch while they are made; `done` is called with numbers of finished `OpenChoice.answers`.
     """
     reading, vocabulary = found
     scored = given.scored or choose_classifier(reading.cosines, calibration.harmful)[0]
     scores = reading.cosines[:, scored.slice].mean(1)
     by_roc = given.threshold is None and given.threshold_by == "roc"
     threshold = best_threshold(scores, calibration.harmful) if by_roc else given.threshold
-    ranges = [given.layers] if given.layers else layer_candidates(model.config.layers, vocabulary)
-    settings = [(layers, a) for layers in ranges for a in given.strengths]
-    judge, decoding = calibration.judge, calibration.decoding
+    settings = given.settings(model.config.layers, vocabulary)
+    decoding = calibration.decoding
 
     def make() -> Json:
-        return plain(calibrate(model, directions, (scored, scores), settings, calibration, threshold, done))
+        hand = InHand(store.log("strength", follows), done)
+        return plain(calibrate(model, directions, (scored, scores), settings, calibration, threshold, hand))
 
     follows = [
         model.fingerprint(),
         directions_identity(directions),
         data_sha256(model.rows(calibration.prompts)),
-        [list(calibration.harmful), judge.name, judge.version, calibration.kl_limit, calibration.max_drop],
+        [list(calibration.harmful), calibration.judge.name, calibration.judge.version],
+        [calibration.kl_limit, calibration.max_drop],
         [decoding.max_new_tokens, decoding.seed, calibration.batch_size],
         [[float(value) for value in dataclasses.astuple(decoding.sampling)], list(model.tokenizer.eos_ids)],
         plain([scored, settings, threshold]),
     ]
     candidates = from_json(store.once("strength", follows, make), tuple[Candidate, ...])
+    store.drop("strength", follows, ".jsonl")
     best = next(candidate for candidate in candidates if candidate.chosen)
     choice = Choice(scored, best.layers, best.threshold, alpha_rel=best.alpha_rel)
     strength = Strength(calibration.kl_limit, calibration.max_drop, len(calibration.prompts), candidates)

@@ -36,7 +36,7 @@ def change_blocks(
     """`params` with `change` applied to block after block, each with the statistics that it has by then.
 
     Wanda and Gram sums are read from the kept inputs of the block. SNIP needs the gradient from above, so each block
-    costs a pass of the whole model. `done` is called after every block.
+    costs a pass of the whole model. `done` is called when a block is finished.
     """
     one = dataclasses.replace(config, layers=1)
     reducer = kind_of(scoring.kind).reducer
@@ -62,6 +62,7 @@ def change_blocks(
             run_block(config, weights, x, jnp.asarray(batch.valid))[0]
             for x, batch in zip(states, batches, strict=False)
         ]
+        jax.block_until_ready((params, states))
         done(1)
     return dict(params)
 
@@ -77,5 +78,5 @@ def _block_sums(
     taps, sums = input_taps(config), None
     for x, batch, reducer in zip(states, batches, reducers, strict=True):
         _, read = run_block(config, weights, x, jnp.asarray(batch.valid), taps, dict.fromkeys(taps, reducer))
-        sums = read if sums is None else jax.tree.map(jnp.add, sums, read)
+        sums = jax.block_until_ready(read if sums is None else jax.tree.map(jnp.add, sums, read))
     return jax.tree.map(lambda a: a[None], sums)

@@ -11,9 +11,10 @@ from jaxsafe.chat.model import ChatModel, System
 from jaxsafe.chat.steered import Steered
 from jaxsafe.evaluation.judges.broken import BrokenJudge
 from jaxsafe.evaluation.judges.judge import Judge
+from jaxsafe.evaluation.judges.keyword import judge
 from jaxsafe.evaluation.language import answer_rows, perplexity, repetition
 from jaxsafe.evaluation.samples import rates, set_name
-from jaxsafe.evaluation.settings import Setting
+from jaxsafe.evaluation.settings import Setting, setting
 from jaxsafe.evaluation.utilisation import Tokens
 from jaxsafe.io.store import Log
 from jaxsafe.kernels.sampling import Decoding
@@ -21,6 +22,8 @@ from jaxsafe.progress import Progress, silent
 from jaxsafe.prompts.sets import PromptSet
 from jaxsafe.records.run import Json, Rate, Sample
 from jaxsafe.rows import Row, check_context, data_sha256
+
+VANILLA, SCANS = setting("vanilla"), judge("scans")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +38,9 @@ class Exam:
     """
 
     prompts: tuple[PromptSet, ...]
-    settings: tuple[Setting, ...]
-    judge: Judge
-    decoding: Decoding
+    settings: tuple[Setting, ...] = (VANILLA,)
+    judge: Judge = SCANS
+    decoding: Decoding = Decoding()
     texts: tuple[Row, ...] = ()
     broken: BrokenJudge = BrokenJudge()
     batch_size: int = 32

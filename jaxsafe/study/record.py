@@ -41,7 +41,11 @@ LIBRARIES = ("jax", "jaxlib", "flax", "transformers", "tokenizers", "numpy")
 
 
 def record(
-    study: Study, task: str, config: Mapping[str, Json], datasets: Sequence[Data], details: object = None
+    study: Study,
+    task: str,
+    config: Mapping[str, Json] | None = None,
+    datasets: Sequence[Data] = (),
+    details: object = None,
 ) -> Run:
     """The run of what `study` examined, as its file holds it; `details` is the record of what is the task's own."""
     judge, broken = study.exam.judge, study.exam.broken
@@ -53,7 +57,7 @@ def record(
         JudgeVersion(broken.name, broken.version),
         study.exam.decoding.max_new_tokens,
         study.exam.decoding.seed,
-        dict(config),
+        dict(config or {}),
         tuple(datasets),
         tuple(examined.result for examined in study.examined.values()),
         table(study),

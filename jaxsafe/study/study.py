@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Callable, Sequence
 
@@ -32,7 +33,7 @@ class Study:
     `tokens` are those that exams took.
     """
 
-    out: pathlib.Path
+    out: str | os.PathLike
     model: ChatModel
     exam: Exam
     watch: Watch = unwatched
@@ -42,7 +43,7 @@ class Study:
     @property
     def store(self) -> Store:
         """Where finished pieces lie."""
-        return Store(self.out / "store")
+        return Store(pathlib.Path(self.out) / "store")
 
     @functools.cached_property
     def identity(self) -> Json:

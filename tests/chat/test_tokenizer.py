@@ -177,3 +177,11 @@ def test_the_row_that_exceeds_the_context_is_named():
         check_context(rows, 19)
     with pytest.raises(ValueError, match=r"prompt 2 needs 30 tokens \+ 5 new ones; the model's context is 34 tokens"):
         check_context(rows, 34, 5)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])
+def test_a_torn_file_is_refused_by_one_error_that_names_it(tmp_path, name):
+    tiny_tokenizer(tmp_path, eos=2)
+    (tmp_path / name).write_text('{"added_tokens":')
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        _ = Tokenizer(tmp_path).eos_ids

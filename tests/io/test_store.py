@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from jaxsafe.io.store import JSON, TREE, Log, Store
+from jaxsafe.io.store import JSON, TREE, Log, Store, by_batch
 
 VALUES = [None, {"a": [1, 2.5, "ü\u2028", True, None]}, "text", [], 3]
 
@@ -135,8 +135,11 @@ def test_torn_and_missing_files_are_named(tmp_path):
         store.write("piece", 1, {"a": np.ones(200, np.float32)} if codec is TREE else {"a": [1] * 200}, codec)
         path = store.path("piece", 1, codec.suffix)
         path.write_bytes(path.read_bytes()[:-20])
-        with pytest.raises(ValueError, match="is not a whole safetensors file" if codec is TREE else "delimiter"):
+        with pytest.raises(
+            ValueError, match="is not a whole safetensors file" if codec is TREE else "not JSON"
+        ) as error:
             store.read("piece", 1, codec)
+        assert str(path) in str(error.value)
 
 
 def test_what_cannot_be_told_apart_is_refused(tmp_path):
@@ -178,3 +181,25 @@ def test_a_log_cut_anywhere_goes_on(tmp_path_factory, cut, added):
         torn.add(["new"])
         assert torn.entries() == [*found, ["new"]]
     assert torn.entries()[: len(found)] == found
+
+
+def test_values_made_by_batch_go_on_from_the_log(tmp_path):
+    log, made = Log(tmp_path / "log.jsonl"), []
+
+    def make(left):
+        for i in range(0, len(left), 2):
+            made.append(left[i : i + 2])
+            yield left[i : i + 2], [{"square": n * n} for n in left[i : i + 2]]
+
+    def stopped(n):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        by_batch(7, make, log, stopped)
+    assert made == [[0, 1], [2, 3]]
+    heard = []
+    assert by_batch(7, make, log, heard.append) == [{"square": n * n} for n in range(7)]
+    assert made[2:] == [[4, 5], [6]] and heard == [4, 2, 1]
+    assert by_batch(7, make, log) == by_batch(7, make) == [{"square": n * n} for n in range(7)]
+    assert len(made) == 4 + 4

@@ -1,9 +1,28 @@
-"""A launch script killed in the middle of any of its stages loses the piece in hand and ends with the same result."""
+"""A launch script stopped in the middle of any of its stages loses the piece in hand and ends with the same result."""
+
+import re
+import signal
+import sys
+import time
 
 import pytest
 from launches import attack, brittleness, finished, found, lines, scans, started, wait_until, write_pairs
 
-pytestmark = pytest.mark.slow
+from launch.interruption import SAID
+
+ENDLESS = """
+import jax
+from launch import command
+
+def main():
+    print("started", flush=True)
+    jax.lax.while_loop(lambda i: i >= 0, lambda i: (i + 1) % 5, 0).block_until_ready()
+
+command.run(main)
+"""
+IDLE = ENDLESS.replace(
+    "jax.lax.while_loop(lambda i: i >= 0, lambda i: (i + 1) % 5, 0).block_until_ready()", "while 1: 1"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -43,17 +62,74 @@ def some(out, pattern, n=1):
     return len(list(out.glob(f"store/{pattern}"))) >= n
 
 
+@pytest.mark.slow
 def test_scans_killed_while_it_generates(folder, tmp_path):
     logged = "store/answers-*.jsonl"
     check(scans(folder), tmp_path, lambda out: any(lines(log) > 0 for log in out.glob(logged)))
 
 
+@pytest.mark.slow
 def test_brittleness_killed_while_it_scores_and_while_it_sweeps(folder, tmp_path):
     command = brittleness(folder, write_pairs(tmp_path / "pairs.jsonl"))
     check(command, tmp_path, lambda out: some(out, "*snip*"), lambda out: some(out, "result-*.json", 2))
 
 
+@pytest.mark.slow
 def test_attack_killed_while_it_trains_and_between_cells(folder, tmp_path):
     command = attack(folder, write_pairs(tmp_path / "pairs.jsonl"))
     trained = "checkpoints/*/3"
     check(command, tmp_path, lambda out: any(out.glob(trained)), lambda out: some(out, "result-*.json", 2))
+
+
+@pytest.fixture
+def run():
+    """Starts a script, which is over when the test is."""
+    processes = []
+
+    def start(script):
+        processes.append(started([sys.executable, "-c", script]))
+        assert processes[0].stdout.readline() == "started\n"
+        return processes[0]
+
+    yield start
+    for process in processes:
+        process.kill()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_one_signal_ends_a_run_with_one_line(run, number, status):
+    process = run(IDLE)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (status, f"{SAID}\n")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_at_once_in_the_middle_of_a_program(run, number, status):
+    process = run(ENDLESS)
+    time.sleep(1.0)
+    process.send_signal(number)
+    assert process.stderr.readline() == f"{SAID}\n"
+    time.sleep(1.0)
+    assert process.poll() is None, "the program in hand was not waited for"
+    process.send_signal(number)
+    _, error = process.communicate(timeout=20)
+    assert (process.returncode, error) == (status, "")
+
+
+@pytest.mark.slow
+def test_scans_interrupted_while_it_calibrates_goes_on_from_its_batches(folder, tmp_path):
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    command = [*scans(folder), "--config.batch_size=2"]
+    process = started([*command, f"--out={out}"])
+    wait_until(lambda: any(lines(log) > 0 for log in out.glob("store/strength-*.jsonl")), process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and error.splitlines()[-1] == SAID and "Traceback" not in error
+    (log,) = out.glob("store/strength-*.jsonl")
+    kept = lines(log)
+    assert 0 < kept < 8
+    ((_, said),) = finished(started([*command, f"--out={out}"]))
+    assert re.search(r"layers and strength: (\d+)/\1 in", said)
+    finished(started([*command, f"--out={whole}"]))
+    assert found(out) == found(whole)

@@ -241,7 +241,17 @@ def test_own_answers_are_kept_by_the_verdict(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"none of the 6 prompts is refused by tiny, judged by wei2024_no_length"):
         own_answers(model, PROMPTS, refused)
     store = Store(tmp_path / "store")
-    assert own_answers_once(store, model, PROMPTS, complied) == answered
+
+    def stopped(n):
+        if n:
+            raise KeyboardInterrupt
+
+    by_two = dataclasses.replace(complied, batch_size=2)
+    with pytest.raises(KeyboardInterrupt):
+        own_answers_once(store, model, PROMPTS, by_two, stopped)
+    heard = []
+    assert own_answers_once(store, model, PROMPTS, by_two, heard.append) == answered
+    assert heard[0] > 0 and sum(heard) == len(PROMPTS) and not list((tmp_path / "store").glob("*.jsonl"))
     monkeypatch.setattr("jaxsafe.methods.attribution_data.own_answers", never)
     assert own_answers_once(store, model, PROMPTS, complied) == answered
     with pytest.raises(AssertionError, match="made again"):

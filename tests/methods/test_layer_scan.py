@@ -88,6 +88,23 @@ def test_scans_are_made_once(tmp_path, monkeypatch):
     assert len(made) == len(others)
 
 
+def test_an_interrupted_scan_goes_on_from_its_ranges(tmp_path):
+    model, store = tiny_chat_model(tmp_path), Store(tmp_path)
+    odd, how = KeywordJudge("odd", "1", lambda text: len(text) % 2 == 1), ScanSettings(LayerRange(1, 2), 1.4, 5, 8)
+    log = store.log("layers", 0)
+
+    def stopped(n):
+        if len(log.entries()) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        safety_layers(model, PROMPTS, odd, how, stopped, log)
+    before = log.entries()
+    assert len(before) == 2  # the one in hand is lost
+    assert safety_layers(model, PROMPTS, odd, how, log=log) == safety_layers(model, PROMPTS, odd, how)
+    assert log.entries()[:2] == before and len({tuple(entry[:2]) for entry in log.entries()}) == len(log.entries())
+
+
 def test_the_mask_names_maps_alone():
     mask = flatten(layer_mask(CONFIG, LayerRange(1, 3)))
     assert mask.keys() == linear_maps(CONFIG).keys()

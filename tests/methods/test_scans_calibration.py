@@ -22,7 +22,8 @@ from jaxsafe.methods import scans_calibration
 from jaxsafe.methods.scans import find_directions, read_prompts, steering_of, vocabulary
 from jaxsafe.methods.scans_calibration import (
     Calibration,
-    Open,
+    InHand,
+    OpenChoice,
     Trial,
     best_outcome,
     calibrate,
@@ -132,8 +133,8 @@ def test_the_segment_that_names_refusal_is_tried_first():
 @pytest.fixture(scope="module")
 def trial(model, directions):
     heard = []
-    found = try_strengths(model, directions, SETTINGS, CALIBRATION, heard.append)
-    assert heard == [8]
+    found = try_strengths(model, directions, SETTINGS, CALIBRATION, InHand(done=heard.append))
+    assert heard == [0] + [8] * 5  # unsteered, and either way under two settings
     return found
 
 
@@ -331,7 +332,9 @@ def test_what_is_open_is_chosen_and_what_is_given_is_not(model, directions, foun
     store = Store(tmp_path)
 
     def chosen(**given):
-        return choose_once(store, model, directions, found, Open(**{"strengths": (0.3, 0.6)} | given), CALIBRATION)
+        return choose_once(
+            store, model, directions, found, OpenChoice(**{"strengths": (0.3, 0.6)} | given), CALIBRATION
+        )
 
     choice, strength, scores = chosen()
     scored, _ = choose_classifier(reading.cosines, LABELS)
@@ -353,11 +356,11 @@ def test_what_is_open_is_chosen_and_what_is_given_is_not(model, directions, foun
     choice, strength, scores = chosen(threshold_by="roc", layers=LAST)
     assert {c.threshold for c in strength.candidates} == {choice.threshold} == {best_threshold(scores, LABELS)}
     with pytest.raises(ValueError, match=r"config\.threshold_by 'auc' is not known; use 'outcome' or 'roc'"):
-        Open(threshold_by="auc")
+        OpenChoice(threshold_by="auc")
 
 
 def test_choices_are_made_once(model, directions, found, tmp_path, monkeypatch):
-    store, given = Store(tmp_path), Open(layers=LAST, strengths=(0.3, 0.6))
+    store, given = Store(tmp_path), OpenChoice(layers=LAST, strengths=(0.3, 0.6))
 
     def choose(model=model, directions=directions, given=given, calibration=CALIBRATION):
         return choose_once(store, model, directions, found, given, calibration)
@@ -392,10 +395,10 @@ def test_choices_are_made_once(model, directions, found, tmp_path, monkeypatch):
         choose(calibration=dataclasses.replace(CALIBRATION, **change))
     assert len(made) == len(calibrations)
     others = [
-        {"given": Open(layers=WHOLE, strengths=(0.3, 0.6))},
-        {"given": Open(layers=LAST, strengths=(0.3, 0.7))},
-        {"given": Open(layers=LAST, strengths=(0.3, 0.6), threshold=0.1)},
-        {"given": Open(layers=LAST, strengths=(0.3, 0.6), scored=elsewhere)},
+        {"given": OpenChoice(layers=WHOLE, strengths=(0.3, 0.6))},
+        {"given": OpenChoice(layers=LAST, strengths=(0.3, 0.7))},
+        {"given": OpenChoice(layers=LAST, strengths=(0.3, 0.6), threshold=0.1)},
+        {"given": OpenChoice(layers=LAST, strengths=(0.3, 0.6), scored=elsewhere)},
         {"directions": dataclasses.replace(directions, direction=-directions.direction)},
         {"directions": dataclasses.replace(directions, residual_norm=2 * directions.residual_norm)},
         {"model": model.with_params(tiny_params(model.config, 1))},
@@ -409,6 +412,24 @@ def test_choices_are_made_once(model, directions, found, tmp_path, monkeypatch):
     monkeypatch.setitem(vars(model.tokenizer), "eos_ids", (*ends, 7))
     choose()
     assert len(made) == len(calibrations) + len(others) + 1
+
+
+def test_an_interrupted_calibration_goes_on_from_its_batches(model, directions, tmp_path, trial):
+    calibration, log = dataclasses.replace(CALIBRATION, batch_size=2), Store(tmp_path).log("strength", 0)
+    heard = []
+
+    def stopped(n):
+        if len(log.entries()) == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        try_strengths(model, directions, SETTINGS, calibration, InHand(log, stopped))
+    assert len(log.entries()) == 4
+    found = try_strengths(model, directions, SETTINGS, calibration, InHand(log, heard.append))
+    assert heard[0] == 4 * 5 and sum(heard) == 8 * 5 == OpenChoice(layers=LAST, strengths=(1, 2)).answers(8, 3)
+    assert (found.before, found.toward, found.away) == (trial.before, trial.toward, trial.away)
+    np.testing.assert_array_equal(found.answers.tokens, trial.answers.tokens)
+    np.testing.assert_array_equal(found.answers.lengths, trial.answers.lengths)
 
 
 def test_prompts_longer_than_the_context_are_refused_before_anything_runs(tmp_path, directions):

@@ -341,8 +341,12 @@ def test_a_folder_without_a_usable_config(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no config\.json in .*; a Hugging Face model folder has one"):
         read_config(tmp_path)
     file = tmp_path / "config.json"
-    for text, words in [("{", "is not JSON"), (json.dumps(TINY | {"hidden_act": "relu"}), "hidden_act='relu'")]:
-        file.write_text(text)
+    for text, words in [
+        ("{", "is not JSON"),
+        ("\udcff", "is not JSON"),
+        (json.dumps(TINY | {"hidden_act": "relu"}), "hidden_act='relu'"),
+    ]:
+        file.write_bytes(text.encode("utf-8", "surrogateescape"))
         with pytest.raises(ValueError, match=words) as error:
             read_config(tmp_path)
         assert str(file) in str(error.value) and "\n" not in str(error.value)
