@@ -143,7 +143,6 @@ def main() -> None:
         raise ValueError("the quickstart runs on one device; --mesh belongs to launch.scans, .brittleness and .attack")
     if EVAL_DATA.value and TASK.value != "scans":
         raise ValueError(f"--eval_data belongs to --task=scans; use launch.{TASK.value} with --config.evaluation")
-    common.greet()
     experiment, config = EXPERIMENTS[TASK.value], CONFIGS[TASK.value].get_config()
     config.seed = SEED.value
     check(experiment.FIELDS, config)
@@ -152,6 +151,7 @@ def main() -> None:
         evaluation_sets(EVAL_DATA.value)
     mine = folder.identity(f"quickstart of {TASK.value}", experiment.FIELDS, config, eval_data=EVAL_DATA.value)
     with folder.held(out, mine) as own:
+        common.greet()
         run(config, own, Clock())
 
 

@@ -85,7 +85,7 @@ def outcomes(name: str, rows: Sequence[Outcomes]) -> Drawing:
 
     The line is the 95% interval of the share that complied, the number behind a variant that of its answers.
     """
-    figure, axes = new_axes(48 + 19 * len(rows))
+    figure, axes = new_axes(78 + 19 * len(rows))
     for y, row in enumerate(rows):
         complied, broken = value_of(row.complied), value_of(row.broken)
         refused = max(0.0, 1 - complied - broken)

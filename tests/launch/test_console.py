@@ -17,7 +17,7 @@ from launches import ROOT, scans
 import jaxsafe
 from launch import console
 
-SCRIPTS = [path.stem for path in (ROOT / "launch").glob("*.py") if "command.run(main)" in path.read_text()]
+SCRIPTS = [path.stem for path in (ROOT / "launch").glob("*.py") if "command.run(main" in path.read_text()]
 
 
 def test_every_launch_script_is_a_task():
