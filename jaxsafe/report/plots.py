@@ -85,24 +85,22 @@ def outcomes(name: str, rows: Sequence[Outcomes]) -> Drawing:
 
     The line is the 95% interval of the share that complied, the number behind a variant that of its answers.
     """
-    figure, axes = new_axes(78 + 19 * len(rows))
+    figure, axes = new_axes(48 + 34 * len(rows))
     for y, row in enumerate(rows):
         complied, broken = value_of(row.complied), value_of(row.broken)
         refused = max(0.0, 1 - complied - broken)
-        axes.barh(y, complied, height=0.66, **COMPLIED)
-        axes.barh(y, broken, left=complied, height=0.66, **BROKEN)
-        axes.barh(y, refused, left=complied + broken, height=0.66, **REFUSED)
+        axes.text(0, y - 0.26, f"{one_line(row.name, 48)} ({row.complied.n})", va="bottom")
+        axes.barh(y, complied, height=0.4, **COMPLIED)
+        axes.barh(y, broken, left=complied, height=0.4, **BROKEN)
+        axes.barh(y, refused, left=complied + broken, height=0.4, **REFUSED)
         for color, width in ((LIGHT["paper"], 3), (LIGHT["ink"], 1.4)):
             axes.hlines(y, *interval([row.complied]), color=color, linewidth=width)
-    axes.set_yticks(range(len(rows)), [f"{one_line(row.name, 26)} ({row.complied.n})" for row in rows])
-    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_ylim(len(rows) - 0.7, -0.8)
     axes.set_xlim(0, 1)
     percent_axis(axes.xaxis)
-    axes.set_xticks([0, 0.5, 1])
-    axes.grid(axis="x")
+    axes.set_yticks([])
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
-    axes.tick_params(axis="y", labelcolor=LIGHT["ink"])
     looks = {"complied": COMPLIED, "broken": BROKEN, "refused": REFUSED}
     axes.legend(handles=[Patch(label=label, **look) for label, look in looks.items()], **LEGEND)
     shown = (f"{r.name} {percent(value_of(r.complied))} complied, {percent(value_of(r.broken))} broken" for r in rows)

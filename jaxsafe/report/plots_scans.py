@@ -153,7 +153,7 @@ def strength_refusals(name: str, rows: Sequence[Candidate], counts: tuple[int, i
         rates, n = array(row.refusal_harmful if harmful else row.refusal_safe for row in rows), counts[harmful]
         ends = np.array([wilson(rate, n) for rate in rates]).T
         axes.vlines(array(row.alpha_rel for row in rows), *ends, color=tone(harmful), linewidth=1, alpha=0.5)
-        _candidates(axes, rows, rates, marker=marker, color=tone(harmful), label=f"{word} prompts (n = {n})")
+        _candidates(axes, rows, rates, marker=marker, color=tone(harmful), label=f"{word} (n = {n})")
     _mark_chosen(axes, rows, 0.6)
     axes.set_ylim(0, 1)
     percent_axis(axes.yaxis)

@@ -226,9 +226,18 @@ def pair_figures(compared: Sequence[Pair]) -> list[Drawing]:
 def outcome_figures(rows: Sequence[TableRow]) -> list[Drawing]:
     """Outcomes of harmful prompts under the first setting, "outcomes"; none where there are no such prompts."""
     metric = next((name for row in rows for name in row.rates if name.startswith("asr_")), "")
-    found = [(row, row.rates.get(metric), broken_rate(row, metric)) for row in rows]
-    bars = [plots.Outcomes(row.group, rate, broken) for row, rate, broken in found if rate and broken]
+    found = [(row.rates.get(metric), broken_rate(row, metric)) for row in rows]
+    named = zip(short_names(rows), found, strict=True)
+    bars = [plots.Outcomes(name, complied, broken) for name, (complied, broken) in named if complied and broken]
     return [plots.outcomes("outcomes", bars[:MOST_BARS])] if any(bar.complied.n for bar in bars) else []
+
+
+def short_names(rows: Sequence[TableRow]) -> list[str]:
+    """The names of groups without the step, and without attack and way of training where there is one of each."""
+    names = [row.group.removesuffix(f", step {row.about.get('step')}") for row in rows]
+    ways = {(row.about["attack"], row.about["tuning"]) for row in rows if row.about.get("tuning")}
+    alike = "".join(f"{attack}, {tuning}, " for attack, tuning in ways) if len(ways) == 1 else ""
+    return [name.removeprefix(alike) for name in names]
 
 
 def headlined(run: Run) -> TableRow | None:

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from jaxsafe.records.run import Comparison, Rate, Run, TableRow
 from jaxsafe.report.page import is_number, number, p_value, points, times
-from jaxsafe.report.sections import Pair, columns, main_comparison, pairs, ratio
+from jaxsafe.report.sections import Pair, columns, main_comparison, pairs, ratio, short_names
 
 
 def percent(rate: Rate | None, digits: int = 0) -> str:
@@ -65,7 +65,7 @@ def _by_group(run: Run, shown: Sequence[str] | None, title: str) -> Table:
     heads = [*(["removed\nor kept"] if any(changed) else []), *(shown or [])]
     heads += ["ASR"] * len(asr) + ["broken"] * len(broken) + ["harmless\nrefused"] * len(harmless) + ["perplexity"]
     table = _table(title, "variant", *heads, *(["refusals less\nbaseline's"] if tested else []))
-    for index, (label, row) in enumerate(zip(_labels(rows), rows, strict=True)):
+    for index, (label, row) in enumerate(zip(short_names(rows), rows, strict=True)):
         cells = [changed[index] or "-"] if any(changed) else []
         cells += [str(row.about.get(name, "-")) for name in shown or []]
         cells += [percent(row.rates.get(name)) for name in asr]
@@ -73,14 +73,6 @@ def _by_group(run: Run, shown: Sequence[str] | None, title: str) -> Table:
         cells += [_number(row.perplexity), *([_test(main_comparison(row.against_baseline))] if tested else [])]
         table.add_row(label, *cells)
     return table
-
-
-def _labels(rows: Sequence[TableRow]) -> list[str]:
-    """The names of groups without the step, and without attack and way of training where there is one of each."""
-    names = [row.group.removesuffix(f", step {row.about.get('step')}") for row in rows]
-    ways = {(row.about["attack"], row.about["tuning"]) for row in rows if row.about.get("tuning")}
-    alike = "".join(f"{attack}, {tuning}, " for attack, tuning in ways) if len(ways) == 1 else ""
-    return [name.removeprefix(alike) for name in names]
 
 
 def _changed(row: TableRow) -> str:
