@@ -5,9 +5,9 @@ import itertools
 from collections.abc import Callable, Sequence
 
 from jaxsafe.evaluation.settings import Setting, attack_success
-from jaxsafe.evaluation.stats import clustered_rate, difference, mcnemar, pooled, rate
+from jaxsafe.evaluation.stats import Paired, SeedFlags, clustered_rate, difference, mcnemar, pooled, rate
 from jaxsafe.prompts.sets import PromptSet
-from jaxsafe.records.run import Comparison, KindRates, Rate, Sample
+from jaxsafe.records.run import Comparison, Difference, KindRates, Rate, Sample
 
 LABELS = {True: "harmful", False: "safe", None: "no label"}
 Group = tuple[str, str | None, bool | None]
@@ -75,10 +75,10 @@ def _comparison(
 ) -> Comparison:
     member = functools.partial(_is_of, name, harmful)
     a, b = (_flags(seeds, setting, member, _refused) for seeds in (first, second))
+    complied, complied_test = _test(*(_flags(seeds, setting, member, _complied) for seeds in (first, second)))
     broken = [pooled(_flags(seeds, setting, member, _broken)) for seeds in (first, second)]
-    wide = max(len(a), len(b))
-    a_wide, b_wide = (list(flags) * (wide if len(flags) == 1 else 1) for flags in (a, b))
-    test = mcnemar(itertools.chain(*a_wide), itertools.chain(*b_wide)) if len(a_wide) == len(b_wide) else None
+    refused, test = _test(a, b)
+    one = len(a) == len(b) == 1
     return Comparison(
         *names,
         label,
@@ -86,16 +86,26 @@ def _comparison(
         harmful,
         pooled(a),
         pooled(b),
-        difference(a, b),
-        test.p_value if test and wide == 1 else None,
+        refused,
+        test.p_value if test and one else None,
         test.fixed if test else 0,
         test.broken if test else 0,
         test.n if test else 0,
         test.n_unscored if test else 0,
         broken[0],
         broken[1],
+        complied,
+        complied_test.p_value if complied_test and one else None,
         _by_kind(first, second, setting, member),
     )
+
+
+def _test(first: SeedFlags, second: SeedFlags) -> tuple[Difference, Paired | None]:
+    """By how much a share grows, and McNemar's test, in which one seed is paired with every one of several."""
+    wide = max(len(first), len(second))
+    a, b = (list(flags) * (wide if len(flags) == 1 else 1) for flags in (first, second))
+    test = mcnemar(itertools.chain(*a), itertools.chain(*b)) if len(a) == len(b) else None
+    return difference(first, second), test
 
 
 def _by_kind(first: Seeds, second: Seeds, setting: Setting, member: Member) -> tuple[KindRates, ...]:

@@ -134,7 +134,8 @@ class Comparison:
     label: of the prompts, as in tables; set: None for those of all sets together; p_value: the exact McNemar test,
     None where a group has several seeds; stopped_refusing, started_refusing: answers whose verdict changes from first
     to second; n, n_unscored: pairs scored on both sides, and others; difference: second less first; first_broken,
-    second_broken: shares of broken answers, which do not refuse.
+    second_broken: shares of broken answers, which do not refuse; complied, complied_p_value: as difference and p_value,
+    of the answers that comply, which on harmful prompts is attack success.
     """
 
     first: str
@@ -152,6 +153,8 @@ class Comparison:
     n_unscored: int
     first_broken: Rate
     second_broken: Rate
+    complied: Difference
+    complied_p_value: float | None
     by_kind: tuple[KindRates, ...] = ()
 
 

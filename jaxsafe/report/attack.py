@@ -108,8 +108,12 @@ def _asr(row: TableRow, names: Sequence[str]) -> Rate | None:
 
 
 def _prevented(compared: Comparison | None) -> Difference | None:
-    """Refusals of harmful prompts that a defence adds are attacks that it prevents."""
-    return compared.difference if compared and compared.harmful else None
+    """By how much fewer of the harmful prompts are complied with."""
+    if compared is None or not compared.harmful:
+        return None
+    change = compared.complied
+    value, low, high = (None if end is None else -end for end in (change.value, change.ci_high, change.ci_low))
+    return Difference(value, low, high)
 
 
 def pivot(groups: Sequence[Group]) -> list[tuple[Defended, list[Defended | None]]]:

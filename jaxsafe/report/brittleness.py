@@ -128,9 +128,10 @@ def _against_control(points: Sequence[Point], point: Point, metric: str) -> str:
     if control is None or metric not in control.rates:
         return "; it was not compared with a random control"
     compared = main_comparison(point.line.row.against_control)
-    p = f", p\u00a0{p_value(compared.p_value)}" if compared and compared.p_value is not None else ""
+    p = compared and compared.complied_p_value
+    tested = "" if p is None else f", p\u00a0{p_value(p)}"
     state = ", itself damaged" if control.line.damaged else ""
-    return f"; its random control reached {spoken(control.rates[metric])}{p}{state}"
+    return f"; its random control reached {spoken(control.rates[metric])}{tested}{state}"
 
 
 def _trade_offs(points: Sequence[Point], named: Columns, best: Point | None) -> list[Drawing]:

@@ -65,6 +65,7 @@ def _comparison(group: str, role: str, row: Comparison) -> dict[str, Cell]:
     cells |= {"label": row.label, "set": row.set, "harmful": row.harmful}
     cells |= _rate("first_rate", row.first_rate) | _rate("second_rate", row.second_rate)
     cells |= _rate("difference", row.difference)
+    cells |= _rate("complied", row.complied) | {"complied.p_value": row.complied_p_value}
     cells |= _rate("first_broken", row.first_broken) | _rate("second_broken", row.second_broken)
     cells |= {"p_value": row.p_value, "n": row.n, "n_unscored": row.n_unscored}
     return cells | {"stopped_refusing": row.stopped_refusing, "started_refusing": row.started_refusing}

@@ -179,6 +179,9 @@ def test_a_broken_answer_is_no_success_and_no_refusal():
     (row,) = comparisons([whole], [harmful], NAMES, VANILLA)
     assert (row.first_rate, row.second_rate) == (rate([True] * 4), rate([False, False, False, None]))
     assert (row.stopped_refusing, row.first_broken.value, row.second_broken.value) == (3, 0.0, 0.5)
+    # One of the four that refused complies now, one cannot be scored.
+    flags = [[[False] * 4], [[True, False, False, None]]]
+    assert row.complied == difference(*flags) and row.complied_p_value == mcnemar(flags[0][0], flags[1][0]).p_value
 
 
 def test_without_harmful_prompts_there_is_no_attack():

@@ -74,6 +74,7 @@ def test_parts_that_are_absent(run):
 
 
 def test_unmeasured_numbers_are_dashes(run):
+    none = Difference(None, None, None)
     unscored = {"asr_scans/persona": NOTHING, "refusal_scans/plain/safe": NOTHING}
     rows = [
         dataclasses.replace(
@@ -84,7 +85,7 @@ def test_unmeasured_numbers_are_dashes(run):
             rates=unscored,
             seeds=dict.fromkeys(unscored, (None, None)),
             against_baseline=tuple(
-                dataclasses.replace(c, difference=Difference(None, None, None)) for c in row.against_baseline
+                dataclasses.replace(c, difference=none, complied=none) for c in row.against_baseline
             ),
         )
         for row in run.table
@@ -116,7 +117,7 @@ def test_figures_name_what_they_show(run):
     assert wanted <= set(page.texts("text"))
     page = Page(plots_attack.differences("y", group.rows[1:]).inline)
     assert {RANKS, WEIGHTS, "points of attack success prevented"} <= set(page.texts("text"))
-    assert "freeze ranks k=100 55%" in page.all("svg")[0][0]["aria-label"]
+    assert "freeze ranks k=100 56%" in page.all("svg")[0][0]["aria-label"]
 
 
 def test_columns_of_no_record_are_refused(run):

@@ -58,6 +58,7 @@ def compared(first, second, values, **more):
     prompts = {"label": "harmful (harmful)", "set": "harmful", "harmful": True}
     rates = {"first_rate": rate(values[0]), "second_rate": rate(values[1])}
     rates |= {"first_broken": rate(0.0), "second_broken": rate(0.01)}
+    rates |= {"complied": gain(values[0] - values[1] - 0.01), "complied_p_value": more.get("p_value", 0.0213)}
     return Comparison(first, second, difference=gain(values[1] - values[0]), **prompts | rates | counts | more)
 
 
