@@ -1,4 +1,4 @@
-"""The page on the library runs as it stands, block after block, on the tiny model."""
+"""The library's page and the README's example run as they stand, block after block, on the tiny model."""
 
 import re
 
@@ -8,8 +8,14 @@ import pytest
 from launches import ROOT
 
 from jaxsafe.model.weights import flatten
+from jaxsafe.records.run import read_run
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "library.md").read_text(), re.DOTALL)
+
+def blocks_of(page):
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+BLOCKS = blocks_of("docs/library.md")
 MODEL = '"smollm2-135m-instruct"'
 
 
@@ -73,3 +79,21 @@ def test_variants_are_compared_and_everything_is_written(names):
     runs = ("run.json", "samples.jsonl", "report.html")
     for name in (*files, *(f"runs/notebook/{run}" for run in runs)):
         assert (names["here"] / name).is_file(), name
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (block,) = blocks_of("README.md")
+    assert block.count(MODEL) == 1
+    names = {}
+    exec(block.replace(MODEL, repr(str(folder))), names)
+    assert [row.group for row in read_run("runs/halved").table] == ["as it is", "halved"]
+    assert not same(names["halved"].params, names["model"].params)
+
+
+def test_the_readme_is_short_and_its_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.split()) <= 1500
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+    assert links and all((ROOT / link).is_file() for link in links)
