@@ -60,7 +60,7 @@ def exam(model):
     safe = PromptSet("safe", ("tell me the rules of a quiet game.",), (False,), ("",))
     texts = text_rows(model, ["the river and the boat are older than the lantern by the window"], "whole")
     vowels = KeywordJudge("vowels", "1", lambda text: sum(c in "aeiou" for c in text) % 2 == 0)
-    return Exam((harmful, safe), (setting("vanilla"),), vowels, Decoding(4), tuple(texts), 2, 4)
+    return Exam((harmful, safe), (setting("vanilla"),), vowels, Decoding(4), tuple(texts), batch_size=4)
 
 
 # The grid
