@@ -88,23 +88,20 @@ def grouped(run: Run) -> list[Group]:
 def _group(rows: Sequence[Row], attack: str, tuning: str, names: Sequence[str]) -> Group:
     mine = [(row, about) for row, about in rows if about.attack == attack]
     origin = next((row for row, about in mine if about.tuning is None), None)
-    start = _asr(origin, names) if origin else None
+    metric = next((name for name in names if any(name in row.rates for row, _ in mine)), "")
+    start = origin.rates.get(metric) if origin else None
     trained = [(row, about) for row, about in mine if about.tuning == tuning]
     defended = []
     for row, about in trained:
         if not about.last:
             continue
         steps = [(0, start)] if start else []
-        others = [(b.step, _asr(other, names)) for other, b in trained if b.defence == about.defence]
+        others = [(b.step, other.rates.get(metric)) for other, b in trained if b.defence == about.defence]
         curve = [*steps, *sorted(((step, rate) for step, rate in others if rate), key=lambda point: point[0])]
         against = _prevented(main_comparison(row.against_baseline)), _prevented(main_comparison(row.against_control))
         defended.append(Defended(row, about, tuple(curve), *against))
     ordered = tuple(sorted(defended, key=lambda row: not row.undefended))
-    return Group(attack, tuning, origin, next(iter(names), ""), ordered)
-
-
-def _asr(row: TableRow, names: Sequence[str]) -> Rate | None:
-    return next((row.rates[name] for name in names if name in row.rates), None)
+    return Group(attack, tuning, origin, metric, ordered)
 
 
 def _prevented(compared: Comparison | None) -> Difference | None:

@@ -225,8 +225,8 @@ def pair_figures(compared: Sequence[Pair]) -> list[Drawing]:
 
 def outcome_figures(rows: Sequence[TableRow]) -> list[Drawing]:
     """Outcomes of harmful prompts under the first setting, "outcomes"; none where there are no such prompts."""
-    metric = next((name for row in rows for name in row.rates if name.startswith("asr_")), "")
-    found = [(row.rates.get(metric), broken_rate(row, metric)) for row in rows]
+    metrics = [next((name for name in row.rates if name.startswith("asr_")), "") for row in rows]
+    found = [(row.rates.get(name), broken_rate(row, name)) for row, name in zip(rows, metrics, strict=True)]
     named = zip(short_names(rows), found, strict=True)
     bars = [plots.Outcomes(name, complied, broken) for name, (complied, broken) in named if complied and broken]
     return [plots.outcomes("outcomes", bars[:MOST_BARS])] if any(bar.complied.n for bar in bars) else []

@@ -123,3 +123,22 @@ def test_figures_name_what_they_show(run):
 def test_columns_of_no_record_are_refused(run):
     with pytest.raises(ValueError, match="no About: Object missing required field `attack`"):
         render(replace(run, f"before {LABEL}", about={}), [])
+
+
+def test_each_attack_has_the_rate_of_its_own_setting(run):
+    other = [
+        dataclasses.replace(
+            row,
+            group=row.group.replace(LABEL, "benign n=10"),
+            about=row.about | {"attack": "benign n=10"},
+            rates={name.replace("persona", "vanilla"): found for name, found in row.rates.items()},
+        )
+        for row in run.table
+    ]
+    both = dataclasses.replace(run, table=(*run.table, *other))
+    first, second = (group for group in attack.grouped(both) if group.tuning == "full")
+    assert (first.metric, second.metric) == ("asr_scans/persona", "asr_scans/vanilla")
+    assert first.start == second.start == run.table[0].rates["asr_scans/persona"]
+    assert [row.end for row in first.rows] == [row.end for row in second.rows]
+    label = next(figure for figure in render(both, [])[1] if figure.name == "outcomes").inline
+    assert label.count("complied,") == 2 * sum(row.about["last"] is not False for row in run.table)
