@@ -182,12 +182,9 @@ def layer_scan(config: ConfigDict, model: ChatModel, study: Study, clock: Clock)
 
 def main() -> None:
     """Reads the flags and runs the experiment."""
-    config, clock = command.config(), Clock()
-    with folder.held(OUT.value, folder.identity("attack", FIELDS, config)) as out:
-        common.greet()
-        clock.resume(out)
-        with clock.watch("load_s")(f"loading {config.model}", 0):
-            model = common.load(config)
+    config = command.config()
+    with common.held(OUT.value, folder.identity("attack", FIELDS, config)) as (out, clock):
+        model = common.load(config, clock)
         common.show(run(config, model, out, clock, pathlib.Path(OUT.value) / "checkpoints"), out)
 
 

@@ -129,12 +129,9 @@ def export(config: ConfigDict, material: Material, point: Point, out: pathlib.Pa
 
 def main() -> None:
     """Reads the flags and runs the experiment."""
-    config, clock = command.config(), Clock()
-    with folder.held(OUT.value, folder.identity("brittleness", FIELDS, config)) as out:
-        common.greet()
-        clock.resume(out)
-        with clock.watch("load_s")(f"loading {config.model}", 0):
-            model = common.load(config)
+    config = command.config()
+    with common.held(OUT.value, folder.identity("brittleness", FIELDS, config)) as (out, clock):
+        model = common.load(config, clock)
         common.show(run(config, model, out, clock), out)
 
 

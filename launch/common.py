@@ -1,8 +1,9 @@
 """What launch scripts have in common: a model, an exam, and what scores are made from, out of a config."""
 
+import contextlib
 import importlib.util
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -27,7 +28,7 @@ from jaxsafe.study.exam import Exam
 from jaxsafe.study.record import data_records, record, timed, write_run
 from jaxsafe.study.study import Study
 
-from . import command
+from . import command, folder
 from .accelerator import unused_here
 from .progress import Clock, use_line
 
@@ -85,10 +86,21 @@ def greet() -> None:
             command.say(line)
 
 
-def load(config: ConfigDict) -> ChatModel:
+@contextlib.contextmanager
+def held(out: str, mine: folder.Identity) -> Iterator[tuple[pathlib.Path, Clock]]:
+    """The folder of a run (see `folder.held`) and its clock, which goes on from the seconds of an interrupted part."""
+    clock = Clock()
+    with folder.held(out, mine) as own:
+        greet()
+        clock.resume(own)
+        yield own, clock
+
+
+def load(config: ConfigDict, clock: Clock) -> ChatModel:
     """The model that the config names, on the mesh that it names or that suits the devices."""
-    mesh = command.mesh_of(config.mesh, config.model, config.dtype)
-    return load_chat_model(config.model, config.dtype, mesh, config.chat_template, config.system, config.raw)
+    with clock.watch("load_s")(f"loading {config.model}", 0):
+        mesh = command.mesh_of(config.mesh, config.model, config.dtype)
+        return load_chat_model(config.model, config.dtype, mesh, config.chat_template, config.system, config.raw)
 
 
 def settings(config: ConfigDict) -> tuple[Setting, ...]:

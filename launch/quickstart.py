@@ -119,7 +119,6 @@ def run_scans(config: ConfigDict, out: pathlib.Path, clock: Clock) -> None:
 
 def run(config: ConfigDict, out: pathlib.Path, clock: Clock) -> None:
     """The task on the tuned model."""
-    clock.resume(out)
     if TASK.value == "scans":
         run_scans(config, out, clock)
     else:
@@ -150,9 +149,8 @@ def main() -> None:
     if EVAL_DATA.value:
         evaluation_sets(EVAL_DATA.value)
     mine = folder.identity(f"quickstart of {TASK.value}", experiment.FIELDS, config, eval_data=EVAL_DATA.value)
-    with folder.held(out, mine) as own:
-        common.greet()
-        run(config, own, Clock())
+    with common.held(out, mine) as (own, clock):
+        run(config, own, clock)
 
 
 if __name__ == "__main__":

@@ -175,13 +175,9 @@ def show(run: Run, out: pathlib.Path) -> None:
 
 def main() -> None:
     """Reads the flags and runs the experiment."""
-    config, clock = command.config(), Clock()
-    with folder.held(OUT.value, folder.identity("scans", FIELDS, config)) as out:
-        common.greet()
-        clock.resume(out)
-        roles = roles_of(config)
-        with clock.watch("load_s")(f"loading {config.model}", 0):
-            model = common.load(config)
+    config = command.config()
+    with common.held(OUT.value, folder.identity("scans", FIELDS, config)) as (out, clock):
+        roles, model = roles_of(config), common.load(config, clock)
         show(run(config, model, roles, out, clock), out)
 
 

@@ -205,6 +205,10 @@ class ChatModel:
 
     def origin(self) -> dict[str, Any]:
         """What tells the model from others in whatever dtype it is, for files of vectors; one pass over its weights."""
+        return self._origin
+
+    @functools.cached_property
+    def _origin(self) -> dict[str, Any]:
         shape = dataclasses.replace(self.config, dtype="float32")
         return {"configuration": digest(config_to_hf(shape)), "sketch": dict(sketch(self.params))}
 

@@ -4,8 +4,8 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 
-from jaxsafe.evaluation.settings import Setting, attack_success
-from jaxsafe.evaluation.stats import Paired, SeedFlags, clustered_rate, difference, mcnemar, pooled, rate
+from jaxsafe.evaluation.settings import Setting, attack_success, of_all_answers
+from jaxsafe.evaluation.stats import Paired, SeedFlags, difference, mcnemar, pooled
 from jaxsafe.prompts.sets import PromptSet
 from jaxsafe.records.run import Comparison, Difference, KindRates, Rate, Sample
 
@@ -41,10 +41,8 @@ def rates(seeds: Seeds, settings: Sequence[Setting], judge: str) -> dict[str, Ra
         for start, flag in ((f"asr_{judge}", _complied), (f"unrefused_{judge}", _unrefused)):
             verdicts = [_by_prompt(samples, setting.width, flag) for samples in harmful]
             named |= attack_success(verdicts, setting, start)
-        broken = zip(*(_by_prompt(samples, setting.width, _broken) for samples in harmful), strict=True)
-        of_prompt = [[flag for flags in prompt for flag in flags] for prompt in broken]
-        one = len(seeds) == setting.width == 1
-        named[f"broken/{setting.name}"] = rate(itertools.chain(*of_prompt)) if one else clustered_rate(of_prompt)
+        broken = [_by_prompt(samples, setting.width, _broken) for samples in harmful]
+        named[f"broken/{setting.name}"] = of_all_answers(broken, setting)
     for name, label in _sets(seeds[0], settings[0]):
         member = functools.partial(_is_of, name, label)
         named[f"refusal_{judge}/{name}/{LABELS[label]}"] = pooled(_flags(seeds, settings[0], member, _refused))

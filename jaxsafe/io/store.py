@@ -146,8 +146,18 @@ Batches = Iterable[tuple[Sequence[int], Sequence[Json]]]
 """(indices, values) of each batch as it is finished."""
 
 
+class Entries(Protocol):
+    """Finished parts of a piece: a `Log`, or the share of one."""
+
+    def entries(self) -> list[Json]:
+        """The entries that are there."""
+
+    def add(self, *entries: Json) -> None:
+        """Keeps further ones."""
+
+
 def by_batch(
-    n: int, make: Callable[[list[int]], Batches], log: Log | None = None, done: Progress = silent
+    n: int, make: Callable[[list[int]], Batches], log: Entries | None = None, done: Progress = silent
 ) -> list[Json]:
     """The values of 0 to n - 1, in values of JSON, made batch by batch by `make(indices)`.
 

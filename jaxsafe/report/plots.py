@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
 from jaxsafe.records.run import Comparison, KindRates, Rate
@@ -58,9 +59,7 @@ def rate_bars(name: str, comparisons: Sequence[Comparison]) -> Drawing:
         for group, rate, broken, offset, alpha in groups:
             axes.barh(y + offset, value_of(rate), height=0.27, color=tone(row.harmful), alpha=alpha)
             axes.barh(y + offset, value_of(broken), left=value_of(rate), height=0.27, **BROKEN)
-            ends = interval([rate])
-            for color, width in ((LIGHT["paper"], 3), (LIGHT["ink"], 1.4)):
-                axes.hlines(y + offset, *ends, color=color, linewidth=width)
+            _interval(axes, y + offset, rate)
             text = f"{percent(value_of(rate))} {one_line(group, 16)}"
             axes.text(1.03, y + offset, text, va="center_baseline", color=LIGHT["muted"])
     axes.set_xlim(0, 1)
@@ -71,6 +70,12 @@ def rate_bars(name: str, comparisons: Sequence[Comparison]) -> Drawing:
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
     return drawing(figure, name, "Bars of refusal rates: " + "; ".join(map(_change, comparisons)))
+
+
+def _interval(axes: Axes, y: float, rate: Rate) -> None:
+    """The interval of a rate as a dark line with a light edge, which stands out on every bar."""
+    for color, width in ((LIGHT["paper"], 3), (LIGHT["ink"], 1.4)):
+        axes.hlines(y, *interval([rate]), color=color, linewidth=width)
 
 
 def _change(row: Comparison) -> str:
@@ -93,8 +98,7 @@ def outcomes(name: str, rows: Sequence[Outcomes]) -> Drawing:
         axes.barh(y, complied, height=0.4, **COMPLIED)
         axes.barh(y, broken, left=complied, height=0.4, **BROKEN)
         axes.barh(y, refused, left=complied + broken, height=0.4, **REFUSED)
-        for color, width in ((LIGHT["paper"], 3), (LIGHT["ink"], 1.4)):
-            axes.hlines(y, *interval([row.complied]), color=color, linewidth=width)
+        _interval(axes, y, row.complied)
     axes.set_ylim(len(rows) - 0.7, -0.8)
     axes.set_xlim(0, 1)
     percent_axis(axes.xaxis)

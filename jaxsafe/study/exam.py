@@ -1,7 +1,7 @@
 """An exam: prompts under settings, a judge, and texts to read. It turns a model into typed samples and rates."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ from jaxsafe.evaluation.language import answer_rows, perplexity, repetition
 from jaxsafe.evaluation.samples import rates, set_name
 from jaxsafe.evaluation.settings import Setting, setting
 from jaxsafe.evaluation.utilisation import Tokens
-from jaxsafe.io.store import Log
+from jaxsafe.io.store import Log, by_batch
 from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.progress import Progress, silent
 from jaxsafe.prompts.sets import PromptSet
@@ -178,50 +178,49 @@ class Answer(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where the answers to a question are kept while an exam goes on: a log, and the question's number in it.
-
-    found: those that the log holds, by rule, by index.
-    """
+    """The log of one question's answers, in the log of the whole exam: its number there, and what was found."""
 
     log: Log | None
     number: int
-    found: Mapping[int, list[Answer]]
+    found: tuple[tuple[int, Json], ...]
 
-    def keep(self, answers: Mapping[int, Sequence[Answer]]) -> None:
+    def entries(self) -> list[Json]:
+        """(index, answer by rule) of the answers that the log holds."""
+        return list(self.found)
+
+    def add(self, *entries: Json) -> None:
         """Adds the answers of a batch."""
         if self.log is not None:
-            self.log.add(*([self.number, index, list(by_rule)] for index, by_rule in answers.items()))
+            self.log.add(*([self.number, *entry] for entry in entries))
 
 
 def _places(log: Log | None, questions: int) -> list[Place]:
     """The place of each question; the log is read once."""
-    found: list[dict[int, list[Answer]]] = [{} for _ in range(questions)]
+    found: list[list[tuple[int, Json]]] = [[] for _ in range(questions)]
     for number, index, answers in [] if log is None else log.entries():
-        found[number][index] = [Answer(*each) for each in answers]
-    return [Place(log, number, kept) for number, kept in enumerate(found)]
+        found[number].append((index, answers))
+    return [Place(log, number, tuple(kept)) for number, kept in enumerate(found)]
 
 
 def _answered(
     examinee: Steered, question: Question, exam: Exam, place: Place, done: Progress
 ) -> tuple[list[list[Answer]], Tokens]:
     """The answers to `question`, [answer][rule], and the tokens that they take; those that are kept take none."""
-    texts, width = question.texts, question.setting.samples
-    found, tokens = dict(place.found), Tokens()
-    if question.setting.temperature and len(found) < len(texts) * width:
-        found = {}  # what is drawn is drawn together: which one an answer is follows from equal prompts before it
-    done(len(found))
-    left = [i for i in range(len(texts)) if i * width not in found]
-    if not left:
-        return [found[i] for i in range(len(texts) * width)], tokens
-    asked = examinee.with_prompt(*question.prompt(examinee.model))
-    decoding = question.decoding(exam.decoding)
-    for rows, answers in asked.answer_batches([texts[i] for i in left], decoding, exam.batch_size):
-        batch = {left[row // width] * width + row % width: _by_rule(answers, i) for i, row in enumerate(rows.tolist())}
-        place.keep(batch)
-        found |= batch
-        tokens += Tokens(read=answers[0].read, written=sum(each.written for each in answers))
-        done(len(batch))
-    return [found[i] for i in range(len(texts) * width)], tokens
+    texts, width, taken = question.texts, question.setting.samples, [Tokens()]
+    n = len(texts) * width
+    if question.setting.temperature and len(place.found) < n:
+        # What is drawn is drawn together: which one an answer is follows from equal prompts before it.
+        place = place._replace(found=())
+
+    def make(left: list[int]) -> Iterator[tuple[list[int], list[Json]]]:
+        asked = examinee.with_prompt(*question.prompt(examinee.model))
+        some = [texts[i // width] for i in left[::width]]
+        for rows, answers in asked.answer_batches(some, question.decoding(exam.decoding), exam.batch_size):
+            taken.append(Tokens(read=answers[0].read, written=sum(each.written for each in answers)))
+            yield [left[row] for row in rows], [_by_rule(answers, i) for i in range(len(rows))]
+
+    found = by_batch(n, make, place, done)
+    return [[Answer(*each) for each in by_rule] for by_rule in found], sum(taken, Tokens())
 
 
 def _by_rule(answers: Sequence[Answers], row: int) -> list[Answer]:

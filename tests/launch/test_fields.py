@@ -321,7 +321,7 @@ def description(task, seen, out, changes):
         setattr(config, name, value)
     seen.calls.clear()
     try:
-        model = common.load(config)
+        model = common.load(config, Clock())
         if task == "scans":
             scans.run(config, model, scans.roles_of(config), out, Clock())
         else:
