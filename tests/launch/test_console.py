@@ -1,6 +1,5 @@
 """The command `jaxsafe`, in a clone and from an installed wheel."""
 
-import importlib.util
 import os
 import pathlib
 import re
@@ -59,8 +58,7 @@ def installed(tmp_path_factory):
         shutil.copytree(ROOT / room, source / room, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    isolated = [] if importlib.util.find_spec("setuptools") is None else ["--no-build-isolation"]
-    pip("wheel", "--quiet", "--no-deps", *isolated, "--wheel-dir", folder, source)
+    pip("wheel", "--quiet", "--no-deps", "--wheel-dir", folder, source)
     (wheel,) = folder.glob("*.whl")
     assert "jaxsafe/py.typed" in zipfile.ZipFile(wheel).namelist()
     venv.create(folder / "env", with_pip=False)
