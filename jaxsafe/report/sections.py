@@ -1,6 +1,7 @@
 """What the report of any run has: the table of rates, comparisons on the same prompts, the result in a sentence."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -233,11 +234,12 @@ def outcome_figures(rows: Sequence[TableRow]) -> list[Drawing]:
 
 
 def short_names(rows: Sequence[TableRow]) -> list[str]:
-    """The names of groups without the step, and without attack and way of training where there is one of each."""
+    """The names of groups without the step, without the attack where there is one, nor a way of training alone."""
     names = [row.group.removesuffix(f", step {row.about.get('step')}") for row in rows]
     ways = {(row.about["attack"], row.about["tuning"]) for row in rows if row.about.get("tuning")}
-    alike = "".join(f"{attack}, {tuning}, " for attack, tuning in ways) if len(ways) == 1 else ""
-    return [name.removeprefix(alike) for name in names]
+    alike = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*ways, strict=True))
+    shared = "".join(f"{parts[0]}, " for parts in alike)
+    return [name.removeprefix(shared) for name in names]
 
 
 def headlined(run: Run) -> TableRow | None:

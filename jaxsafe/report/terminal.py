@@ -22,7 +22,7 @@ def percent(rate: Rate | None, digits: int = 0) -> str:
 def result_table(run: Run, shown: Sequence[str] | None = None) -> Table:
     """The result of a run: a row a set of prompts where one group is compared with its baseline, else a row a group.
 
-    `shown` names entries of the rows' `about` that become columns; None shows how much is removed or kept. Rows of
+    `shown` names entries of the rows' `about` that become columns; None names how much is removed or kept. Rows of
     steps that are not a run's last are left out.
     """
     title = f"{run.task.capitalize()}, {run.model.name}; judge {run.judge.name}, {run.new_tokens} new tokens"
@@ -58,30 +58,41 @@ def _by_prompts(run: Run, pair: Pair, title: str) -> Table:
 
 def _by_group(run: Run, shown: Sequence[str] | None, title: str) -> Table:
     rows = [row for row in run.table if row.about.get("last") is not False or row.about.get("step") == 0]
-    changed = [_changed(row) for row in rows] if shown is None else []
     named, tested = columns(rows), any(row.against_baseline for row in rows)
     # The first rate of each sort.
     asr, broken, harmless = (named.starting(start)[:1] for start in ("asr_", "broken/", "refusal_"))
-    heads = [*(["removed\nor kept"] if any(changed) else []), *(shown or [])]
-    heads += ["ASR"] * len(asr) + ["broken"] * len(broken) + ["harmless\nrefused"] * len(harmless) + ["perplexity"]
-    table = _table(title, "variant", *heads, *(["refusals less\nbaseline's"] if tested else []))
-    for index, (label, row) in enumerate(zip(short_names(rows), rows, strict=True)):
-        cells = [changed[index] or "-"] if any(changed) else []
-        cells += [str(row.about.get(name, "-")) for name in shown or []]
+    heads = [*(shown or []), *["ASR"] * len(asr), *["broken"] * len(broken), *["harmless\nrefused"] * len(harmless)]
+    heads += ["perpl."] + ["refusals less\nbaseline's"] * tested
+    changes = shown is None and any(map(_changed, rows))
+    table = _table(title, "variant\n(removed or kept)" if changes else "variant", *heads)
+    for label, row in zip(_labels(rows, changes), rows, strict=True):
+        cells = [str(row.about.get(name, "-")) for name in shown or []]
         cells += [percent(row.rates.get(name)) for name in asr]
         cells += [_share(row.rates.get(name)) for name in (*broken, *harmless)]
-        cells += [_number(row.perplexity), *([_test(main_comparison(row.against_baseline))] if tested else [])]
+        cells += [_number(row.perplexity), *[_test(main_comparison(row.against_baseline))] * tested]
         table.add_row(label, *cells)
     return table
 
 
+def _labels(rows: Sequence[TableRow], changes: bool) -> list[str]:
+    """Short names, with how much is removed or kept where `changes` asks for it.
+
+    A control right below what it belongs to removes or keeps as much, and needs no name of its own.
+    """
+    owners = (None, *rows)
+    return [
+        "  random control" if owner and owner.control == row.group else name + (_changed(row) if changes else "")
+        for name, row, owner in zip(short_names(rows), rows, owners, strict=False)
+    ]
+
+
 def _changed(row: TableRow) -> str:
-    """How much of the model is removed or kept, "" where neither is said."""
+    """How much of the model is removed or kept, as " (12%)"; "" where neither is said."""
     for name in ("sparsity", "share"):
         if is_number(row.about.get(name)) and row.about[name] > 0:
-            return f"{number(100 * row.about[name])}%"
+            return f" ({number(100 * row.about[name])}%)"
     ranks = row.about.get("ranks")
-    return f"{number(ranks)} ranks" if is_number(ranks) and ranks > 0 else ""
+    return f" ({number(ranks)} ranks)" if is_number(ranks) and ranks > 0 else ""
 
 
 def _share(rate: Rate | None) -> str:

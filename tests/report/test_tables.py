@@ -80,9 +80,18 @@ def test_terminal_table_of_one_pair():
 
 def test_terminal_table_of_many_groups():
     text = shown(brittleness_run())
-    assert "0.62%" in text and "56.5 ranks" in text and "62% [52, 72]" in text and "−57, p<0.001" in text
+    assert "(0.62%)" in text and "(56.5" in text and "62% [52, 72]" in text and "−57, p<0.001" in text
     line = next(line for line in shown(other_run(2), "rank").splitlines() if line.strip().startswith("ablated 1"))
     assert line.split() == ["ablated", "1", "2", "70%", "[60,", "80]", "11.0", "−65,", "p=0.021"]
+
+
+@pytest.mark.parametrize("task", ["brittleness", "attack"])
+def test_terminal_table_has_three_lines_a_variant_at_most_and_controls_below_what_they_belong_to(task):
+    run = RUNS[task]()
+    lines = shown(run).splitlines()
+    numbers = [line for line in lines if "% [" in line]
+    assert len(numbers) > 5 and len(lines) <= 6 + 3 * len(numbers)
+    assert not any("random" in line for line in lines if "  random control" not in line and "random 0." not in line)
 
 
 def test_terminal_table_leaves_out_steps_before_the_last():
@@ -92,4 +101,4 @@ def test_terminal_table_leaves_out_steps_before_the_last():
 def test_terminal_table_of_unmeasured_numbers():
     run = replace(other_run(3), "ablated 1", rates={}, perplexity=None, against_baseline=())
     line = next(line for line in shown(run).splitlines() if line.strip().startswith("ablated 1"))
-    assert line.split() == ["ablated", "1", "2%", "-", "-", "-"]
+    assert line.split() == ["ablated", "1", "(2%)", "-", "-", "-"]
