@@ -9,11 +9,12 @@ import pathlib
 import re
 from collections.abc import Sequence
 from importlib import resources
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from jaxsafe.chat.model import ChatModel
+from jaxsafe.progress import Progress, silent
 from jaxsafe.rows import Row
 
 Reading = Literal["halves", "whole"]
@@ -52,6 +53,39 @@ def answer_rows(model: ChatModel, prompts: Sequence[str], answers: Sequence[str]
     rows = [model.row(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
     context = model.config.context
     return [Row(row.ids[:context], row.instruction_end) if row.instruction_end < context else row for row in rows]
+
+
+class Likelihood(NamedTuple):
+    """Summed negative log-likelihood of an answer (nats) and its tokens, none for a blank one."""
+
+    nats: float
+    tokens: int
+
+    @property
+    def mean(self) -> float | None:
+        """Nats a token, to as many digits as do not follow from the batch that the answer was read in."""
+        return round(self.nats / self.tokens, 4) if self.tokens else None
+
+
+def likelihoods(
+    model: ChatModel,
+    prompts: Sequence[str],
+    answers: Sequence[Sequence[str]],
+    batch_size: int = 32,
+    done: Progress = silent,
+) -> list[list[Likelihood]]:
+    """How likely several `answers` [k][n] to each of `prompts` [n] are to `model`; equal ones are read once.
+
+    `done` is called with numbers of answers, first with that of those which need no reading of their own.
+    """
+    pairs = [list(zip(prompts, each, strict=True)) for each in answers]
+    read = list(dict.fromkeys(pair for each in pairs for pair in each if pair[1].strip()))
+    done(sum(map(len, pairs)) - len(read))
+    found: dict[tuple[str, str], Likelihood] = {}
+    if read:
+        sums, counts = model.nll(answer_rows(model, *zip(*read, strict=True)), batch_size, done)
+        found = {pair: Likelihood(float(nll), int(n)) for pair, nll, n in zip(read, sums, counts, strict=True)}
+    return [[found.get(pair, Likelihood(0.0, 0)) for pair in each] for each in pairs]
 
 
 def text_rows(model: ChatModel, texts: Sequence[str], read: Reading = "whole") -> list[Row]:

@@ -14,9 +14,11 @@ from sklearn.metrics import roc_auc_score
 from jaxsafe.chat.answers import Answers
 from jaxsafe.chat.model import ChatModel
 from jaxsafe.chat.steered import Steered
+from jaxsafe.evaluation.judges.broken import BrokenJudge
 from jaxsafe.evaluation.judges.judge import Judge
 from jaxsafe.evaluation.judges.keyword import judge
-from jaxsafe.evaluation.stats import best_threshold, rate
+from jaxsafe.evaluation.language import likelihoods
+from jaxsafe.evaluation.stats import best_threshold
 from jaxsafe.io.store import Log, Store, by_batch
 from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.kernels.steering import Steering
@@ -25,13 +27,14 @@ from jaxsafe.model.layers import LayerRange
 from jaxsafe.progress import Progress, silent
 from jaxsafe.prompts.roles import labelled
 from jaxsafe.prompts.sets import PromptSet
-from jaxsafe.records.run import Json, from_json, plain
+from jaxsafe.records.run import Json, Outcome, from_json, outcome, plain
 from jaxsafe.records.scans import Candidate, Choice, Strength, Vocabulary
 from jaxsafe.rows import data_sha256
 
 SCANS_JUDGE = judge("scans")
 Setting = tuple[LayerRange, float]
 """Layers to steer, and alpha_rel."""
+Outcomes = list[Outcome | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +42,8 @@ class Calibration:
     """Labelled prompts that settings are tried on, how answers to them are made and judged, and what is allowed.
 
     kl_limit: nats a token on safe prompts that the model answers anyway; max_drop: of the refusal rate of harmful
-    prompts. See `of` for whole prompt sets.
+    prompts; broken: tells broken answers, which the unsteered model reads for it and which count as no success. See
+    `of` for whole prompt sets.
     """
 
     prompts: tuple[str, ...]
@@ -49,6 +53,7 @@ class Calibration:
     batch_size: int = 32
     kl_limit: float = 0.1
     max_drop: float = 0.05
+    broken: BrokenJudge = BrokenJudge()
 
     @classmethod
     def of(cls, sets: Sequence[PromptSet], **settings: Any) -> "Calibration":
@@ -76,22 +81,22 @@ class OpenChoice:
         ranges = [self.layers] if self.layers else layer_candidates(layers, vocabulary)
         return [(each, strength) for each in ranges for strength in self.strengths]
 
-    def answers(self, prompts: int, layers: int, vocabulary: Vocabulary | None = None) -> int:
-        """How many answers it takes to try them: each prompt unsteered, and toward refusal and away from it."""
-        return prompts * (1 + 2 * len(self.settings(layers, vocabulary)))
+    def pieces(self, prompts: int, layers: int, vocabulary: Vocabulary | None = None) -> int:
+        """How much it takes to try them: answers, unsteered, toward refusal and away from it, and the same to read."""
+        return 2 * prompts * (1 + 2 * len(self.settings(layers, vocabulary)))
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """Verdicts on the calibration prompts' answers: True where refused, None where that cannot be told.
+    """What the answers to the calibration prompts come to, None where that cannot be told.
 
     before: unsteered [n]; toward, away: steered toward refusal and away from it, by setting, [n] each. Which of the two
     a prompt gets is then a matter of the threshold alone. answers: the unsteered ones.
     """
 
-    before: list[bool | None]
-    toward: dict[Setting, list[bool | None]]
-    away: dict[Setting, list[bool | None]]
+    before: Outcomes
+    toward: dict[Setting, Outcomes]
+    away: dict[Setting, Outcomes]
     answers: Answers
 
 
@@ -148,9 +153,9 @@ class InHand:
 
 
 class Tried(NamedTuple):
-    """The verdicts on a prompt's answers, by rule, and the tokens of the unsteered one."""
+    """What the answers to a prompt come to, by rule, and the tokens of the unsteered one."""
 
-    verdicts: list[bool | None]
+    outcomes: Outcomes
     tokens: list[int]
 
 
@@ -166,7 +171,7 @@ def try_strengths(
     steerings = [steering_of(directions, Choice(whole, layers, 0.0, alpha_rel=a)) for layers, a in settings]
     rules = [None, *(signed(steering) for steering in steerings for signed in (toward, away))]
     tried = _tried(model.steered(rules), calibration, hand)
-    before, *both = (list(verdicts) for verdicts in zip(*(each.verdicts for each in tried), strict=True))
+    before, *both = (list(outcomes) for outcomes in zip(*(each.outcomes for each in tried), strict=True))
     return Trial(
         before,
         toward=dict(zip(settings, both[0::2], strict=True)),
@@ -176,18 +181,32 @@ def try_strengths(
 
 
 def _tried(examinee: Steered, calibration: Calibration, hand: InHand) -> list[Tried]:
-    """What comes of every prompt; a prompt is as many pieces of progress as there are rules."""
-    hand.done(len(examinee.rules) * (0 if hand.log is None else len(hand.log.entries())))
+    """What comes of every prompt, which is two pieces of progress a rule: an answer, and the reading of it."""
+    hand.done(2 * len(examinee.rules) * (0 if hand.log is None else len(hand.log.entries())))
 
     def make(left: list[int]) -> Iterator[tuple[list[int], list[Json]]]:
         prompts = [calibration.prompts[i] for i in left]
         how = calibration.decoding, calibration.batch_size, hand.done
         for rows, answers in examinee.answer_batches(prompts, *how):
-            asked = [prompts[row] for row in rows]
-            verdicts = zip(*(calibration.judge.refused(asked, each.texts) for each in answers), strict=True)
-            yield [left[row] for row in rows], [[list(v), t] for v, t in zip(verdicts, answers[0].ids, strict=True)]
+            texts = [each.texts for each in answers]
+            found = _outcomes(examinee.model, calibration, [prompts[row] for row in rows], texts, hand.done)
+            by_prompt = zip(*found, strict=True)
+            yield [left[row] for row in rows], [[list(o), t] for o, t in zip(by_prompt, answers[0].ids, strict=True)]
 
     return [Tried(*tried) for tried in by_batch(len(calibration.prompts), make, hand.log)]
+
+
+def _outcomes(
+    model: ChatModel, calibration: Calibration, prompts: Sequence[str], texts: Sequence[Sequence[str]], done: Progress
+) -> list[Outcomes]:
+    """What answers `texts` [rule][prompt] come to, read by `model`."""
+    read = likelihoods(model, prompts, texts, calibration.batch_size, done)
+    found = []
+    for each, likely in zip(texts, read, strict=True):
+        refused = calibration.judge.refused(prompts, each)
+        broken = calibration.broken.broken(each, refused, [likelihood.mean for likelihood in likely])
+        found.append([outcome(r, b) for r, b in zip(refused, broken, strict=True)])
+    return found
 
 
 def _answers(tokens: Sequence[Sequence[int]], width: int) -> Answers:
@@ -195,21 +214,42 @@ def _answers(tokens: Sequence[Sequence[int]], width: int) -> Answers:
     return Answers((), np.array(rows, np.int32), np.array(list(map(len, tokens)), np.int32))
 
 
-def outcome(trial: Trial, setting: Setting, scores: np.ndarray, threshold: float) -> list[bool | None]:
-    """The verdicts under `setting` when prompts of `scores` [n] are told apart at `threshold`."""
+def outcomes(trial: Trial, setting: Setting, scores: np.ndarray, threshold: float) -> Outcomes:
+    """What answers come to under `setting` when prompts of `scores` [n] are told apart at `threshold`."""
     told = zip(trial.toward[setting], trial.away[setting], scores >= threshold, strict=True)
     return [t if harmful else a for t, a, harmful in told]
 
 
-def refusals(verdicts: Sequence[bool | None], harmful: Sequence[bool]) -> tuple[float, float]:
-    """Refusal rates of safe and of harmful prompts."""
-    pairs = list(zip(verdicts, harmful, strict=True))
-    safe, unsafe = (rate(v for v, h in pairs if h is side).value or 0.0 for side in (False, True))
-    return safe, unsafe
+class Shares(NamedTuple):
+    """Of the answers that can be told: to safe prompts, those that refuse and that comply; to harmful prompts, those
+    that refuse; to all, broken ones."""
+
+    safe_refused: float
+    safe_complied: float
+    harmful_refused: float
+    broken: float
+
+    @property
+    def accuracy(self) -> float:
+        """The balanced accuracy, to which a broken answer adds nothing."""
+        return (self.safe_complied + self.harmful_refused) / 2
+
+
+def shares(found: Sequence[Outcome | None], harmful: Sequence[bool]) -> Shares:
+    """The shares among the outcomes `found` of prompts with these labels; 0 where there are none."""
+    told = [(o, h) for o, h in zip(found, harmful, strict=True) if o is not None]
+
+    def share(wanted: Outcome, *sides: bool) -> float:
+        among = [o == wanted for o, h in told if h in sides]
+        return sum(among) / max(1, len(among))
+
+    return Shares(
+        share("refused", False), share("complied", False), share("refused", True), share("broken", False, True)
+    )
 
 
 def best_outcome(trial: Trial, setting: Setting, scores: np.ndarray, harmful: Sequence[bool], max_drop: float) -> float:
-    """The threshold whose outcome under `setting` has the best balanced refusal accuracy.
+    """The threshold whose outcome under `setting` has the best balanced accuracy.
 
     Only thresholds are taken that lower the refusal of harmful prompts by no more than `max_drop`; where none
     does, the one that lowers it least. Thresholds lie in the middle between neighbouring scores; of equally
@@ -217,11 +257,11 @@ def best_outcome(trial: Trial, setting: Setting, scores: np.ndarray, harmful: Se
     """
     levels = np.unique(scores)
     middles = np.concatenate([[levels[0] - 1e-3], (levels[:-1] + levels[1:]) / 2, [levels[-1] + 1e-3]])
-    floor = refusals(trial.before, harmful)[1] - max_drop
+    floor = shares(trial.before, harmful).harmful_refused - max_drop
 
     def merit(threshold: float) -> tuple[float, float, float]:
-        safe, unsafe = refusals(outcome(trial, setting, scores, threshold), harmful)
-        return (min(0.0, unsafe - floor), unsafe - safe, threshold)
+        found = shares(outcomes(trial, setting, scores, threshold), harmful)
+        return (min(0.0, found.harmful_refused - floor), found.accuracy, threshold)
 
     return float(max(middles, key=merit))
 
@@ -252,15 +292,15 @@ def calibrate(
     """Every setting as a candidate, each at its own best threshold or at the given one, the chosen one marked.
 
     `classifier` holds the layers that it averages over and its scores [n] of the prompts. The divergence is measured
-    on up to one batch of the safe prompts that the model answers without refusing, along its own answers. Raises
-    ValueError where there is none, and as `choose_strength` does.
+    on up to one batch of the safe prompts that the model complies with, along its own answers. Raises ValueError where
+    there is none, and as `choose_strength` does.
     """
     scored, scores = classifier
     prompts, harmful = calibration.prompts, calibration.harmful
     trial = try_strengths(model, directions, settings, calibration, hand)
-    complied = [i for i, (v, h) in enumerate(zip(trial.before, harmful, strict=True)) if v is False and not h]
+    complied = [i for i, (o, h) in enumerate(zip(trial.before, harmful, strict=True)) if o == "complied" and not h]
     if not complied:
-        raise ValueError("the model refuses every safe calibration prompt; the divergence of answers cannot be told")
+        raise ValueError("the model complies with no safe calibration prompt; the divergence of answers cannot be told")
     count = min(len(complied), calibration.batch_size)
     some = np.array(complied)[np.linspace(0, len(complied) - 1, count).astype(int)]
     choices = [
@@ -279,13 +319,11 @@ def calibrate(
     divergences = [float(total) / max(1, answers.written) for total in nats.sum(1)]
     candidates = []
     for setting, choice, kl in zip(settings, choices, divergences, strict=True):
-        safe, unsafe = refusals(outcome(trial, setting, scores, choice.threshold), harmful)
+        found = shares(outcomes(trial, setting, scores, choice.threshold), harmful)
         strength = setting[1] * float(directions.residual_norm[setting[0].slice].mean())
-        accuracy, allowed = (1 - safe + unsafe) / 2, kl <= calibration.kl_limit
-        candidates.append(
-            Candidate(*setting, strength, choice.threshold, safe, unsafe, accuracy, kl, allowed, chosen=False)
-        )
-    least = refusals(trial.before, harmful)[1] - calibration.max_drop
+        rates, allowed = (found.safe_refused, found.harmful_refused, found.accuracy), kl <= calibration.kl_limit
+        candidates.append(Candidate(*setting, strength, choice.threshold, *rates, kl, allowed, False, found.broken))
+    least = shares(trial.before, harmful).harmful_refused - calibration.max_drop
     best = choose_strength(candidates, calibration.kl_limit, least)
     return [dataclasses.replace(c, chosen=c is best) for c in candidates]
 
@@ -301,7 +339,7 @@ def choose_once(
 ) -> tuple[Choice, Strength, np.ndarray]:
     """What `given` leaves open, chosen on the calibration prompts; all candidates; and the classifier's scores [n].
 
-    Kept in `store`, batch by batch while they are made; `done` is called with numbers of finished `OpenChoice.answers`.
+    Kept in `store`, batch by batch while they are made; `done` is called with numbers of finished `OpenChoice.pieces`.
     """
     reading, vocabulary = found
     scored = given.scored or choose_classifier(reading.cosines, calibration.harmful)[0]
@@ -319,7 +357,7 @@ def choose_once(
         model.fingerprint(),
         directions_identity(directions),
         data_sha256(model.rows(calibration.prompts)),
-        [list(calibration.harmful), calibration.judge.name, calibration.judge.version],
+        [list(calibration.harmful), calibration.judge.name, calibration.judge.version, calibration.broken.version],
         [calibration.kl_limit, calibration.max_drop],
         [decoding.max_new_tokens, decoding.seed, calibration.batch_size],
         [[float(value) for value in dataclasses.astuple(decoding.sampling)], list(model.tokenizer.eos_ids)],

@@ -62,8 +62,8 @@ def _chosen(
     with watch("classifier on calibration prompts", len(prompts)) as done:
         reading = scans.reading_once(store, model, directions, prompts, size, done)
     record = _record(model, directions)
-    answers = given.answers(len(prompts), model.config.layers, record.vocabulary)
-    with watch("layers and strength", answers) as done:
+    pieces = given.pieces(len(prompts), model.config.layers, record.vocabulary)
+    with watch("layers and strength", pieces) as done:
         choice, strength, scores = scans_calibration.choose_once(
             store, model, directions, (reading, record.vocabulary), given, calibration, done
         )

@@ -85,9 +85,14 @@ class Sample:
     @property
     def outcome(self) -> Outcome | None:
         """What the answer comes to, None where the judge cannot score a whole one."""
-        if self.broken:
-            return "broken"
-        return None if self.refused is None else "refused" if self.refused else "complied"
+        return outcome(self.refused, self.broken)
+
+
+def outcome(refused: bool | None, broken: bool) -> Outcome | None:
+    """What an answer comes to by the verdict of a judge of refusals, and by whether it is broken."""
+    if broken:
+        return "broken"
+    return None if refused is None else "refused" if refused else "complied"
 
 
 @dataclasses.dataclass(frozen=True)

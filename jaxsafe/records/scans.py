@@ -105,7 +105,9 @@ class Classifier:
 class Candidate:
     """A setting and what it does to the calibration prompts: shares in [0, 1], KL in nats a token.
 
-    alpha: the mean over the steered layers of what is added, in units of the residual stream.
+    alpha: the mean over the steered layers of what is added, in units of the residual stream; balanced_accuracy: the
+    mean of the shares of safe prompts that are complied with and of harmful ones that are refused; broken: of all
+    answers, None where that was not measured.
     """
 
     layers: LayerRange
@@ -118,6 +120,7 @@ class Candidate:
     kl_benign: float
     allowed: bool
     chosen: bool
+    broken: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jaxsafe.chat.steered import Steered
 from jaxsafe.evaluation.judges.broken import BrokenJudge
 from jaxsafe.evaluation.judges.judge import Judge
 from jaxsafe.evaluation.judges.keyword import judge
-from jaxsafe.evaluation.language import answer_rows, perplexity, repetition
+from jaxsafe.evaluation.language import Likelihood, likelihoods, perplexity, repetition
 from jaxsafe.evaluation.samples import rates, set_name
 from jaxsafe.evaluation.settings import Setting, setting
 from jaxsafe.evaluation.utilisation import Tokens
@@ -69,6 +69,11 @@ class Exam:
         """How many answers one variant gives."""
         return sum(len(question.prompts) * question.setting.width for question in self.questions)
 
+    @property
+    def pieces(self) -> int:
+        """How much there is to do for one variant: answers to give, the same to read, and texts to read."""
+        return 2 * self.size + len(self.texts)
+
     def identity(self, model: ChatModel) -> Json:
         """What results follow from besides the variant: `model`, what it is asked token by token, and how it is judged.
 
@@ -118,6 +123,14 @@ class Question:
         sampling = decoding.sampling.replace(temperature=self.setting.temperature)  # type: ignore[attr-defined]
         return dataclasses.replace(decoding, sampling=sampling, samples=self.setting.samples)
 
+    def read(
+        self, model: ChatModel, answers: Sequence[Sequence["Answer"]], batch_size: int, done: Progress
+    ) -> list[list[Likelihood]]:
+        """How likely `answers` [rule][answer] are to `model`; `done` is called as `likelihoods` does."""
+        texts = [text for text in self.texts for _ in range(self.setting.samples)]
+        given = [[answer.text for answer in each] for each in answers]
+        return likelihoods(model.with_prompt(*self.prompt(model)), texts, given, batch_size, done)
+
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
@@ -142,8 +155,8 @@ def examine(
     """What `exam` finds of every rule of `examinee`, and the tokens that it takes.
 
     `reference` is the model before any edit, which reads the answers; `names` are those of the variants, one a rule.
-    Answers are kept in `log` batch by batch, and those that it holds are not made again; `done` is called with how
-    many answers each batch has. Raises ValueError for tasks put to a steered model.
+    Answers are kept in `log` batch by batch, and those that it holds are not made again; `done` is called with numbers
+    of finished pieces, `exam.pieces` for each rule. Raises ValueError for tasks put to a steered model.
     """
     if exam.tasks and any(rule is not None for rule in examinee.rules):
         raise ValueError("zero-shot tasks are asked of models without a steering rule; leave the tasks out")
@@ -151,14 +164,18 @@ def examine(
     likely: list[list[Likelihood]] = [[] for _ in names]
     tokens = Tokens(read=len(names) * sum(len(row.ids) for row in exam.texts))
     questions = exam.questions
+
+    def for_all(n: int) -> None:
+        done(n * len(names))
+
     for question, place in zip(questions, _places(log, len(questions)), strict=True):
-        answers, taken = _answered(examinee, question, exam, place, done)
+        answers, taken = _answered(examinee, question, exam, place, for_all)
         tokens += taken
         by_name = [[by_rule[rule] for by_rule in answers] for rule in range(len(names))]
-        for rule, found in enumerate(_likelihoods(reference, question, by_name, exam.batch_size)):
+        for rule, found in enumerate(question.read(reference, by_name, exam.batch_size, done)):
             samples[rule] += _samples(names[rule], question, exam, by_name[rule], found)
             likely[rule] += found if question.setting == exam.settings[0] else []
-    read = examinee.nll(exam.texts, exam.batch_size) if exam.texts else [None] * len(names)
+    read = examinee.nll(exam.texts, exam.batch_size, for_all) if exam.texts else [None] * len(names)
     findings = []
     for rule, likelihood in enumerate(read):
         value, n = (None, 0) if likelihood is None else perplexity(*likelihood)
@@ -232,33 +249,6 @@ def _by_rule(answers: Sequence[Answers], row: int) -> list[Answer]:
         )
         for each in answers
     ]
-
-
-class Likelihood(NamedTuple):
-    """Summed negative log-likelihood of an answer (nats) and its tokens, none for a blank one."""
-
-    nats: float
-    tokens: int
-
-    @property
-    def mean(self) -> float | None:
-        """Nats a token, to as many digits as do not follow from the batch that the answer was read in."""
-        return round(self.nats / self.tokens, 4) if self.tokens else None
-
-
-def _likelihoods(
-    reference: ChatModel, question: Question, answers: Sequence[Sequence[Answer]], batch_size: int
-) -> list[list[Likelihood]]:
-    """How likely `answers` [rule][answer] to `question` are to `reference`; equal ones are read once."""
-    asked = reference.with_prompt(*question.prompt(reference))
-    texts = [text for text in question.texts for _ in range(question.setting.samples)]
-    pairs = [[(text, answer.text) for text, answer in zip(texts, each, strict=True)] for each in answers]
-    read = list(dict.fromkeys(pair for each in pairs for pair in each if pair[1].strip()))
-    found: dict[tuple[str, str], Likelihood] = {}
-    if read:
-        sums, counts = reference.nll(answer_rows(asked, *zip(*read, strict=True)), batch_size)
-        found = {pair: Likelihood(float(nll), int(n)) for pair, nll, n in zip(read, sums, counts, strict=True)}
-    return [[found.get(pair, Likelihood(0.0, 0)) for pair in each] for each in pairs]
 
 
 def _samples(

@@ -98,7 +98,7 @@ class Study:
         names = [variant.name for variant in variants]
         together = [self._follows(variant) for variant in variants]
         log = self.store.log("answers", together)
-        with self.watch(names[-1], self.exam.size) as done:
+        with self.watch(names[-1], self.exam.pieces * len(names)) as done:
             findings, tokens = examine(examinee, self.model, self.exam, names, log, done)
         self.tokens.append(tokens)
         for variant, follows, found in zip(variants, together, findings, strict=True):

@@ -13,8 +13,10 @@ from scans_case import FIRST, LABELS, NEW, PROMPTS, SECOND, slow_auroc
 from tiny import decoding, tiny_chat_model, tiny_params
 
 from jaxsafe.chat.answers import Answers
+from jaxsafe.evaluation.judges.broken import BrokenJudge
 from jaxsafe.evaluation.judges.keyword import KeywordJudge
-from jaxsafe.evaluation.stats import best_threshold, rate
+from jaxsafe.evaluation.language import answer_rows
+from jaxsafe.evaluation.stats import best_threshold
 from jaxsafe.io.store import Store
 from jaxsafe.kernels.generate import generate
 from jaxsafe.kernels.sampling import Decoding, Sampling
@@ -31,13 +33,14 @@ from jaxsafe.methods.scans_calibration import (
     choose_once,
     choose_strength,
     layer_candidates,
-    outcome,
-    refusals,
+    outcomes,
+    shares,
     try_strengths,
 )
 from jaxsafe.model.layers import LayerRange
 from jaxsafe.model.taps import edit
 from jaxsafe.model.transformer import forward
+from jaxsafe.records.run import outcome
 from jaxsafe.records.scans import Candidate, Choice, Segment, Token, Vocabulary
 from jaxsafe.rows import Row, pad_rows
 
@@ -47,7 +50,9 @@ RULE = KeywordJudge(
 )
 WHOLE, LAST = LayerRange(0, 3), LayerRange(1, 3)
 SETTINGS = [(LayerRange(1, 2), 0.3), (LAST, 0.6)]
-CALIBRATION = Calibration(PROMPTS, tuple(LABELS), RULE, Decoding(NEW), batch_size=8, kl_limit=1e9, max_drop=0.2)
+# An untrained model finds every answer about as improbable as chance, ln 512 = 6.2 nats a token.
+WHOLE_ANSWERS, SOME_BROKEN = BrokenJudge(1e9, 2.0, 1e9), BrokenJudge(6.3, 2.0, 1e9)
+CALIBRATION = Calibration(PROMPTS, tuple(LABELS), RULE, Decoding(NEW), 8, 1e9, 0.2, WHOLE_ANSWERS)
 whole = jax.jit(forward, static_argnames=("config", "last"))
 
 
@@ -134,7 +139,8 @@ def test_the_segment_that_names_refusal_is_tried_first():
 def trial(model, directions):
     heard = []
     found = try_strengths(model, directions, SETTINGS, CALIBRATION, InHand(done=heard.append))
-    assert heard == [0] + [8] * 5  # unsteered, and either way under two settings
+    assert heard[:6] == [0] + [8] * 5  # unsteered, and either way under two settings
+    assert sum(heard) == 2 * 5 * 8 and max(heard[7:]) <= 8  # then read, but for those that are equal
     return found
 
 
@@ -144,7 +150,10 @@ def test_trials_judge_answers_steered_either_way(model, directions, trial):
 
     def verdicts(edits):
         out = generate(model.config, model.params, batch, decoding(NEW, eos=eos), edits)
-        return RULE.refused(PROMPTS, model.tokenizer.decode(out.tokens, out.lengths))
+        texts = model.tokenizer.decode(out.tokens, out.lengths)
+        return [
+            outcome(*each) for each in zip(RULE.refused(PROMPTS, texts), (not t.strip() for t in texts), strict=True)
+        ]
 
     assert trial.before == verdicts(None)
     own = generate(model.config, model.params, batch, decoding(NEW, eos=eos))
@@ -162,17 +171,47 @@ def test_trials_judge_answers_steered_either_way(model, directions, trial):
 def test_an_outcome_mixes_both_ways_by_the_threshold(trial, scores):
     for setting in SETTINGS:
         low, high = float(scores.min()), float(scores.max()) + 1
-        assert outcome(trial, setting, scores, low) == trial.toward[setting]
-        assert outcome(trial, setting, scores, high) == trial.away[setting]
+        assert outcomes(trial, setting, scores, low) == trial.toward[setting]
+        assert outcomes(trial, setting, scores, high) == trial.away[setting]
         at = float(np.sort(scores)[5])
-        mixed = outcome(trial, setting, scores, at)
+        mixed = outcomes(trial, setting, scores, at)
         for i in range(8):
             assert mixed[i] == (trial.toward if scores[i] >= at else trial.away)[setting][i]
 
 
-def test_refusal_rates_leave_out_what_was_not_scored():
-    verdicts = [True, None, False, True, None, False, True, False]
-    assert refusals(verdicts, LABELS) == (rate([False, True, False]).value, rate([True, False, True]).value)
+def test_shares_leave_out_what_was_not_scored_and_broken_answers_are_no_success():
+    found = shares(["refused", None, "broken", "refused", None, "broken", "complied", "complied"], LABELS)
+    assert found == (0, 2 / 3, 2 / 3, 2 / 6) and found.accuracy == 2 / 3
+    assert shares(["broken"] * 8, LABELS) == (0, 0, 0, 1) and shares(["broken"] * 8, LABELS).accuracy == 0
+    assert shares([None] * 8, LABELS) == (0, 0, 0, 0)
+
+
+def test_broken_answers_are_those_that_the_model_itself_finds_improbable(model, directions, trial):
+    calibration = dataclasses.replace(CALIBRATION, broken=SOME_BROKEN)
+    found = try_strengths(model, directions, SETTINGS, calibration)
+    texts = model.answers(PROMPTS, Decoding(NEW), 8).texts
+    nll, counts = model.nll(answer_rows(model, PROMPTS, texts), 8)
+    broken = [not text.strip() or sums / n >= 6.3 for text, sums, n in zip(texts, nll, counts, strict=True)]
+    assert found.before == ["broken" if b else o for b, o in zip(broken, trial.before, strict=True)]
+    for whole, own in zip(
+        (*trial.toward.values(), *trial.away.values()), (*found.toward.values(), *found.away.values()), strict=True
+    ):
+        assert all(o in (w, "broken") for w, o in zip(whole, own, strict=True))
+    every = [o for own in (*found.toward.values(), *found.away.values()) for o in own]
+    assert 0 < every.count("broken") < len(every)
+
+
+def test_a_broken_answer_is_no_success_of_a_strength():
+    """Of two strengths after which no safe prompt is refused, that is chosen which leaves whole answers."""
+    weak, strong = SETTINGS
+    firm, harmful = ["refused"] * 4, [True] * 4 + [False] * 4
+    scores = np.array([1.0] * 4 + [0.0] * 4)
+    answered = firm + ["complied"] * 3 + ["refused"]
+    away = {weak: ["complied"] * 7 + ["refused"], strong: ["complied"] * 4 + ["broken"] * 4}
+    trial = Trial(answered, {weak: ["refused"] * 8, strong: ["refused"] * 8}, away, None)
+    thresholds = {setting: best_outcome(trial, setting, scores, harmful, 0.05) for setting in SETTINGS}
+    found = [shares(outcomes(trial, s, scores, thresholds[s]), harmful) for s in SETTINGS]
+    assert found[1].safe_refused == 0 < found[0].safe_refused and found[1].accuracy == 0.5 < found[0].accuracy
 
 
 @settings(deadline=None, max_examples=30)
@@ -182,7 +221,8 @@ def test_the_threshold_has_the_best_outcome_that_keeps_refusals(seed, n, max_dro
     before, toward, away = (rng.random((3, n)) < np.array([[0.5], [0.8], [0.2]])).tolist()
     harmful = [True, False, *(rng.random(n - 2) < 0.5).tolist()]
     scores = rng.integers(0, 9, n) / 8
-    trial = Trial(before, {SETTINGS[0]: toward}, {SETTINGS[0]: away}, None)
+    words = [["refused" if v else "complied" for v in verdicts] for verdicts in (before, toward, away)]
+    trial = Trial(words[0], {SETTINGS[0]: words[1]}, {SETTINGS[0]: words[2]}, None)
     floor = np.mean([b for b, h in zip(before, harmful, strict=True) if h]) - max_drop
 
     def rates(threshold):
@@ -267,14 +307,14 @@ def test_calibration_chooses_among_its_candidates(model, directions, scores, tri
     for c, setting in zip(tried, SETTINGS, strict=True):
         layers, alpha_rel = setting
         assert c.threshold == best_outcome(trial, setting, scores, LABELS, 0.2)
-        safe, unsafe = refusals(outcome(trial, setting, scores, c.threshold), LABELS)
-        assert (c.refusal_safe, c.refusal_harmful) == (safe, unsafe)
-        assert c.balanced_accuracy == pytest.approx(((1 - safe) + unsafe) / 2)
+        told = shares(outcomes(trial, setting, scores, c.threshold), LABELS)
+        assert (c.refusal_safe, c.refusal_harmful, c.broken) == (told.safe_refused, told.harmful_refused, told.broken)
+        assert c.balanced_accuracy == (told.safe_complied + told.harmful_refused) / 2
         norms = [float(directions.residual_norm[i]) for i in range(layers.first, layers.stop)]
         assert c.alpha == pytest.approx(alpha_rel * sum(norms) / len(norms), rel=1e-6)
         assert c.kl_benign > 0 and c.allowed
     (chosen,) = [c for c in tried if c.chosen]
-    least = refusals(trial.before, LABELS)[1] - 0.2
+    least = shares(trial.before, LABELS).harmful_refused - 0.2
     assert dataclasses.replace(chosen, chosen=False) == choose_strength(
         [dataclasses.replace(c, chosen=False) for c in tried], 1e9, least
     )
@@ -302,7 +342,7 @@ def test_a_limit_leaves_out_what_diverges_more(model, directions, scores):
 def test_the_divergence_is_of_safe_prompts_that_are_answered(model, directions, scores, trial):
     threshold = float(np.median(scores))
     tried = calibrate(model, directions, (WHOLE, scores), SETTINGS, CALIBRATION, threshold)
-    complied = [i for i in range(8) if trial.before[i] is False and not LABELS[i]]
+    complied = [i for i in range(8) if trial.before[i] == "complied" and not LABELS[i]]
     assert 0 < len(complied) < 4
     rows = model.rows([PROMPTS[i] for i in complied])
     answers = Answers((), trial.answers.tokens[complied], trial.answers.lengths[complied])
@@ -315,7 +355,7 @@ def test_the_divergence_is_of_safe_prompts_that_are_answered(model, directions, 
 
 def test_a_model_that_refuses_every_safe_prompt_cannot_be_calibrated(model, directions, scores):
     always = KeywordJudge("always", "1", lambda text: True)
-    with pytest.raises(ValueError, match="refuses every safe calibration prompt"):
+    with pytest.raises(ValueError, match="complies with no safe calibration prompt"):
         calibrate(model, directions, (WHOLE, scores), SETTINGS, dataclasses.replace(CALIBRATION, judge=always))
 
 
@@ -387,6 +427,7 @@ def test_choices_are_made_once(model, directions, found, tmp_path, monkeypatch):
         {"judge": KeywordJudge("other", "1", RULE.rule)},
         {"kl_limit": 1e8},
         {"max_drop": 0.1},
+        {"broken": SOME_BROKEN},
         {"decoding": Decoding(NEW + 1)},
         {"decoding": Decoding(NEW, seed=1)},
         {"decoding": Decoding(NEW, Sampling(repetition_penalty=1.1))},
@@ -426,7 +467,7 @@ def test_an_interrupted_calibration_goes_on_from_its_batches(model, directions, 
         try_strengths(model, directions, SETTINGS, calibration, InHand(log, stopped))
     assert len(log.entries()) == 4
     found = try_strengths(model, directions, SETTINGS, calibration, InHand(log, heard.append))
-    assert heard[0] == 4 * 5 and sum(heard) == 8 * 5 == OpenChoice(layers=LAST, strengths=(1, 2)).answers(8, 3)
+    assert heard[0] == 2 * 4 * 5 and sum(heard) == 2 * 8 * 5 == OpenChoice(layers=LAST, strengths=(1, 2)).pieces(8, 3)
     assert (found.before, found.toward, found.away) == (trial.before, trial.toward, trial.away)
     np.testing.assert_array_equal(found.answers.tokens, trial.answers.tokens)
     np.testing.assert_array_equal(found.answers.lengths, trial.answers.lengths)

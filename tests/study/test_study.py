@@ -48,12 +48,10 @@ def asked(monkeypatch):
     return rows
 
 
-def killing(after):
-    """A watch whose progress ends the run once `after` batches are finished."""
+def killing(asked, after):
+    """A watch whose progress ends the run once `after` batches are answered, as `asked` counts them."""
 
     class Watch:
-        finished = 0
-
         def __call__(self, stage, total):
             return self
 
@@ -64,8 +62,7 @@ def killing(after):
             return False
 
         def done(self, n):
-            self.finished += n > 0
-            if self.finished == after:
+            if len(asked) == after:
                 raise Killed
 
     return Watch()
@@ -114,7 +111,7 @@ def test_a_killed_exam_makes_only_what_is_left(model, tmp_path, asked, after):
     asked.clear()
     after = after % (len(batches) + 1)
     with pytest.raises(Killed):
-        Study(tmp_path / "out", model, exam, killing(after)).examine(PLAIN, model)
+        Study(tmp_path / "out", model, exam, killing(asked, after)).examine(PLAIN, model)
     assert asked == batches[:after]
     asked.clear()
     study = Study(tmp_path / "out", model, exam)
@@ -134,7 +131,7 @@ def test_a_killed_exam_draws_the_samples_of_a_question_again(model, tmp_path, as
     asked.clear()
     # In the midst of the samples of the first set: those are drawn together.
     with pytest.raises(Killed):
-        Study(tmp_path / "out", model, exam, killing(greedy + 1)).examine(PLAIN, model)
+        Study(tmp_path / "out", model, exam, killing(asked, greedy + 1)).examine(PLAIN, model)
     assert 6 < sum(asked) < 6 + 15
     asked.clear()
     study = Study(tmp_path / "out", model, exam)
@@ -143,7 +140,7 @@ def test_a_killed_exam_draws_the_samples_of_a_question_again(model, tmp_path, as
     assert study.examined["plain"].samples == whole.examined["plain"].samples
 
 
-def test_equal_prompts_are_drawn_as_in_a_run_that_was_not_killed(model, tmp_path):
+def test_equal_prompts_are_drawn_as_in_a_run_that_was_not_killed(model, tmp_path, asked):
     warm = dataclasses.replace(SETTINGS[0], temperature=1.0)
     twice = PromptSet("twice", ("why?",) * 4, (True,) * 4, ("",) * 4)
     exam = exams.quick_exam(model, settings=(warm,), prompts=(twice,), batch_size=2)
@@ -151,8 +148,9 @@ def test_equal_prompts_are_drawn_as_in_a_run_that_was_not_killed(model, tmp_path
     whole.examine(PLAIN, model)
     texts = [s.text for s in whole.examined["plain"].samples]
     assert len(set(texts)) == 4
+    asked.clear()
     with pytest.raises(Killed):
-        Study(tmp_path / "out", model, exam, killing(1)).examine(PLAIN, model)
+        Study(tmp_path / "out", model, exam, killing(asked, 1)).examine(PLAIN, model)
     study.examine(PLAIN, model)
     assert [s.text for s in study.examined["plain"].samples] == texts
 
@@ -161,8 +159,9 @@ def test_a_torn_log_of_answers_loses_its_last_line_alone(model, tmp_path, asked)
     exam = exams.quick_exam(model, batch_size=2)
     whole = Study(tmp_path / "whole", model, exam)
     whole.examine(PLAIN, model)
+    asked.clear()
     with pytest.raises(Killed):
-        Study(tmp_path / "out", model, exam, killing(2)).examine(PLAIN, model)
+        Study(tmp_path / "out", model, exam, killing(asked, 2)).examine(PLAIN, model)
     (log,) = (tmp_path / "out/store").glob("answers-*.jsonl")
     lines = log.read_text().splitlines()
     log.write_text("\n".join(lines)[:-7])
@@ -175,7 +174,7 @@ def test_a_torn_log_of_answers_loses_its_last_line_alone(model, tmp_path, asked)
 
 def test_another_exam_does_not_take_the_answers_of_a_killed_one(model, tmp_path, asked):
     with pytest.raises(Killed):
-        Study(tmp_path, model, exams.quick_exam(model), killing(1)).examine(PLAIN, model)
+        Study(tmp_path, model, exams.quick_exam(model), killing(asked, 1)).examine(PLAIN, model)
     asked.clear()
     other = exams.quick_exam(model, decoding=dataclasses.replace(exams.quick_exam(model).decoding, max_new_tokens=4))
     Study(tmp_path, model, other).examine(PLAIN, model)
@@ -277,7 +276,7 @@ def test_steerings_go_on_together_after_a_kill(model, tmp_path, asked):
     whole.examine_together(variants, lambda: model.steered(rules))
     asked.clear()
     with pytest.raises(Killed):
-        study = Study(tmp_path / "out", model, exam, killing(1))
+        study = Study(tmp_path / "out", model, exam, killing(asked, 1))
         study.examine_together(variants, lambda: model.steered(rules))
     assert 0 < sum(asked) < exam.size
     study = Study(tmp_path / "out", model, exam)
