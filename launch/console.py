@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import jaxsafe
 
+from .interruption import end_at_once
+
 TASKS = {
     "quickstart": "all of it on a small model that fits any machine",
     "scans": "steer a chat model so that it refuses what is harmful and answers what only looks so (SCANS)",
@@ -29,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"jaxsafe {jaxsafe.__version__}")
     elif task in TASKS:
         sys.argv[1:] = words[1:]
+        end_at_once()
         runpy.run_module(f"{__package__}.{task}", run_name="__main__", alter_sys=True)
     else:
         near = difflib.get_close_matches(task, TASKS, 1)

@@ -18,6 +18,16 @@ class Interrupted(KeyboardInterrupt):
         self.status = 128 + number
 
 
+def end_at_once() -> None:
+    """Until a run begins to listen, Ctrl-C ends the process with one line and status 130, also within an import."""
+
+    def ended(number: int, frame: FrameType | None) -> None:
+        os.write(2, b"interrupted before the run began\n")  # print may be what was interrupted
+        os._exit(128 + number)
+
+    signal.signal(signal.SIGINT, ended)
+
+
 @contextlib.contextmanager
 def interruptible(signals: Sequence[int], say: Callable[[str], object]) -> Iterator[None]:
     """Inside, the first of `signals` calls `say` with one line and raises Interrupted; a second one ends the process.

@@ -81,8 +81,8 @@ def tune(
     mean = sum(len(row.ids) for row in rows) / len(rows)
     with clock.watch("safety_tuning_s")("safety tuning", settings.steps) as done:
         for step in safety_tune(base, rows, settings, checkpoints):
-            done(step.number if step.loss is None else 1)
-            if step.loss is not None:
+            done(step.number if step.begins else 1)
+            if not step.begins:
                 clock.count("safety_tuning_s", Tokens(learned=round(settings.batch_size * mean)))
         params = step.weights()
     card = CARD.format(steps=settings.steps, harmful=len(harmful), benign=len(benign))
@@ -149,7 +149,7 @@ def main() -> None:
     if EVAL_DATA.value:
         evaluation_sets(EVAL_DATA.value)
     mine = folder.identity(f"quickstart of {TASK.value}", experiment.FIELDS, config, eval_data=EVAL_DATA.value)
-    with common.held(out, mine) as (own, clock):
+    with common.held(out, mine, experiment.results(config)) as (own, clock):
         run(config, own, clock)
 
 

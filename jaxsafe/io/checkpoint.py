@@ -5,6 +5,8 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from types import FrameType
 from typing import Any
 
 import jax
@@ -25,12 +27,20 @@ def open_checkpoints(folder: str | os.PathLike, keep: int = 2) -> ocp.training.C
     )
 
 
-def save(checkpoints: ocp.training.Checkpointer, step: int, tree: Any, run: Mapping[str, Any]) -> None:
+def save(
+    checkpoints: ocp.training.Checkpointer, step: int, tree: Any, run: Mapping[str, Any], note: float | None = None
+) -> None:
     """Copies `tree` as it stands after `step` steps and writes it in the background; waits for an earlier save.
 
-    `run` says what the tree follows from, in values of JSON.
+    `run` says what the tree follows from, in values of JSON; `note` is a number beside it.
     """
-    checkpoints.save_async(step, tree, force=True, custom_metadata={"run": dict(run)})
+    checkpoints.save_async(step, tree, force=True, custom_metadata={"run": dict(run), "note": note})
+
+
+def note(checkpoints: ocp.training.Checkpointer) -> float | None:
+    """The note of the latest checkpoint, None where there is none."""
+    latest = checkpoints.latest
+    return None if latest is None else (checkpoints.metadata(latest.step).custom_metadata or {}).get("note")
 
 
 def restore(checkpoints: ocp.training.Checkpointer, like: Any, run: Mapping[str, Any]) -> tuple[int, Any] | None:
@@ -73,27 +83,48 @@ def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
     return [one(jnp.asarray(leaf)) for leaf in leaves]
 
 
-@contextlib.contextmanager
-def preemption() -> Iterator[Callable[[int], bool]]:
-    """Yields `asked(step)`: whether this run was asked to end (SIGTERM, which a machine sends before it is taken).
+def preempted(step: int) -> bool:
+    """Whether several processes, which must agree on the step, were asked to end by JAX's preemption service."""
+    return jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step)
 
-    Several processes agree on the step by JAX's preemption service. One listens by itself, in its main thread, and
-    on leaving hands the signal on to whoever listened before, which by default ends the process.
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Yields `whole()`, a context that Ctrl-C and SIGTERM wait for; outside of it they end the run at once.
+
+    They go to whoever listened before, and raise SystemExit(128 + number) where that raises nothing. Of one process
+    alone, and in its main thread, which alone may listen to signals; elsewhere nothing waits.
     """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
+    if jax.process_count() > 1 or threading.current_thread() is not threading.main_thread():
+        yield contextlib.nullcontext
         return
-    if threading.current_thread() is not threading.main_thread():  # which alone may listen to signals
-        yield lambda step: False
-        return
-    asked = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda number, frame: asked.set())
+    held, waiting = threading.Event(), list[int]()
+
+    def heard(number: int, frame: FrameType | None) -> None:
+        if held.is_set():
+            waiting.append(number)
+            return
+        listener = before[number]
+        if callable(listener):
+            listener(number, frame)
+        raise SystemExit(128 + number)
+
+    @contextlib.contextmanager
+    def whole() -> Iterator[None]:
+        held.set()
+        try:
+            yield
+        finally:
+            held.clear()
+            if waiting:
+                heard(waiting.pop(), None)
+
+    listeners = {int(number): signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {n: listener for n, listener in listeners.items() if listener not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, heard)
     try:
-        yield lambda step: asked.is_set()
+        yield whole
     finally:
-        signal.signal(signal.SIGTERM, before)
-        if asked.is_set():
-            if callable(before):
-                before(signal.SIGTERM, None)
-            else:
-                signal.raise_signal(signal.SIGTERM)
+        for number, listener in before.items():
+            signal.signal(number, listener)

@@ -172,8 +172,8 @@ def _trained(
     learned = round(settings.batch_size * sum(len(row.ids) for row in rows) / max(1, len(rows)))
     with grid.watch(cell.name, settings.steps) as done, contextlib.closing(_steps(study, run, folder, points)) as steps:
         for step in steps:
-            done(step.number if step.loss is None else 1)
-            grid.tokens.append(Tokens(learned=0 if step.loss is None else learned))
+            done(step.number if step.begins else 1)
+            grid.tokens.append(Tokens(learned=0 if step.begins else learned))
             variant = points.get(step.number)
             if variant is not None and not study.finished(variant):
                 if not study.store.has("loss", study.key(variant)):
@@ -191,11 +191,11 @@ def _steps(
 ) -> Generator[Step, None, None]:
     """The steps of a run from its latest checkpoint in `folder`.
 
-    One with a step up to there that is not examined yet begins anew, without checkpoints.
+    One with a step before there that is not examined yet begins anew, without checkpoints.
     """
     steps = run(folder)
     step = next(steps)
-    if all(study.finished(variant) for number, variant in points.items() if number <= step.number):
+    if all(study.finished(variant) for number, variant in points.items() if number < step.number):
         yield step
     else:
         del step  # its weights and those of the new run need not fit at once

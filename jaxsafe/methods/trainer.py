@@ -10,6 +10,7 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsafe.digest import digest
-from jaxsafe.io.checkpoint import checksum, open_checkpoints, outline, preemption, restore, save
+from jaxsafe.io.checkpoint import checksum, note, open_checkpoints, outline, preempted, restore, save, stoppable
 from jaxsafe.kernels import lora
 from jaxsafe.kernels.lora import LoRA
 from jaxsafe.kernels.training import Recipe, batch_plan, masters, model_weights, one_step
@@ -85,13 +86,15 @@ def learning_rates(settings: FineTuning) -> optax.Schedule:
 class Step:
     """Where a run is after `number` steps.
 
-    loss: of the last step, before it (nats a token of the answers), None where the run begins or goes on from here;
-    weights: gives the model's weights, in `config.dtype`; to be called before the next step is taken.
+    loss: of the last step, before it (nats a token of the answers), None where there is none yet; weights: gives the
+    model's weights, in `config.dtype`; to be called before the next step is taken; begins: whether the run begins here,
+    or goes on from here.
     """
 
     number: int
     loss: float | None
     weights: Callable[[], Params]
+    begins: bool = False
 
 
 def train(
@@ -110,8 +113,9 @@ def train(
     Runs that differ in rows, seed or what is frozen share one compiled step where their shapes are alike.
 
     Checkpoints go to `folder` (none without one), and a run that finds some there goes on from the latest, which is
-    the first step that it yields. On SIGTERM such a run writes a checkpoint when the next step is asked for and
-    ends, with SystemExit(143) where the signal does not end the process. Raises ValueError for rows without answers,
+    the first step that it yields. Such a run writes a checkpoint where it is closed before its end, and on Ctrl-C and
+    SIGTERM, which wait for the step in hand and then raise KeyboardInterrupt and SystemExit(143), unless others listen
+    to them; on SIGTERM several processes end at a step on which they agree. Raises ValueError for rows without answers,
     rows beyond the model's context, a batch that the mesh does not divide, and a folder of another run.
     """
     check_rows(config, rows, settings, mesh)
@@ -142,28 +146,38 @@ def _steps(
     step = compiled_step(recipe, tree)
     weights = _weights_program(config, recipe.weights_of, *_hashable(jax.tree.map(lambda p: p.sharding, dict(params))))
     with contextlib.ExitStack() as stack:
-        start, checkpoints = 0, None
-        asked: Callable[[int], bool] = _never
+        done, loss, checkpoints = 0, None, None
+        whole: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
         if folder is not None:
-            # Exits in reverse order: the last checkpoint is finished before SIGTERM is raised again.
-            asked = stack.enter_context(preemption())
+            whole = stack.enter_context(stoppable())
             checkpoints = stack.enter_context(open_checkpoints(folder))
             run = identity(params, rows, settings, frozen)
             if checkpoints.latest is not None:
                 like = outline(tree)
                 del tree  # the memory is needed for what is read
                 resumed: Any = restore(checkpoints, like, run)
-                start, tree = resumed
-        yield Step(start, None, functools.partial(weights, tree["params"], fixed))
-        for i in range(start, settings.steps):
-            batch = pad_rows([rows[j] for j in plan[i]], width, settings.batch_size)
-            tree, loss = step(tree, put_rows(batch, mesh), fixed)
-            yield Step(i + 1, float(loss), functools.partial(weights, tree["params"], fixed))
-            done, end = i + 1, asked(i)
-            if checkpoints and (end or done == settings.steps or done % settings.checkpoint_every == 0):
-                save(checkpoints, done, tree, run)
-            if end:
-                raise SystemExit(143)
+                (done, tree), loss = resumed, note(checkpoints)
+        saved = done
+        try:
+            yield Step(done, loss, functools.partial(weights, tree["params"], fixed), begins=True)
+            for i in range(done, settings.steps):
+                batch = put_rows(pad_rows([rows[j] for j in plan[i]], width, settings.batch_size), mesh)
+                with whole():  # a step consumes the tree that it is given
+                    tree, nats = step(tree, batch, fixed)
+                    loss, done = float(nats), i + 1
+                yield Step(done, loss, functools.partial(weights, tree["params"], fixed))
+                end = checkpoints is not None and preempted(i)
+                if checkpoints and (end or done == settings.steps or done % settings.checkpoint_every == 0):
+                    with whole():
+                        save(checkpoints, done, tree, run, loss)
+                        saved = done
+                if end:
+                    raise SystemExit(143)
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            # Of several processes, which save together, each may be interrupted at another step.
+            if checkpoints and saved < done and jax.process_count() == 1:
+                save(checkpoints, done, tree, run, loss)
+            raise
 
 
 def check_rows(config: ModelConfig, rows: Sequence[Row], settings: FineTuning, mesh: Mesh | None) -> None:
@@ -271,10 +285,6 @@ def identity(
         "frozen": digest(checksum(frozen.init(params)))[:16],
     }
     return json.loads(json.dumps(chosen | data))
-
-
-def _never(step: int) -> bool:
-    return False
 
 
 def _on_mesh(tree: Any, mesh: Mesh | None) -> Any:

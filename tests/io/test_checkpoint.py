@@ -11,7 +11,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxsafe.io.checkpoint import checksum, open_checkpoints, outline, preemption, restore, save
+from jaxsafe.io.checkpoint import checksum, open_checkpoints, outline, restore, save, stoppable
 from jaxsafe.parallel import parse_mesh
 
 RUN = {"seed": 3, "rows": "abc", "lora": None, "maps": ["q", "v"]}
@@ -116,33 +116,44 @@ def test_a_checksum_follows_from_bits_and_places_and_not_from_devices():
     assert checksum(jnp.float32([0.0])) != checksum(jnp.float32([-0.0]))
 
 
-def test_the_signal_is_heard_and_then_handed_on():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_waits_for_what_must_be_whole_and_is_then_handed_on(number):
     heard = []
-    before = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
+    before = signal.signal(number, lambda number, frame: heard.append(number))
     try:
-        with preemption() as asked:
-            assert not asked(0)
-            signal.raise_signal(signal.SIGTERM)
-            assert asked(1) and asked(2) and not heard
-        assert heard == [signal.SIGTERM]
-        with preemption() as asked:
-            assert not asked(3)
-        assert heard == [signal.SIGTERM]
+        with stoppable() as whole:
+            with pytest.raises(SystemExit) as end, whole():
+                signal.raise_signal(number)
+                assert not heard
+            assert heard == [number] and end.value.code == 128 + number
+            with pytest.raises(SystemExit):
+                signal.raise_signal(number)
+            with whole():
+                pass
+        assert heard == [number] * 2
+        signal.raise_signal(number)
+        assert heard == [number] * 3
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
 
 
-def test_beside_the_main_thread_nothing_is_heard():
+def test_a_listener_that_raises_is_what_ends_the_run():
+    with pytest.raises(KeyboardInterrupt), stoppable() as whole, whole():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_beside_the_main_thread_nothing_waits():
     found = []
 
     def listen():
-        with preemption() as asked:
-            found.append(asked(0))
+        with stoppable() as whole, whole():
+            found.append(True)
 
     thread = threading.Thread(target=listen)
     thread.start()
     thread.join()
-    assert found == [False]
+    assert found == [True]
 
 
 def test_a_relative_folder_will_do(tmp_path, monkeypatch):

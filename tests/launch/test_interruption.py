@@ -117,6 +117,45 @@ def test_a_second_signal_ends_at_once_in_the_middle_of_a_program(run, number, st
     assert (process.returncode, error) == (status, "")
 
 
+@pytest.mark.parametrize("start", [["launch.plan"], ["launch.console", "plan"]])
+def test_ctrl_c_before_the_run_begins_ends_with_one_line(start, tmp_path):
+    # An import that the script meets on its way, and that takes its time.
+    (tmp_path / "ml_collections.py").write_text("print('started', flush=True)\nimport time\ntime.sleep(60)\n")
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n")
+    process = started([sys.executable, "-m", *start], PYTHONPATH=str(tmp_path))
+    try:
+        assert process.stdout.readline() == "started\n"
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, error) == (130, "interrupted before the run began\n")
+
+
+@pytest.mark.slow
+def test_an_attack_interrupted_in_an_exam_saves_the_steps_before_it(folder, tmp_path):
+    """SIGTERM in the midst of an exam of a training run ends it within a batch; no step is made again."""
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    command = [
+        *(flag for flag in attack(folder, write_pairs(tmp_path / "pairs.jsonl")) if "checkpoint_every" not in flag),
+        "--config.checkpoint_every=100",
+        "--config.batch_size=1",
+    ]
+    process = started([*command, f"--out={out}"])
+    # The first exam is that of the model before the attack; the next one is that of step 4.
+    wait_until(lambda: some(out, "result-*.json") and any(lines(log) for log in out.glob("store/answers-*")), process)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143 and error.splitlines()[-1] == SAID and "Traceback" not in error
+    assert len(list(out.glob("store/result-*.json"))) == 1, "the exam in hand was not interrupted"
+    assert [path.name for path in out.glob("checkpoints/*/*") if path.name.isdecimal()] == ["4"]
+    losses = {path: path.stat().st_mtime_ns for path in out.glob("store/loss-*.json")}
+    finished(started([*command, f"--out={out}"]))
+    assert len(losses) == 1 and all(path.stat().st_mtime_ns == when for path, when in losses.items())
+    finished(started([*command, f"--out={whole}"]))
+    assert found(out) == found(whole)
+
+
 @pytest.mark.slow
 def test_scans_interrupted_while_it_calibrates_goes_on_from_its_batches(folder, tmp_path):
     out, whole = tmp_path / "out", tmp_path / "whole"

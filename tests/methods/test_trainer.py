@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -350,8 +351,34 @@ def kill(folder, number, at):
         _, errors = worker.communicate(timeout=60)
     finally:
         worker.kill()
-    assert worker.returncode == -number, errors
+    assert worker.returncode == (-9 if number == signal.SIGKILL else 128 + number), errors
     return first
+
+
+def test_a_run_that_is_interrupted_saves_where_it_stands(tmp_path):
+    """At any moment: in the midst of a step, while somebody works with a step, and when it is closed."""
+    numbers = []
+    with pytest.raises(KeyboardInterrupt):
+        for step in killable_run(tmp_path):
+            numbers.append(step.number)
+            if step.number == 3:
+                signal.raise_signal(signal.SIGINT)
+    assert numbers == [0, 1, 2, 3] and latest(tmp_path) == 3
+    steps = killable_run(tmp_path)
+    assert [next(steps).number for _ in range(3)] == [3, 4, 5]
+    steps.close()
+    assert latest(tmp_path) == 5
+    timer = threading.Timer(0.0, signal.raise_signal, [signal.SIGTERM])
+    with pytest.raises(SystemExit, match="143"):
+        for step in killable_run(tmp_path):
+            timer.start() if step.number == 6 else None
+    assert 6 <= latest(tmp_path) <= 16
+    assert_same_bits(trained(killable_run(tmp_path)), uninterrupted())
+
+
+def latest(folder):
+    with open_checkpoints(folder) as checkpoints:
+        return checkpoints.latest.step
 
 
 @pytest.mark.slow
@@ -362,13 +389,13 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path):
     assert kill(tmp_path, signal.SIGTERM, asked) in (2, 4, 6, 8), (once, asked)
     with open_checkpoints(tmp_path) as checkpoints:
         stood = checkpoints.latest.step
-    assert stood > asked
+    assert stood >= asked
     numbers = []
     assert_same_bits(trained(numbers.append(step.number) or step for step in killable_run(tmp_path)), uninterrupted())
     assert numbers == list(range(stood, 17)), (once, asked)
     # A run that is done is read, not run.
     (end,) = killable_run(tmp_path)
-    assert (end.number, end.loss) == (16, None)
+    assert (end.number, end.begins) == (16, True) and 0 < end.loss < 10
     assert_same_bits(end.weights(), uninterrupted())
     for change, word in [
         ({"settings": dataclasses.replace(KILLED, learning_rate=1e-4)}, "learning_rate"),
@@ -393,7 +420,7 @@ def main(folder):
     quick(True)
 
     for step in killable_run(folder):
-        if step.loss is not None:
+        if not step.begins:
             print(step.number - 1, flush=True)
             time.sleep(0.05)
 
