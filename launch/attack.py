@@ -58,6 +58,14 @@ def check(config: ConfigDict) -> None:
     common.check_scored(config)
 
 
+def results(config: ConfigDict) -> int:
+    """How many results the experiment has: of each attack the model before it, and the due steps of its runs."""
+    regions = len(config.freeze_weights) + len(config.freeze_ranks) + len(config.freeze_layers)
+    kept, runs = regions * (1 + config.controls), len(config.tunings) * len(config.seeds)
+    due = [-(-attack.steps // (config.evaluate_every or attack.steps)) for attack in attacks_of(config)]
+    return sum(1 + runs * ((1 + kept) * steps + kept * config.rewinds) for steps in due)
+
+
 def start_of(config: ConfigDict, layers: int) -> LayerRange:
     """Where the scan of so many `layers` begins. Raises ValueError for an empty range."""
     return LayerRange(*(round(share * layers) for share in config.layer_start))
@@ -183,7 +191,7 @@ def layer_scan(config: ConfigDict, model: ChatModel, study: Study, clock: Clock)
 def main() -> None:
     """Reads the flags and runs the experiment."""
     config = command.config()
-    with common.held(OUT.value, folder.identity("attack", FIELDS, config)) as (out, clock):
+    with common.held(OUT.value, folder.identity("attack", FIELDS, config), results(config)) as (out, clock):
         model = common.load(config, clock)
         common.show(run(config, model, out, clock, pathlib.Path(OUT.value) / "checkpoints"), out)
 

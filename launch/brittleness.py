@@ -59,6 +59,11 @@ def grid_of(config: ConfigDict) -> list[Point]:
     return grid
 
 
+def results(config: ConfigDict) -> int:
+    """How many results the experiment has."""
+    return len(grid_of(config))
+
+
 def run(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock) -> Run:
     """The whole experiment; what it finds is in `out` and in the returned record."""
     grid = grid_of(config)
@@ -130,7 +135,7 @@ def export(config: ConfigDict, material: Material, point: Point, out: pathlib.Pa
 def main() -> None:
     """Reads the flags and runs the experiment."""
     config = command.config()
-    with common.held(OUT.value, folder.identity("brittleness", FIELDS, config)) as (out, clock):
+    with common.held(OUT.value, folder.identity("brittleness", FIELDS, config), results(config)) as (out, clock):
         model = common.load(config, clock)
         common.show(run(config, model, out, clock), out)
 

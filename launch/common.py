@@ -87,10 +87,10 @@ def greet() -> None:
 
 
 @contextlib.contextmanager
-def held(out: str, mine: folder.Identity) -> Iterator[tuple[pathlib.Path, Clock]]:
+def held(out: str, mine: folder.Identity, results: int) -> Iterator[tuple[pathlib.Path, Clock]]:
     """The folder of a run (see `folder.held`) and its clock, which goes on from the seconds of an interrupted part."""
     clock = Clock()
-    with folder.held(out, mine) as own:
+    with folder.held(out, mine, results) as own:
         greet()
         clock.resume(own)
         yield own, clock

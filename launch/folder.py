@@ -69,8 +69,10 @@ def identity(task: str, fields: Fields, config: ConfigDict, **more: Json) -> Ide
 
 
 @contextlib.contextmanager
-def held(out: str | os.PathLike, mine: Identity) -> Iterator[pathlib.Path]:
+def held(out: str | os.PathLike, mine: Identity, results: int = 0) -> Iterator[pathlib.Path]:
     """The folder that this process writes to, `out` for process 0, which no other run may write to meanwhile.
+
+    A run that goes on says how many of its `results` (0: of how many is not known) are finished.
 
     The other processes, who take the same steps, work in a copy that is thrown away; all must see `out` when they
     begin, and write their parts of checkpoints to it. Raises ValueError for a folder that cannot be written, has no
@@ -84,7 +86,7 @@ def held(out: str | os.PathLike, mine: Identity) -> Iterator[pathlib.Path]:
         return
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(_taken(path, mine))
+            stack.enter_context(_taken(path, mine, results))
         except BaseException:
             if many:
                 multihost_utils.broadcast_one_to_all(np.int32(0))
@@ -111,7 +113,7 @@ def _copy(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 @contextlib.contextmanager
-def _taken(path: pathlib.Path, mine: Identity) -> Iterator[None]:
+def _taken(path: pathlib.Path, mine: Identity, results: int) -> Iterator[None]:
     """Holds `path` for one experiment. Where nothing is finished inside, what was not there before is taken away."""
     new, claimed = _made(path), (path / LOCK).exists()
     lock = filelock.FileLock(path / LOCK)
@@ -122,7 +124,7 @@ def _taken(path: pathlib.Path, mine: Identity) -> Iterator[None]:
     except NotImplementedError:
         command.console.print(f"{path} is on a file system without locks: start one run at a time", soft_wrap=True)
     try:
-        _claim(path, mine)
+        _claim(path, mine, results)
         claimed = True
         yield
     finally:
@@ -155,7 +157,7 @@ def _made(path: pathlib.Path) -> bool:
     return new
 
 
-def _claim(path: pathlib.Path, mine: Identity) -> None:
+def _claim(path: pathlib.Path, mine: Identity, results: int) -> None:
     """Writes whose folder it is. Raises ValueError where it holds something else."""
     inside = [entry.name for entry in path.iterdir() if not entry.name.startswith(".") and entry.name != "lost+found"]
     other, found = read(path), [name for name in inside if name in WRITTEN and name != EXPERIMENT]
@@ -168,7 +170,7 @@ def _claim(path: pathlib.Path, mine: Identity) -> None:
     elif found and other is not None:
         if differs := differences(other.identity, mine):
             raise ValueError(f"--out={path} holds another experiment ({differs}); give another folder or --overwrite")
-        command.console.print(f"goes on in {path}: {pieces(path)}", soft_wrap=True)
+        command.console.print(f"goes on in {path}: {pieces(path, results)}", soft_wrap=True)
     since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     write_text(path / EXPERIMENT, to_json(Kept(mine, socket.gethostname(), os.getpid(), since), indent=1) + "\n")
 
@@ -225,11 +227,12 @@ def _short(text: str, width: int = 80) -> str:
     return text if len(text) <= width else f"{text[: width - 3]}..."
 
 
-def pieces(path: pathlib.Path) -> str:
-    """What is finished in the store of a folder, as "2 results, 1 directions, 12 answers of an unfinished exam"."""
+def pieces(path: pathlib.Path, results: int = 0) -> str:
+    """What is finished in the store of a folder: "1 directions, 2 of 30 results, 12 answers of an unfinished exam"."""
     files = [file for file in (path / "store").glob("*-*") if not file.name.startswith(".")]
     kinds = Counter(file.name.rpartition("-")[0] for file in files if file.suffix != ".jsonl")
-    found = [f"{n} {'results' if kind == 'result' and n > 1 else kind}" for kind, n in sorted(kinds.items())]
+    names = {"result": f"of {results} results" if results else "results" if kinds["result"] > 1 else "result"}
+    found = [f"{n} {names.get(kind, kind)}" for kind, n in sorted(kinds.items())]
     answers = sum(file.read_bytes().count(b"\n") for file in files if file.suffix == ".jsonl")
     found += [f"{answers} answers of an unfinished exam"] if answers else []
     return f"{', '.join(found)} are finished and kept" if found else "nothing is finished yet"

@@ -110,19 +110,20 @@ class Clock:
     def record(self, config: ModelConfig, batch: int) -> dict[str, Any]:
         """The seconds, those of earlier parts included, and "use": what `utilisation` tells of each stage of this part.
 
-        Answers came in batches of `batch`.
+        Answers came in batches of `batch`. "resumed" stands beside "use" where there were earlier parts.
         """
         use = {
             name: utilisation(config, jax.devices(), tokens, batch, self.seconds[name])
             for name, tokens in self.tokens.items()
             if tokens
         }
-        return {**self._whole(), "use": use}
+        return {**self._whole(), "use": use} | ({"resumed": True} if self.earlier else {})
 
 
 def use_line(timings: Mapping[str, Any]) -> str:
     """What a run tells of its speed, a stage after the other; empty where nothing was run."""
-    return "; ".join(_use(name.removesuffix("_s").replace("_", " "), use) for name, use in timings["use"].items())
+    said = "; ".join(_use(name.removesuffix("_s").replace("_", " "), use) for name, use in timings["use"].items())
+    return f"since the run went on: {said}" if said and timings.get("resumed") else said
 
 
 def _use(stage: str, use: Mapping[str, float]) -> str:

@@ -82,6 +82,11 @@ def roles_of(config: ConfigDict, extra: Sequence[PromptSet] = ()) -> Roles:
     return assign_roles(prepare, evaluate, config.data or None, extra, config.seed)
 
 
+def results(config: ConfigDict) -> int:
+    """How many results the experiment has: the model as it is, and steered."""
+    return 2
+
+
 def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, clock: Clock) -> Run:
     """The whole experiment; what it finds is in `out` and in the returned record."""
     fixed = choice_of(config)
@@ -176,7 +181,7 @@ def show(run: Run, out: pathlib.Path) -> None:
 def main() -> None:
     """Reads the flags and runs the experiment."""
     config = command.config()
-    with common.held(OUT.value, folder.identity("scans", FIELDS, config)) as (out, clock):
+    with common.held(OUT.value, folder.identity("scans", FIELDS, config), results(config)) as (out, clock):
         roles, model = roles_of(config), common.load(config, clock)
         show(run(config, model, roles, out, clock), out)
 

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from scipy.stats import binomtest, norm
 from sklearn import metrics as sklearn_metrics
 
+from jaxsafe.intervals import wilson
 from jaxsafe.records.run import Difference, Rate
 from jaxsafe.records.scans import ClassFigures, Classification, Curve
 
@@ -44,8 +45,7 @@ def rate(flags: Flags) -> Rate:
     n, unscored = len(scored), len(checked) - len(scored)
     if not n:
         return Rate(None, None, None, 0, unscored)
-    interval = binomtest(sum(scored), n).proportion_ci(confidence_level=0.95, method="wilson")
-    return Rate(sum(scored) / n, float(interval.low), float(interval.high), n, unscored)
+    return Rate(sum(scored) / n, *wilson(sum(scored) / n, n), n, unscored)
 
 
 def mcnemar(before: Flags, after: Flags) -> Paired:
@@ -210,16 +210,7 @@ def clustered_rate(groups: Sequence[Flags]) -> Rate:
         effective = n / max(1.0, between / (n * p * (1 - p)))
     else:
         effective = len(scored)
-    low, high = _wilson(p, effective)
-    return Rate(p, low, high, n, flat.n_unscored)
-
-
-def _wilson(p: float, n: float) -> tuple[float, float]:
-    """Wilson's 95% interval (Wilson 1927) of a share `p` of `n` flags, which need not be a whole number."""
-    z = norm.ppf(0.975)
-    centre, half = p + z**2 / (2 * n), z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    low, high = (float((centre + sign * half) / (1 + z**2 / n)) for sign in (-1, 1))
-    return low if p > 0 else 0.0, high if p < 1 else 1.0
+    return Rate(p, *wilson(p, effective), n, flat.n_unscored)
 
 
 def mean_rate(rates: Mapping[str, Rate]) -> Rate:

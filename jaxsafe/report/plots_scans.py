@@ -12,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from jaxsafe.intervals import wilson
 from jaxsafe.model.layers import LayerRange
 from jaxsafe.records.scans import Candidate, Curve, Scores
 from jaxsafe.report.style import (
@@ -31,7 +32,6 @@ from jaxsafe.report.style import (
     styled,
     tone,
     upright,
-    wilson,
 )
 
 

@@ -19,7 +19,6 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
-from scipy.stats import binomtest
 
 from jaxsafe.model.layers import LayerRange
 from jaxsafe.records.run import Difference, Rate
@@ -177,12 +176,6 @@ def interval(rates: Iterable[Rate | Difference | None]) -> tuple[np.ndarray, np.
     """The lower and the upper ends of the intervals of rates, NaN where there are none."""
     known = list(rates)
     return array(rate and rate.ci_low for rate in known), array(rate and rate.ci_high for rate in known)
-
-
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """The 95% Wilson interval of a share of `n` answers."""
-    interval = binomtest(round(share * n), n).proportion_ci(confidence_level=0.95, method="wilson")
-    return float(interval.low), float(interval.high)
 
 
 def printable(text: object, limit: int = 30) -> str:

@@ -72,7 +72,7 @@ def test_a_grid_leaves_what_it_names_and_goes_on_cell_by_cell(config, tmp_path, 
     config.freeze_weights, config.freeze_ranks, config.freeze_layers, config.seeds = (), (), ((0, 1),), (1,)
     record = attack.run(config, model, out, Clock())
     assert read_run(out) == record
-    assert len(ends(record)) == 1 + 5 and len(record.results) == 1 + 2 + 2 + 2 + 2
+    assert len(ends(record)) == 1 + 5 and len(record.results) == 1 + 2 + 2 + 2 + 2 == attack.results(config)
     assert len(read_samples(out)) == len(record.results) * 8
     assert (out / "report.html").is_file() and not (out / "checkpoints").exists()
     assert all("asr_wei2024_no_length/persona" in result.rates for result in record.results)

@@ -13,7 +13,7 @@ from jaxsafe.model.weights import flatten
 from jaxsafe.records.brittleness import Details
 from jaxsafe.records.run import from_json, read_run, read_samples
 from jaxsafe.study import study as study_module
-from launch.brittleness import run
+from launch.brittleness import results, run
 from launch.progress import Clock
 
 
@@ -40,7 +40,7 @@ def test_a_run_leaves_everything_it_names_and_a_second_makes_nothing_again(confi
     config.export = "set difference q=0.05 p=0.01"
     record = run(config, model, out, Clock())
     names = [result.variant.name for result in record.results]
-    assert names[0] == "dense" and len(names) == 7
+    assert names[0] == "dense" and len(names) == 7 == results(config)
     assert record.row(names[1]).control == names[2] and record.row(names[1]).baseline == "dense"
     assert read_run(out) == record and len(read_samples(out)) == 7 * 9
     for name in ("report.html", "mask.safetensors", "export/model.safetensors", "tables/comparisons.csv"):

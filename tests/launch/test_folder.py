@@ -17,7 +17,7 @@ from runs import RUNS, save
 from configs.fields import Count, Field, config_of
 from launch import folder
 from launch.folder import EXPERIMENT, LOCK, WRITTEN, Identity
-from launch.progress import Clock
+from launch.progress import Clock, use_line
 
 MINE = Identity("scans", {"model": "a", "alpha": 1.0})
 HOLDER = """
@@ -168,6 +168,7 @@ def test_a_run_that_goes_on_says_what_is_finished(tmp_path, capsys):
     run(tmp_path)
     said = "1 directions, 2 results, 3 answers of an unfinished exam are finished and kept"
     assert " ".join(capsys.readouterr().err.split()) == f"goes on in {tmp_path}: {said}"
+    assert folder.pieces(tmp_path, 30).startswith("1 directions, 2 of 30 results, 3 answers")
 
 
 def test_seconds_of_an_interrupted_run_are_added(tmp_path):
@@ -183,8 +184,12 @@ def test_seconds_of_an_interrupted_run_are_added(tmp_path):
     with second.stage("exam_s"):
         pass
     timings = second.record(None, 1)
-    assert 100 < timings["exam_s"] < 101 and timings["load_s"] == 7 and timings["use"] == {}
-    assert json.loads((tmp_path / "store/seconds").read_text()) == {n: s for n, s in timings.items() if n != "use"}
+    assert 100 < timings["exam_s"] < 101 and timings["load_s"] == 7
+    assert timings.pop("use") == {} and timings.pop("resumed")
+    assert json.loads((tmp_path / "store/seconds").read_text()) == timings
+    assert (
+        use_line({"use": {"exam_s": {"tokens_per_s": 3}}, "resumed": True}) == "since the run went on: exam 3 tokens/s"
+    )
 
 
 @pytest.mark.slow

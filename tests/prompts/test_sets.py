@@ -4,6 +4,7 @@ import collections
 import csv
 import hashlib
 import json
+import os
 import string
 from pathlib import Path
 
@@ -12,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxsafe.prompts.files import KNOWN
+from jaxsafe.prompts import files
+from jaxsafe.prompts.files import KNOWN, read_rows
 from jaxsafe.prompts.sets import BUILTIN, Columns, PromptSet, check_disjoint, load_file, load_prompts, normalised
 
 DATA = Path(__file__).parents[2] / "../shared/data"
@@ -500,3 +502,17 @@ def test_check_disjoint_names_both_sets_the_count_and_an_example():
     assert "for example 'two'" in str(error.value)
     check_disjoint(first, second.select([1]))
     check_disjoint(first, second.select([]))
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setitem(files._READERS, ".txt", lambda path: read.append(path) or [{"text": path.read_text()}])
+    path = tmp_path / "prompts.txt"
+    for text, times in (("one", 1), ("two", 2)):
+        path.write_text(text)
+        assert read_rows(path) == [{"text": text}]  # just written, it may be written to again
+        os.utime(path, (times, times))
+        read.clear()
+        for _ in range(3):
+            assert read_rows(path) == [{"text": text}]
+        assert read == [path]
