@@ -22,6 +22,7 @@ from jaxsafe.report.style import (
     one_line,
     percent,
     percent_axis,
+    printable,
     styled,
     tone,
     value_of,
@@ -94,7 +95,7 @@ def outcomes(name: str, rows: Sequence[Outcomes]) -> Drawing:
     for y, row in enumerate(rows):
         complied, broken = value_of(row.complied), value_of(row.broken)
         refused = max(0.0, 1 - complied - broken)
-        axes.text(0, y - 0.26, f"{one_line(row.name, 48)} ({row.complied.n})", va="bottom")
+        axes.text(0, y - 0.26, f"{printable(row.name, 48)} ({row.complied.n})", va="bottom")
         axes.barh(y, complied, height=0.4, **COMPLIED)
         axes.barh(y, broken, left=complied, height=0.4, **BROKEN)
         axes.barh(y, refused, left=complied + broken, height=0.4, **REFUSED)
