@@ -89,10 +89,10 @@ def slow_snip(name, positions, loss):
     ("name", "positions", "loss"),
     [
         ("grouped", "response", "mean"),
-        ("grouped", "response", "sum"),
+        pytest.param("grouped", "response", "sum", marks=pytest.mark.slow),
         ("grouped", "prompt", "mean"),
         ("biases", "all", "sum"),
-        ("biases", "response", "mean"),
+        pytest.param("biases", "response", "mean", marks=pytest.mark.slow),
     ],
 )
 def test_snip_is_the_sum_of_per_sample_absolute_gradients(name, positions, loss):

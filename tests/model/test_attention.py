@@ -104,7 +104,7 @@ def test_a_kernel_that_knows_lengths_gives_the_same_numbers(small):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("window", [None, 11])
+@pytest.mark.parametrize("window", [pytest.param(None, marks=pytest.mark.slow), 11])
 def test_a_model_of_long_texts_is_the_model_of_short_ones(small, window):
     config = tiny_config(window=window)
     params = tiny_params(config)

@@ -223,7 +223,7 @@ def test_edits_at_all_taps_together():
         np.testing.assert_allclose(logits[row, valid[row]], expected, atol=2e-5, rtol=0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_the_identity_edit_changes_no_bit(dtype):
     config = dataclasses.replace(TINY, dtype=dtype)
     params, (tokens, valid) = random_params(config), padded(config, [20, 0, 9])

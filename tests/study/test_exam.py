@@ -274,7 +274,8 @@ def test_every_answer_and_token_is_counted(model, found):
 
 
 def test_progress_counts_answers_their_reading_and_texts(model):
-    rules, exam, heard = (None, exams.steering(model, 4.0)), small_exam(model, settings=SETTINGS[:2]), []
+    exam, heard = exams.quick_exam(model, prompts=(BAD,), texts=small_exam(model).texts), []
+    rules = (None, exams.steering(model, 4.0))
     examine(model.steered(rules), model, exam, ["off", "on"], done=heard.append)
     assert sum(heard) == 2 * exam.pieces == 2 * (2 * exam.size + len(TEXTS))
     # No batch is read or answered without a word: each has at most so many rows, under both rules.
