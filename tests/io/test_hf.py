@@ -127,6 +127,11 @@ def test_heads_are_the_slow_axis_of_a_flat_one():
     np.testing.assert_array_equal(layers["o"][2, 1], columns.T)
 
 
+# What a model has that has a weight of these needs.
+WITH = {"head_norm": {"qk_norm": "head"}, "projection_norm": {"qk_norm": "projection"}}
+WITH |= {needs: {"post_norm": True} for needs in ("post_norm", "sandwich")}
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     weight=st.sampled_from(TABLE),
@@ -135,7 +140,8 @@ def test_heads_are_the_slow_axis_of_a_flat_one():
 )
 def test_named_axes_and_matrices_are_inverses(weight, sizes, heads):
     vocab, embed, mlp, half = sizes
-    config = ModelConfig(vocab, 1, embed, mlp, *heads, 2 * half, qkv_bias=True, o_bias=True, mlp_bias=True)
+    more = WITH.get(weight.needs, {})
+    config = ModelConfig(vocab, 1, embed, mlp, *heads, 2 * half, qkv_bias=True, o_bias=True, mlp_bias=True, **more)
     named = np.arange(np.prod(layer_shape(config, weight)), dtype=np.float32).reshape(layer_shape(config, weight))
     matrix = to_matrix(config, weight, named)
     assert matrix.shape == hf_shapes(config)[weight.hf.format(0)]

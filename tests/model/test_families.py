@@ -28,6 +28,7 @@ def attributes(request):
     return FAMILY_MODELS[request.param]
 
 
+@pytest.mark.slow
 def test_parity_with_transformers(attributes, tmp_path):
     torch = pytest.importorskip("torch")
     from make import torch_logits, torch_model
