@@ -14,6 +14,11 @@ from jaxsafe.model.families import config_from_hf
 ONE_EACH = {attributes["model_type"]: name for name, attributes in FAMILY_MODELS.items()}
 
 
+# A random model may refuse everything, on which nothing can be calibrated.
+GIVEN = [f"--config.{name}={value}" for name, value in {"layers": (0, 2), "scored": (0, 3), "threshold": 0.5}.items()]
+GIVEN += ["--config.alpha=0.5", "--config.calibration=()"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ONE_EACH.values(), ids=ONE_EACH)
 def test_every_launcher_runs(name, folder, tmp_path):
@@ -26,7 +31,7 @@ def test_every_launcher_runs(name, folder, tmp_path):
     model = save_hf(tmp_path / "model", config, tiny_params(config), like=tokenizer)
     pairs = str(write_pairs(tmp_path / "pairs.jsonl"))
     for task, command in {
-        "scans": scans(model),
+        "scans": [*scans(model), *GIVEN],
         "brittleness": brittleness(model, pairs),
         "attack": attack(model, pairs),
     }.items():
