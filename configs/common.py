@@ -1,5 +1,6 @@
 """Settings that several tasks share."""
 
+from jaxsafe.chat.tokenizer import template_arg
 from jaxsafe.configs.fields import Count, Field, Fields, Natural, Positive, SomeTexts, Texts
 from jaxsafe.evaluation.judges.keyword import JUDGES
 from jaxsafe.evaluation.settings import SETTINGS
@@ -17,6 +18,9 @@ MODEL: Fields = {
         "", str, "devices by axis, as data:-1,model:4; empty: what suits", entry=mesh_lengths, identifies=False
     ),
     "chat_template": Field(None, str | None, "Jinja, for a model that ships none"),
+    "template_args": Field(
+        (), Texts, "what chat templates are called with, as ('enable_thinking=false',)", entry=template_arg
+    ),
     "system": Field(None, str | None, "the system prompt; None: what the template does without one"),
     "raw": Field(False, bool, "ask prompts without any template"),
     "seed": Field(0, Natural, "of draws of prompts and of everything random"),

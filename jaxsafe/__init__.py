@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from jaxsafe.io.vectors import load_steering as load_steering
     from jaxsafe.io.vectors import save_control_vector as save_control_vector
     from jaxsafe.io.vectors import save_steering as save_steering
+    from jaxsafe.kernels.ablation import ablation as ablation
+    from jaxsafe.kernels.ablation import orthogonalised as orthogonalised
     from jaxsafe.kernels.forward import capture as capture
     from jaxsafe.kernels.freezing import freeze as freeze
     from jaxsafe.kernels.freezing import outside as outside
@@ -149,6 +151,8 @@ _WHERE = {
     "jaccard": "jaxsafe.kernels.selection",
     "act_svd": "jaxsafe.kernels.lowrank",
     "remove_ranks": "jaxsafe.kernels.lowrank",
+    "ablation": "jaxsafe.kernels.ablation",
+    "orthogonalised": "jaxsafe.kernels.ablation",
     "remove_orthogonal": "jaxsafe.kernels.lowrank",
     "subspace_similarity": "jaxsafe.kernels.lowrank",
     "save_mask": "jaxsafe.io.masks",

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from jaxsafe.chat.model import ChatModel, load_chat_model
+from jaxsafe.chat.tokenizer import template_args
 from jaxsafe.evaluation.judges.keyword import judge
 from jaxsafe.evaluation.language import Reading, builtin_prose, load_passages, text_rows
 from jaxsafe.evaluation.settings import Setting, load_suffixes, setting
@@ -40,7 +41,7 @@ def check(config: ConfigDict) -> None:
     """Raises ValueError for settings of model and exam that contradict each other, FileNotFoundError for files."""
     if not config.model:
         raise ValueError("config.model is empty; give a folder, a GGUF file or a hub name")
-    for name in ("chat_template", "system"):
+    for name in ("chat_template", "template_args", "system"):
         if config.raw and config[name]:
             raise ValueError(f"config.raw asks prompts without a template, so config.{name} would do nothing; give one")
     if config.suffixes and "suffix" not in config.settings:
@@ -100,7 +101,8 @@ def load(config: ConfigDict, clock: Clock) -> ChatModel:
     """The model that the config names, on the mesh that it names or that suits the devices."""
     with clock.watch("load_s")(f"loading {config.model}", 0):
         mesh = command.mesh_of(config.mesh, config.model, config.dtype)
-        return load_chat_model(config.model, config.dtype, mesh, config.chat_template, config.system, config.raw)
+        asked = config.chat_template, config.system, config.raw, template_args(config.template_args)
+        return load_chat_model(config.model, config.dtype, mesh, *asked)
 
 
 def settings(config: ConfigDict) -> tuple[Setting, ...]:

@@ -34,7 +34,12 @@ from jaxsafe.plan.tasks import TASKS, Work
 
 from . import command, settings
 
-TABLE_MODELS = ("llama2-7b", "llama2-13b", "llama3.1-8b", "llama3.1-70b", "llama3.1-405b", "mistral-7b-v0.3")
+TABLE_MODELS = tuple(
+    """
+    llama2-7b llama2-13b llama3.1-8b llama3.1-70b llama3.1-405b mistral-7b-v0.3 qwen2.5-7b qwen3-8b gemma-2-9b
+    gemma-3-4b olmo-3-7b
+    """.split()
+)
 # Beyond what is asked for, so that a larger mesh can be looked for.
 MOST_DEVICES = 256
 
@@ -62,7 +67,7 @@ def of_model(name: str) -> ModelConfig:
     if pathlib.Path(name).is_dir():
         return read_config(name)
     plain = name.lower().split("/")[-1].replace("meta-", "").replace("llama-", "llama")
-    for ending in ("-hf", "-chat", "-instruct"):
+    for ending in ("-hf", "-chat", "-instruct", "-it"):
         plain = plain.removesuffix(ending)
     return preset(plain.replace("-instruct-", "-"))
 

@@ -25,7 +25,7 @@ from jaxsafe.parallel import banner, parse_mesh, put_rows
 
 MESH = "data:-1,model:2"
 CONFIGS = {
-    "all divide": dataclasses.replace(SCALED, vocab=104, attn_bias=True, mlp_bias=True),
+    "all divide": dataclasses.replace(SCALED, vocab=104, qkv_bias=True, o_bias=True, mlp_bias=True),
     "odd vocabulary, one kv head": dataclasses.replace(TINY, kv_heads=1, window=9, tied=True),
     "odd heads": dataclasses.replace(TINY, heads=3, kv_heads=3, embed=30, mlp=50),
 }

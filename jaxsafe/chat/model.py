@@ -224,7 +224,10 @@ class ChatModel:
     def _fingerprint(self) -> str:
         sums = fetch(_sums((self.params, self.edits)))
         by_path = sorted((jax.tree_util.keystr(path), leaf.tolist()) for path, leaf in jax.tree.leaves_with_path(sums))
-        return digest(config_to_hf(self.config), by_path, self.template_sha256, self.system, self.raw)
+        asked: list[Any] = [self.template_sha256, self.system, self.raw]
+        if self.tokenizer.template_args and not self.raw:
+            asked.append(dict(self.tokenizer.template_args))
+        return digest(config_to_hf(self.config), by_path, *asked)
 
 
 @jax.jit
@@ -241,14 +244,16 @@ def load_chat_model(
     template: str | None = None,
     system: str | None = None,
     raw: bool = False,
+    template_args: Mapping[str, Any] | None = None,
 ) -> ChatModel:
     """Loads the model `name` (folder, GGUF file, hub name or "smollm2-135m-instruct") with its tokenizer.
 
-    `template` is a Jinja chat template for a model that ships none. Raises FileNotFoundError and ValueError
+    `template` is a Jinja chat template for a model that ships none, `template_args` what templates are called with,
+    such as {"enable_thinking": False}. Raises FileNotFoundError and ValueError
     with one line that names what is wrong.
     """
     path = resolve(name)
-    tokenizer = Tokenizer(path, template)
+    tokenizer = Tokenizer(path, template, template_args)
     if not raw:
         tokenizer.chat_template  # noqa: B018 (a model without one is refused before its weights are read)
     config, params = load_hf(path, dtype, mesh)

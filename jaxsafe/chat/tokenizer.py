@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,36 @@ from jaxsafe.io.gguf import GgufFile
 from jaxsafe.rows import Batch, Row, pad_rows
 
 
+def template_arg(text: str) -> tuple[str, Any]:
+    """("enable_thinking", False) of "enable_thinking=false": a name and a value in JSON, or else a text.
+
+    Raises ValueError for what has no name, and for what every template is given already.
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name.isidentifier() or name in ("messages", "add_generation_prompt", "tokenize"):
+        raise ValueError(f"{text!r} is no argument of a chat template; write one as 'enable_thinking=false'")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def template_args(texts: Iterable[str]) -> dict[str, Any]:
+    """The arguments of a chat template, each written as `template_arg` reads it."""
+    return dict(map(template_arg, texts))
+
+
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
     """The tokenizer of a Hugging Face folder or of a GGUF file.
 
-    `template` (Jinja) takes the place of the folder's chat template, for models that ship none.
+    `template` (Jinja) takes the place of the folder's chat template, for models that ship none; `template_args` are
+    what the template is called with, such as {"enable_thinking": False}.
     """
 
     path: str | os.PathLike
     template: str | None = None
+    template_args: Mapping[str, Any] | None = None
 
     @functools.cached_property
     def hf(self) -> Any:
@@ -81,6 +102,7 @@ class Tokenizer:
                 chat_template=self.chat_template,
                 add_generation_prompt=True,
                 tokenize=False,
+                **(self.template_args or {}),
             )
         except TemplateError as error:
             raise ValueError(f"the chat template of {self.path} refuses these messages: {error}") from None

@@ -74,6 +74,7 @@ class Adapter(TemplateLM):
             tokenize=False,
             add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
+            **(self.model.tokenizer.template_args or {}),
         )
 
     def _loglikelihood_tokens(

@@ -10,14 +10,16 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxsafe.io.atomic import new_folder, write_text
-from jaxsafe.io.tensors import Index
+from jaxsafe.io.layout import Table, file_tensors
+from jaxsafe.io.tensors import Index, load_params
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.families import config_from_hf, config_to_hf
-from jaxsafe.model.weights import flatten, hf_tensors, shapes
+from jaxsafe.model.weights import flatten, shapes
 from jaxsafe.parallel import fetch
 
 SHARD_BYTES = 4 * 2**30
@@ -74,11 +76,17 @@ def read_config(folder: str | os.PathLike, dtype: str | None = None) -> ModelCon
         attributes = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # no UTF-8, or no JSON
         raise ValueError(f"{path} is not JSON: {error}") from None
-    stored = attributes.get("dtype") or attributes.get("torch_dtype") or "float32"
+    about = attributes.get("text_config", {}) | {key: value for key, value in attributes.items() if value is not None}
+    stored = about.get("dtype") or about.get("torch_dtype") or "float32"
     try:
         return config_from_hf(attributes, dtype or ("bfloat16" if stored == "bfloat16" else "float32"))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def load_folder(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None) -> dict[str, Any]:
+    """The parameters of the model `config` in `folder`, laid out on `mesh`. Raises as `load_params` does."""
+    return load_params(config, Table(config, SafetensorsFolder(folder)), mesh)
 
 
 def save_hf(
@@ -91,7 +99,8 @@ def save_hf(
 ) -> pathlib.Path:
     """Writes `params` as a Hugging Face folder that `transformers` loads with the same logits.
 
-    `like` is the folder that the model came from: its configuration and tokenizer are copied unchanged.
+    `like` is the folder that the model came from: its configuration and tokenizer are copied unchanged, but for what
+    `config` says otherwise: a head that is tied no longer, a text model out of a model with images.
     Without it a `config.json` is written from `config`. `card` becomes README.md. Weights are split into
     files of at most `shard_bytes`. The folder appears whole or not at all; one that exists and holds
     anything but an earlier export is refused with FileExistsError. Raises ValueError for a parameter that is
@@ -110,14 +119,28 @@ def save_hf(
             source = pathlib.Path(str(like)) / name
             if source.is_file():
                 shutil.copyfile(source, out / name)
-        if not (out / "config.json").is_file():
-            write_text(out / "config.json", json.dumps(config_to_hf(config), indent=2) + "\n")
+        _write_config(out / "config.json", config)
         if card is not None:
             write_text(out / "README.md", card)
         _save_tensors(out, config, params, shard_bytes)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("save_hf")
     return pathlib.Path(folder)
+
+
+def _write_config(file: pathlib.Path, config: ModelConfig) -> None:
+    """Makes `file`, which may be that of the model's source, say what `config` does."""
+    attributes = config_to_hf(config)
+    if file.is_file():
+        source = json.loads(file.read_text(encoding="utf-8"))
+        before = config_from_hf(source, config.dtype)
+        if source["model_type"] == config.family:
+            if before.tied == config.tied:
+                return
+            attributes = source | {"tie_word_embeddings": config.tied}
+        else:
+            attributes |= {key: value for key, value in source.items() if key.endswith("_token_id")}
+    write_text(file, json.dumps(attributes, indent=2) + "\n")
 
 
 def _exported(name: str) -> bool:
@@ -150,7 +173,7 @@ def _save_tensors(out: pathlib.Path, config: ModelConfig, params: Mapping[str, A
 def _shards(config: ModelConfig, params: Mapping[str, Any], shard_bytes: int) -> Iterator[dict[str, np.ndarray]]:
     shard: dict[str, np.ndarray] = {}
     size = 0
-    for name, array in hf_tensors(config, params):
+    for name, array in file_tensors(config, params):
         # safetensors stores the buffer of a transposed array as if it were contiguous.
         stored = np.ascontiguousarray(fetch(array))
         if shard and size + stored.nbytes > shard_bytes:

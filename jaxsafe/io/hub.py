@@ -17,7 +17,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from jaxsafe.io.gguf import GgufFile, gguf_to_hf
-from jaxsafe.io.hf import SafetensorsFolder, read_config
+from jaxsafe.io.hf import load_folder, read_config
 from jaxsafe.io.tensors import load_params
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.families import config_from_hf
@@ -76,7 +76,7 @@ def load_hf(
     path = resolve(name_or_path)
     if path.is_dir():
         config = read_config(path, dtype)
-        return config, load_params(config, SafetensorsFolder(path), mesh)
+        return config, load_folder(path, config, mesh)
     file = GgufFile(path)
     attributes = file.attributes()
     config = config_from_hf(attributes, dtype or attributes["torch_dtype"])

@@ -14,10 +14,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsafe.model.attention import Slots, rotation
+from jaxsafe.model.attention import Slots
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.taps import FINAL, Reducer, at, block_readings, collection, readings
-from jaxsafe.model.transformer import Block, Cache, Edits, Params, Transformer, variables
+from jaxsafe.model.transformer import (
+    Block,
+    Cache,
+    Edits,
+    Params,
+    Transformer,
+    all_turns,
+    embedded,
+    layer_kinds,
+    variables,
+)
 from jaxsafe.rows import Batch
 
 Given = tuple[Int[Array, "B R"], Slots, Cache | None]
@@ -94,28 +104,30 @@ def capture(
 @functools.partial(jax.jit, static_argnames=("config", "taps"))
 def run_block(
     config: ModelConfig,
-    layer: Params,
+    weights: Params,
+    layer: int | Int[Array, ""],
     x: Float[Array, "B T D"],
     valid: Bool[Array, "B T"],
     taps: tuple[str, ...] = (),
     reduce: Mapping[str, Reducer] | None = None,
 ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, "..."]]]:
-    """The residual stream after one block of weights `layer` (no layer axis), and what its taps read.
+    """The residual stream after the block of number `layer` and `weights` (no layer axis), and what its taps read.
 
     `valid` as in `capture`. One compilation serves every layer.
     """
     queries = Slots(valid).queries(x.shape[1])
-    turns = rotation(config.rope, config.head_dim, queries.positions)
-    collections = {"params": layer, "reducers": collection(reduce, "reduce").get("layers", {})}
+    kind = jax.tree.map(lambda of_all: of_all[layer], layer_kinds(config, x.shape[1]))
+    turns = all_turns(config, queries.positions)
+    collections = {"params": weights, "reducers": collection(reduce, "reduce").get("layers", {})}
     options: dict[str, Any] = {"capture_intermediates": at(*taps), "mutable": ["intermediates"]}
     carry = (x, None, jnp.int32(0))
-    ((x, _, _), _), state = Block(config).apply(collections, carry, config.window, queries, *turns, **options)
+    ((x, _, _), _), state = Block(config).apply(collections, carry, kind, queries, turns, **options)
     return x, block_readings(state.get("intermediates", {}))
 
 
-def embed(params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+def embed(config: ModelConfig, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """What enters the first block."""
-    return params["embed"][tokens]
+    return embedded(config, params["embed"], tokens)
 
 
 def layer_of(params: Params, layer: int) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def token_nll(
     B, R = target.shape
 
     def some(states: Float[Array, "B r D"], target: Int[Array, "B r"]) -> Float[Array, "B r"]:
-        return cross_entropy(unembed(states, head, config.tied), target)
+        return cross_entropy(unembed(config, states, head), target)
 
     def blocks(a: Array) -> Array:
         padded = jnp.pad(a, [(0, 0), (0, -R % block), *[(0, 0)] * (a.ndim - 2)])
@@ -104,7 +104,7 @@ def likelihood(
 
     def add(i: Int[Array, ""], so_far: tuple[Array, Array]) -> tuple[Array, Array]:
         x, target, counts = (jax.lax.dynamic_slice_in_dim(a, i * block, block, axis=1) for a in whole)
-        logits = unembed(x, head, config.tied)
+        logits = unembed(config, x, head)
         hit = jnp.argmax(logits, axis=-1) == target
         total, greedy = so_far
         nll = jnp.where(counts, cross_entropy(logits, target), 0)

@@ -258,6 +258,6 @@ def vocabulary_projection(
 
     (SCANS, section 3.2; the logit lens without the last norm's scale.)
     """
-    scores = unembed(vectors.astype(config.dtype), unembedding(config, params), config.tied)
+    scores = unembed(config, vectors.astype(config.dtype), unembedding(config, params))
     values, ids = jax.lax.top_k(scores, top)
     return values, ids

@@ -41,14 +41,14 @@ def change_blocks(
     one = dataclasses.replace(config, layers=1)
     reducer = kind_of(scoring.kind).reducer
     batches = [pad_rows([rows[i] for i in group]) for group in batches_of(scoring, rows)]
-    states = [] if reducer is None else [embed(params, jnp.asarray(batch.tokens)) for batch in batches]
+    states = [] if reducer is None else [embed(config, params, jnp.asarray(batch.tokens)) for batch in batches]
     for layer in range(config.layers):
         if reducer is None:
             whole = gather(scoring, config, params, rows)
             sums = jax.tree.map(lambda a, layer=layer: a[layer : layer + 1], whole.sums)
         else:
             reducers = [reducer(jnp.asarray(counted(batch, scoring.positions), jnp.float32)) for batch in batches]
-            sums = _block_sums(config, layer_of(params, layer), states, batches, reducers)
+            sums = _block_sums(config, params, layer, states, batches, reducers)
         slot = slice(layer, layer + 1)
         view = {"layers": jax.tree.map(lambda a, slot=slot: a[slot], dict(params["layers"]))}
         new = change(one, view, Statistics(scoring.kind, sums, len(rows)))
@@ -59,7 +59,7 @@ def change_blocks(
         params = {**params, "layers": put}
         weights = layer_of(params, layer)
         states = [
-            run_block(config, weights, x, jnp.asarray(batch.valid))[0]
+            run_block(config, weights, layer, x, jnp.asarray(batch.valid))[0]
             for x, batch in zip(states, batches, strict=False)
         ]
         jax.block_until_ready((params, states))
@@ -69,14 +69,16 @@ def change_blocks(
 
 def _block_sums(
     config: ModelConfig,
-    weights: Params,
+    params: Params,
+    layer: int,
     states: Sequence[jax.Array],
     batches: Sequence[Batch],
     reducers: Sequence[Reducer],
 ) -> dict[str, jax.Array]:
-    """{tap: [1, F] or [1, F, F]} over all batches, from the inputs of the block of these `weights`."""
-    taps, sums = input_taps(config), None
+    """{tap: [1, F] or [1, F, F]} over all batches, from the inputs of block `layer`."""
+    weights, taps, sums = layer_of(params, layer), input_taps(config), None
     for x, batch, reducer in zip(states, batches, reducers, strict=True):
-        _, read = run_block(config, weights, x, jnp.asarray(batch.valid), taps, dict.fromkeys(taps, reducer))
+        reduce = dict.fromkeys(taps, reducer)
+        _, read = run_block(config, weights, layer, x, jnp.asarray(batch.valid), taps, reduce)
         sums = jax.block_until_ready(read if sums is None else jax.tree.map(jnp.add, sums, read))
     return jax.tree.map(lambda a: a[None], sums)

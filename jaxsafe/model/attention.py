@@ -1,8 +1,9 @@
 """Rotary embeddings, what a query sees, and grouped-query attention over a cache.
 
-Axes: B batch, T query position, S key position, N heads, K kv_heads, G = N // K, H head_dim, R = H / 2
+Axes: B batch, T query position, S key position, N heads, K kv_heads, G = N // K, H head_dim, R turned features / 2
 """
 
+import math
 from typing import Any
 
 import flax.struct
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsafe.model.blockwise import blockwise, scores
+from jaxsafe.model.blockwise import Scaling, blockwise, scores
 from jaxsafe.model.config import Rope
 
 DENSE = 512 * 512
@@ -22,9 +23,12 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, " R"]:
     """Angle per position of each pair of features, float32.
 
     `linear` divides every frequency by `factor`; `llama3` (Llama 3.1) divides only the slow ones, those
-    with fewer than `low_freq_factor` turns in the original context, and blends up to `high_freq_factor`.
+    with fewer than `low_freq_factor` turns in the original context, and blends up to `high_freq_factor`;
+    `yarn` (arXiv 2309.00071) blends along the pairs, between those with `beta_slow` and `beta_fast` turns; `longrope`
+    (arXiv 2402.13753) divides each by its own of `divisors`; `none` turns nothing.
     """
-    f = 1.0 / (rope.theta ** (np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)))
+    dim = rope.rotary_dim(head_dim)
+    f: np.ndarray = 1.0 / (rope.theta ** (np.arange(0, dim, 2, dtype=np.float32) / np.float32(dim)))
     if rope.kind == "linear":
         f = f / rope.factor
     elif rope.kind == "llama3":
@@ -32,7 +36,28 @@ def inverse_frequencies(rope: Rope, head_dim: int) -> Float[np.ndarray, " R"]:
         low, high = rope.low_freq_factor, rope.high_freq_factor
         fast = np.clip((turns - low) / (high - low), 0, 1)
         f = f * (fast + (1 - fast) / rope.factor)
+    elif rope.kind == "yarn":
+        first, last = _yarn_range(rope, dim)
+        slow = np.clip((np.arange(dim // 2, dtype=np.float32) - first) / (last - first), 0, 1)
+        f = f * (1 - slow + slow / rope.factor)
+    elif rope.kind == "longrope":
+        f = f / np.asarray(rope.divisors, np.float32)
+    elif rope.kind == "none":
+        f = 0 * f
     return f.astype(np.float32)
+
+
+def _yarn_range(rope: Rope, dim: int) -> tuple[float, float]:
+    """The pairs, as real numbers, that make `beta_fast` and `beta_slow` turns in the original context."""
+
+    def pair(turns: float) -> float:
+        return dim * math.log(rope.original_context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    first, last = pair(rope.beta_fast), pair(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    return first, last if last != first else first + 0.001
 
 
 def rotation(
@@ -41,15 +66,18 @@ def rotation(
     """cos and sin of every angle, float32."""
     rates = jnp.asarray(inverse_frequencies(rope, head_dim))
     angle = positions[..., None, None].astype(jnp.float32) * rates[None, None, None]
-    return jnp.cos(angle), jnp.sin(angle)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return (cos, sin) if rope.magnitude == 1 else (cos * rope.magnitude, sin * rope.magnitude)
 
 
 def rotate(
     x: Float[Array, "B T heads H"], cos: Float[Array, "B T 1 R"], sin: Float[Array, "B T 1 R"]
 ) -> Float[Array, "B T heads H"]:
-    """`x` turned in float32, features paired by halves as in Hugging Face checkpoints."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, -1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    """`x` turned in float32, features paired by halves as in Hugging Face checkpoints; those behind 2 R pass."""
+    turned, rest = jnp.split(x, [2 * cos.shape[-1]], -1)
+    a, b = jnp.split(turned.astype(jnp.float32), 2, -1)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+    return jnp.concatenate([turned, rest], -1) if rest.shape[-1] else turned
 
 
 def positions_of(valid: Bool[Array, "B S"]) -> Int[Array, "B S"]:
@@ -106,31 +134,41 @@ def attend(
     v: Float[Array, "B K S H"],
     queries: Queries,
     window: int | Int[Array, ""] | None = None,
+    scaling: Scaling | None = None,
 ) -> Float[Array, "B T N*H"]:
     """Grouped-query attention with a float32 softmax; 0 for padding, which sees no key.
+
+    `scaling` None divides scores by the root of H.
 
     Short texts and single queries form their scores at once; long ones block by block, so that memory grows with
     T and S and not with their product; half-precision prompts on NVIDIA take cuDNN's kernel.
     """
     B, T, N, H = q.shape
     K, S = k.shape[1:3]
-    if T > 1 and T * S > DENSE and T == S and window is None and cudnn_serves(q.dtype, H):
+    usual = Scaling(H**-0.5)
+    scaling = scaling or usual
+    whole = T == S and window is None and scaling == usual
+    if T > 1 and T * S > DENSE and whole and cudnn_serves(q.dtype, H):
         return fused(q, k, v, queries.valid, "cudnn").reshape(B, T, N * H)
     # Operands and results in the order of the matrix products, so that the compiler adds no transposes.
     grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
     if T == 1 or T * S <= DENSE:
-        heads = dense(grouped, k, v, queries.mask(window))
+        heads = dense(grouped, k, v, queries.mask(window), scaling)
     else:
-        heads = blockwise(grouped, k, v, queries, window)
+        heads = blockwise(grouped, k, v, queries, window, scaling)
     return heads.transpose(0, 3, 1, 2, 4).reshape(B, T, N * H)
 
 
 def dense(
-    q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], mask: Bool[Array, "B T S"]
+    q: Float[Array, "B K G T H"],
+    k: Float[Array, "B K S H"],
+    v: Float[Array, "B K S H"],
+    mask: Bool[Array, "B T S"],
+    scaling: Scaling,
 ) -> Float[Array, "B K G T H"]:
     """Attention whose scores exist all at once; 0 where a query sees no key."""
     seen = mask[:, None, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores(q, k), jnp.finfo(jnp.float32).min), axis=-1)
+    weights = jax.nn.softmax(jnp.where(seen, scores(q, k, scaling), jnp.finfo(jnp.float32).min), axis=-1)
     heads = jnp.einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v)
     return jnp.where(seen.any(-1, keepdims=True), heads, 0)
 

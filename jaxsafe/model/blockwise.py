@@ -7,6 +7,7 @@ Axes: B batch, T query position, S key position, K kv_heads, G query heads that 
 queries, s keys of a block
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 QUERY_BLOCK, KEY_BLOCK = 256, 512
+
+
+class Scaling(NamedTuple):
+    """How products of queries and keys become scores: times `factor`, then c tanh(s / c) with `cap` c."""
+
+    factor: float | Float[Array, ""]
+    cap: float | Float[Array, ""] | None = None
 
 
 class Sight(NamedTuple):
@@ -24,11 +32,13 @@ class Sight(NamedTuple):
     valid: Bool[Array, "B S"]
     key_positions: Int[Array, "B S"]
     window: int | Int[Array, ""] | None
+    scaling: Scaling
 
 
-def scores(q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"]) -> Float[Array, "B K G T S"]:
+def scores(q: Float[Array, "B K G T H"], k: Float[Array, "B K S H"], scaling: Scaling) -> Float[Array, "B K G T S"]:
     """The scaled products of queries and keys, float32."""
-    return jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    s = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=jnp.float32) * scaling.factor
+    return s if scaling.cap is None else scaling.cap * jnp.tanh(s / scaling.cap)
 
 
 def blockwise(
@@ -37,6 +47,7 @@ def blockwise(
     v: Float[Array, "B K S H"],
     queries: Any,
     window: int | Int[Array, ""] | None,
+    scaling: Scaling,
 ) -> Float[Array, "B K G T H"]:
     """Attention of `queries` (see `attention.Queries`), equal to that of all scores at once; 0 where no key is seen."""
     T = q.shape[3]
@@ -49,9 +60,8 @@ def blockwise(
         return jnp.moveaxis(x.reshape(*x.shape[:axis], -1, t, *x.shape[axis + 1 :]), axis, 0)
 
     # A query that fills up the last block is in a slot before all keys.
-    sight = Sight(
-        split(queries.slots, 0, -1), split(queries.positions, 1), queries.valid, queries.key_positions, window
-    )
+    slots, positions = split(queries.slots, 0, -1), split(queries.positions, 1)
+    sight = Sight(slots, positions, queries.valid, queries.key_positions, window, scaling)
     heads = jnp.moveaxis(_attention(split(q, 3), k, v, sight), 0, 3)
     return heads.reshape(*q.shape[:3], -1, q.shape[4])[:, :, :, :T]
 
@@ -97,7 +107,7 @@ def _forward(
         def add(j: Array, state: tuple) -> tuple:
             largest, total, values = state
             seen = _seen(sight, slots, positions, j)
-            s = jnp.where(seen, scores(q, _key_block(k, j, 2)), jnp.finfo(jnp.float32).min)
+            s = jnp.where(seen, scores(q, _key_block(k, j, 2), sight.scaling), jnp.finfo(jnp.float32).min)
             top = jnp.maximum(largest, s.max(-1, keepdims=True))
             weights = jnp.where(seen, jnp.exp(s - top), 0)
             shrink = jnp.exp(largest - top)
@@ -126,7 +136,7 @@ def _backward(kept: tuple, gradient: Float[Array, "n B K G t H"]) -> tuple:
 
         def add(j: Array, state: tuple) -> tuple:
             dq, dk, dv = state
-            s, pull = jax.vjp(scores, q, _key_block(k, j, 2))
+            s, pull = jax.vjp(functools.partial(scores, scaling=sight.scaling), q, _key_block(k, j, 2))
             weights = jnp.where(_seen(sight, slots, positions, j), jnp.exp(s - log_sums), 0)
             of_weights = jnp.einsum(
                 "bkgth,bksh->bkgts", gradient, _key_block(v, j, 2), preferred_element_type=jnp.float32

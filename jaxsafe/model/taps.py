@@ -15,16 +15,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-TAPS = ("attn_in", "q", "k", "v", "heads", "attn_out", "mlp_in", "mlp_hidden", "mlp_out", "resid")
+TAPS = ("attn_in", "q", "k", "v", "heads", "o", "attn_out", "mlp_in", "mlp_hidden", "down", "mlp_out", "resid")
 """Taps inside every block: normed input of attention; outputs of the maps q, k and v, features of all heads in a row,
-before rotation; input of o, output of o, normed input of the MLP, input of down, output of down, and the residual
-stream after the block."""
+before norm and rotation; input of o, output of o, what attention adds to the residual stream (the output of o, behind
+its norm where a family has one there), normed input of the MLP, input of down, output of down, what the MLP adds (as
+with attention), and the residual stream after the block. Where no norm stands before a map, its input is the stream."""
 EMBED, FINAL = "embed", "final"
 OUTSIDE = (EMBED, FINAL)
 """The taps outside the blocks: what enters the first one, and what the unembedding reads, after the last norm."""
 
 # Modules share names with parameters, and these taps are called like the maps that feed them.
-MODULES = {name: f"{name}_tap" if name in ("embed", "q", "k", "v") else name for name in (*TAPS, *OUTSIDE)}
+MODULES = {name: f"{name}_tap" if name in ("embed", "q", "k", "v", "o", "down") else name for name in (*TAPS, *OUTSIDE)}
 
 
 @flax.struct.dataclass

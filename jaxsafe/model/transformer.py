@@ -1,10 +1,14 @@
-"""The Llama and Mistral decoder: pure, scanned over layers, the key/value cache in the carry of the scan.
+"""The decoder of all families: pure, scanned over layers, the key/value cache in the carry of the scan.
 
-Axes: B batch, T query position, S key position, D embed, N heads, K kv_heads, H head_dim, R = H / 2, V vocab, L layers
+What sets layers of a model apart is scanned with them (see `Kind`), so that there is one compiled layer.
+
+Axes: B batch, T query position, S key position, D embed, N heads, K kv_heads, H head_dim, R turned features / 2,
+V vocab, L layers, n rotary tables
 """
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.struct
@@ -13,7 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsafe.model.attention import Queries, Slots, attend, rotate, rotation
-from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.blockwise import Scaling
+from jaxsafe.model.config import ModelConfig, Rope
 from jaxsafe.model.taps import EMBED, FINAL, collection, tap
 from jaxsafe.model.weights import layer_shape, weights
 
@@ -36,11 +41,17 @@ class Cache:
         return self.k.shape[3]
 
 
-def rms_norm(x: Float[Array, "*B F"], scale: Float[Array, " F"], eps: float) -> Float[Array, "*B F"]:
-    """x / rms(x) * scale over the last axis, the division in float32."""
+def rms_norm(
+    x: Float[Array, "*B F"], scale: Float[Array, "..."], eps: float, form: str = "rounded"
+) -> Float[Array, "*B F"]:
+    """x / rms(x) * scale over the last axis, the division in float32; `form` as `ModelConfig.norm`."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
-    return scale.reshape((1,) * (x.ndim - 1) + (-1,)) * y.astype(x.dtype)
+    scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
+    if form == "rounded":
+        return scale * y.astype(x.dtype)
+    weight = scale.astype(jnp.float32)
+    return (y * (1 + weight if form == "plus_one" else weight)).astype(x.dtype)
 
 
 KEEPS: Mapping[str, Any] = {
@@ -49,6 +60,30 @@ KEEPS: Mapping[str, Any] = {
     "nothing": jax.checkpoint_policies.nothing_saveable,
 }
 """What a backward pass keeps of a layer, and does not compute again: "products" are the outputs of its linear maps."""
+
+
+ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+
+
+class Kind(NamedTuple):
+    """What sets a layer apart from the others of its model.
+
+    window: how many of the latest positions its queries see; None where all layers see all.
+    table: which of the model's rotary tables is its own; None where there is one for all.
+    """
+
+    window: Int[Array, "*L"] | None
+    table: Int[Array, "*L"] | None
+
+
+class Turns(NamedTuple):
+    """Cosines and sines of the rotary embeddings, with a leading axis of tables where layers differ."""
+
+    cos: Float[Array, "*n B T 1 R"]
+    sin: Float[Array, "*n B T 1 R"]
 
 
 class Block(nn.Module):
@@ -60,15 +95,13 @@ class Block(nn.Module):
     def __call__(
         self,
         carry: tuple[Float[Array, "B T D"], Cache | None, Int[Array, ""]],
-        window: int | Int[Array, ""] | None,
+        kind: Kind,
         queries: Queries,
-        cos: Float[Array, "B T 1 R"],
-        sin: Float[Array, "B T 1 R"],
+        turns: Turns,
     ) -> tuple[tuple[Float[Array, "B T D"], Cache | None, Int[Array, ""]], Cache | None]:
         """The carry (residual stream, cache, number of the layer) after the layer, and its keys and values.
 
-        `window`: how many of the latest positions this layer's queries see; None for all. Keys and values are
-        returned, without a leading L, where there is no cache to hold them.
+        Keys and values are returned, without a leading L, where there is no cache to hold them.
         """
         c = self.config
         x, cache, layer = carry
@@ -76,7 +109,7 @@ class Block(nn.Module):
 
         def weight(name: str) -> Array:
             row = table[f"layers/{name}"]
-            return self.param(name, initializer(row.kind), layer_shape(c, row), c.dtype)
+            return self.param(name, initializer(row.kind, c.norm), layer_shape(c, row), c.dtype)
 
         def linear(h: Array, name: str) -> Array:
             w = weight(name)
@@ -94,9 +127,17 @@ class Block(nn.Module):
             y = linear(h, name)
             return passed(name, y.reshape(*h.shape[:-1], -1)).reshape(y.shape)
 
+        def normed(h: Array, name: str) -> Array:
+            return rms_norm(h, weight(name), c.norm_eps, c.norm) if f"layers/{name}" in table else h
+
+        def heads_normed(h: Array, name: str) -> Array:
+            return normed(h.reshape(*h.shape[:2], -1), name).reshape(h.shape) if c.projection_norm else normed(h, name)
+
         with jax.named_scope("attention"):
-            h = passed("attn_in", rms_norm(x, weight("attn_norm"), c.norm_eps))
+            h = passed("attn_in", normed(x, "attn_norm"))
             q, k, v = (heads(h, name) for name in "qkv")
+            q, k = heads_normed(q, "q_norm"), heads_normed(k, "k_norm")
+            cos, sin = turns if kind.table is None else jax.tree.map(lambda table: table[kind.table], turns)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
             new: Cache | None = Cache(k, v)
@@ -108,25 +149,49 @@ class Block(nn.Module):
                 )
                 k, v = (jax.lax.dynamic_index_in_dim(old, layer, 0, keepdims=False) for old in (cache.k, cache.v))
                 new = None
-            h = passed("heads", attend(q, k, v, queries, window))
-            x = x + passed("attn_out", linear(h, "o"))
+            scaling = Scaling((c.query_scalar or c.head_dim) ** -0.5, c.softcap)
+            h = passed("heads", attend(q, k, v, queries, kind.window, scaling))
+            h = passed("o", linear(h, "o"))
+            x = x + passed("attn_out", normed(h, "attn_post_norm"))
         with jax.named_scope("mlp"):
-            h = passed("mlp_in", rms_norm(x, weight("mlp_norm"), c.norm_eps))
-            h = passed("mlp_hidden", jax.nn.silu(linear(h, "gate")) * linear(h, "up"))
-            x = passed("resid", x + passed("mlp_out", linear(h, "down")))
+            h = passed("mlp_in", normed(x, "mlp_norm"))
+            h = passed("mlp_hidden", ACTIVATIONS[c.activation](linear(h, "gate")) * linear(h, "up"))
+            h = passed("down", linear(h, "down"))
+            x = passed("resid", x + passed("mlp_out", normed(h, "mlp_post_norm")))
         return (x, cache, layer + 1), new
 
 
-def layer_windows(config: ModelConfig, slots: int) -> Int[Array, " L"] | None:
-    """How many positions the queries of each layer see; None where they see all `slots` in every layer."""
-    if config.window is None or config.window >= slots:
-        return None
-    return jnp.full(config.layers, config.window, jnp.int32)
+def layer_kinds(config: ModelConfig, slots: int) -> Kind:
+    """The kinds of all layers, where queries see `slots` slots in all."""
+    windows = [slots if window is None else window for window in config.windows]
+    tables = rotary_tables(config)
+    return Kind(
+        window=jnp.asarray(windows, jnp.int32) if min(windows) < slots else None,
+        table=jnp.asarray([tables.index(r) for r in config.layer_ropes], jnp.int32) if len(tables) > 1 else None,
+    )
 
 
-def initializer(kind: str) -> nn.initializers.Initializer:
-    """Normal(0.02) for maps and the embedding, one for norms, zero for biases."""
-    return {"map": nn.initializers.normal(0.02), "norm": nn.initializers.ones, "bias": nn.initializers.zeros}[kind]
+def rotary_tables(config: ModelConfig) -> list[Rope]:
+    """The different rotary embeddings of a model's layers."""
+    return list(dict.fromkeys(config.layer_ropes))
+
+
+def all_turns(config: ModelConfig, positions: Int[Array, "B T"]) -> Turns:
+    """The rotary tables of all layers."""
+    tables = [Turns(*rotation(rope, config.head_dim, positions)) for rope in rotary_tables(config)]
+    return tables[0] if len(tables) == 1 else jax.tree.map(lambda *each: jnp.stack(each), *tables)
+
+
+def initializer(kind: str, norm: str = "rounded") -> nn.initializers.Initializer:
+    """Normal(0.02) for maps and the embedding, the identity for norms, zero for biases."""
+    one = nn.initializers.zeros if norm == "plus_one" else nn.initializers.ones
+    return {"map": nn.initializers.normal(0.02), "norm": one, "bias": nn.initializers.zeros}[kind]
+
+
+def embedded(config: ModelConfig, embedding: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """What enters the first block."""
+    x = embedding[tokens]
+    return x * jnp.asarray(config.embed**0.5, x.dtype) if config.embed_scaled else x
 
 
 class Transformer(nn.Module):
@@ -156,35 +221,37 @@ class Transformer(nn.Module):
         embedding = self.param("embed", initializer("map"), (c.vocab, c.embed), c.dtype)
         queries = slots.queries(tokens.shape[1])
         with jax.named_scope("embed"):
-            x = tap(EMBED)(embedding[tokens], queries.positions)
-            cos, sin = rotation(c.rope, c.head_dim, queries.positions)
+            x = tap(EMBED)(embedded(c, embedding, tokens), queries.positions)
+            turns = all_turns(c, queries.positions)
         policy = KEEPS[self.keeps]
         blocks = nn.scan(
             Block if policy is None else nn.remat(Block, prevent_cse=False, policy=policy),
             variable_axes={"params": 0, "intermediates": 0, "edits": 0, "perturbations": 0},
             variable_broadcast="reducers",
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),
             length=c.layers,
         )
         carry = (x, cache, jnp.int32(0))
-        windows = layer_windows(c, slots.valid.shape[1])
+        kinds = layer_kinds(c, slots.valid.shape[1])
         new: Any
-        (x, cache, _), new = blocks(c, name="layers")(carry, windows, queries, cos, sin)
+        (x, cache, _), new = blocks(c, name="layers")(carry, kinds, queries, turns)
         with jax.named_scope("unembed"):
-            x = rms_norm(x, self.param("norm", initializer("norm"), (c.embed,), c.dtype), c.norm_eps)
+            x = rms_norm(x, self.param("norm", initializer("norm", c.norm), (c.embed,), c.dtype), c.norm_eps, c.norm)
             x = tap(FINAL)(x, queries.positions)
             x = x if last is None else x[:, x.shape[1] - last :]
             head = embedding if c.tied else self.param("unembed", initializer("map"), (c.embed, c.vocab), c.dtype)
-            logits = unembed(x, head, c.tied)
+            logits = unembed(c, x, head)
         return logits, cache if cache is not None else new
 
 
 def unembed(
-    x: Float[Array, "*B D"], head: Float[Array, "V D"] | Float[Array, "D V"], tied: bool
+    config: ModelConfig, x: Float[Array, "*B D"], head: Float[Array, "V D"] | Float[Array, "D V"]
 ) -> Float[Array, "*B V"]:
     """Logits, float32, of normed `x`; `head` is [V, D] where tied, else [D, V]."""
-    return jnp.einsum("...d,vd->...v" if tied else "...d,dv->...v", x, head, preferred_element_type=jnp.float32)
+    pattern = "...d,vd->...v" if config.tied else "...d,dv->...v"
+    logits = jnp.einsum(pattern, x, head, preferred_element_type=jnp.float32)
+    return logits if (c := config.final_softcap) is None else c * jnp.tanh(logits / c)
 
 
 def unembedding(config: ModelConfig, params: Params) -> Float[Array, "V D"] | Float[Array, "D V"]:

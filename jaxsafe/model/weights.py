@@ -47,18 +47,27 @@ class Weight:
         return tuple(self.axes.partition(" -> ")[2].split()) if self.linear else tuple(self.axes.split())
 
 
+LAYER = "model.layers.{}."
+# A path has several rows where families call it differently; a model has one of them at most.
 TABLE = (
     Weight("embed", "model.embed_tokens.weight", "vocab embed"),
-    Weight("layers/attn_norm", "model.layers.{}.input_layernorm.weight", "embed", "norm"),
+    Weight("layers/attn_norm", "model.layers.{}.input_layernorm.weight", "embed", "norm", needs="pre_norm"),
     Weight("layers/q", "model.layers.{}.self_attn.q_proj.weight", "embed -> heads head_dim", tap="attn_in"),
     Weight("layers/k", "model.layers.{}.self_attn.k_proj.weight", "embed -> kv_heads head_dim", tap="attn_in"),
     Weight("layers/v", "model.layers.{}.self_attn.v_proj.weight", "embed -> kv_heads head_dim", tap="attn_in"),
     Weight("layers/o", "model.layers.{}.self_attn.o_proj.weight", "heads head_dim -> embed", tap="heads"),
-    Weight("layers/q_bias", "model.layers.{}.self_attn.q_proj.bias", "heads head_dim", "bias", needs="attn_bias"),
-    Weight("layers/k_bias", "model.layers.{}.self_attn.k_proj.bias", "kv_heads head_dim", "bias", needs="attn_bias"),
-    Weight("layers/v_bias", "model.layers.{}.self_attn.v_proj.bias", "kv_heads head_dim", "bias", needs="attn_bias"),
-    Weight("layers/o_bias", "model.layers.{}.self_attn.o_proj.bias", "embed", "bias", needs="attn_bias"),
-    Weight("layers/mlp_norm", "model.layers.{}.post_attention_layernorm.weight", "embed", "norm"),
+    Weight("layers/q_bias", "model.layers.{}.self_attn.q_proj.bias", "heads head_dim", "bias", needs="qkv_bias"),
+    Weight("layers/k_bias", "model.layers.{}.self_attn.k_proj.bias", "kv_heads head_dim", "bias", needs="qkv_bias"),
+    Weight("layers/v_bias", "model.layers.{}.self_attn.v_proj.bias", "kv_heads head_dim", "bias", needs="qkv_bias"),
+    Weight("layers/o_bias", "model.layers.{}.self_attn.o_proj.bias", "embed", "bias", needs="o_bias"),
+    Weight("layers/q_norm", f"{LAYER}self_attn.q_norm.weight", "head_dim", "norm", needs="head_norm"),
+    Weight("layers/k_norm", f"{LAYER}self_attn.k_norm.weight", "head_dim", "norm", needs="head_norm"),
+    Weight("layers/q_norm", f"{LAYER}self_attn.q_norm.weight", "heads head_dim", "norm", needs="projection_norm"),
+    Weight("layers/k_norm", f"{LAYER}self_attn.k_norm.weight", "kv_heads head_dim", "norm", needs="projection_norm"),
+    Weight("layers/attn_post_norm", f"{LAYER}post_attention_layernorm.weight", "embed", "norm", needs="post_norm"),
+    Weight("layers/mlp_norm", f"{LAYER}post_attention_layernorm.weight", "embed", "norm", needs="lone_pre_norm"),
+    Weight("layers/mlp_norm", f"{LAYER}pre_feedforward_layernorm.weight", "embed", "norm", needs="sandwich"),
+    Weight("layers/mlp_post_norm", f"{LAYER}post_feedforward_layernorm.weight", "embed", "norm", needs="post_norm"),
     Weight("layers/gate", "model.layers.{}.mlp.gate_proj.weight", "embed -> mlp", tap="mlp_in"),
     Weight("layers/up", "model.layers.{}.mlp.up_proj.weight", "embed -> mlp", tap="mlp_in"),
     Weight("layers/down", "model.layers.{}.mlp.down_proj.weight", "mlp -> embed", tap="mlp_hidden"),

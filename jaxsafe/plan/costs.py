@@ -33,7 +33,7 @@ def flops(
 
     tokens = rows * queries
     linear = sum(one(path, tokens) for path, w in table.items() if w.linear and w.stacked)
-    seen = min(keys, config.window or keys)
+    seen = sum(min(keys, window or keys) for window in config.windows) / config.layers
     heads = config.heads / (model if config.kv_heads % model == 0 else 1)
     attention = 4.0 * tokens * seen * heads * config.head_dim
     logits = one("unembed" if "unembed" in table else "embed", unembedded)

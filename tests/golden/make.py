@@ -1,13 +1,14 @@
 """Makes the golden checkpoints and logits beside this file with transformers and torch: `python tests/golden/make.py`.
 
-Two tiny random models in Hugging Face folders, and for each `<name>.npz` with left-padded `tokens` int32
-[B, T], `valid` bool [B, T] and the float32 `logits` [valid tokens, V] that transformers gives.
+Tiny random models, one of each family, in Hugging Face folders, and for each `<name>.npz` with left-padded `tokens`
+int32 [B, T], `valid` bool [B, T] and the float32 `logits` [valid tokens, V] that transformers gives.
 """
 
 import pathlib
 
 import numpy as np
 import torch
+from families import FAMILY_MODELS
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 LENGTHS = (52, 48, 7)
@@ -46,6 +47,9 @@ MODELS = {
 }
 
 
+MODELS |= {name: FAMILY_MODELS[name] | {"dtype": "float32"} for name in FAMILY_MODELS if "," not in name}
+
+
 def torch_model(attributes: dict, seed: int = 0) -> PreTrainedModel:
     """A random float32 model in which every weight matters: norms are not one, biases not zero."""
     rest = dict(attributes)
@@ -55,7 +59,7 @@ def torch_model(attributes: dict, seed: int = 0) -> PreTrainedModel:
     for name, weight in sorted(model.named_parameters()):
         noise = generator.standard_normal(tuple(weight.shape), np.float32)
         if name.endswith("norm.weight"):
-            noise = 1 + noise / 4
+            noise = ("gemma" not in config.model_type) + noise / 4  # Gemma adds the 1 itself
         elif "embed" in name or name.endswith(".bias"):
             noise = noise / 16
         else:

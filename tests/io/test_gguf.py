@@ -177,7 +177,7 @@ def test_config(tmp_path):
     assert (config.vocab, config.layers, config.embed, config.mlp) == (VOCAB, LAYERS, EMBED, MLP)
     assert (config.heads, config.kv_heads, config.head_dim, config.context) == (HEADS, KV_HEADS, HEAD_DIM, 512)
     assert (config.norm_eps, config.rope, config.window) == (1e-5, Rope(theta=500_000.0), None)
-    assert (config.tied, config.attn_bias, config.mlp_bias, config.family) == (False, False, False, "llama")
+    assert (config.tied, config.qkv_bias, config.mlp_bias, config.family) == (False, False, False, "llama")
 
 
 def test_without_an_output_matrix_the_embedding_is_tied(tmp_path):

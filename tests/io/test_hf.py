@@ -27,7 +27,7 @@ HALF = dataclasses.replace(TINY, dtype="bfloat16")
 CONFIGS = {
     "untied": HALF,
     "tied": dataclasses.replace(HALF, tied=True),
-    "biases": dataclasses.replace(HALF, attn_bias=True, mlp_bias=True, vocab=104),
+    "biases": dataclasses.replace(HALF, qkv_bias=True, o_bias=True, mlp_bias=True, vocab=104),
     "mistral": dataclasses.replace(HALF, family="mistral", window=8, kv_heads=1),
     "float32": dataclasses.replace(TINY, tied=True),
 }
@@ -127,6 +127,11 @@ def test_heads_are_the_slow_axis_of_a_flat_one():
     np.testing.assert_array_equal(layers["o"][2, 1], columns.T)
 
 
+# What a model has that has a weight of these needs.
+WITH = {"head_norm": {"qk_norm": "head"}, "projection_norm": {"qk_norm": "projection"}}
+WITH |= {needs: {"post_norm": True} for needs in ("post_norm", "sandwich")}
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     weight=st.sampled_from(TABLE),
@@ -135,7 +140,8 @@ def test_heads_are_the_slow_axis_of_a_flat_one():
 )
 def test_named_axes_and_matrices_are_inverses(weight, sizes, heads):
     vocab, embed, mlp, half = sizes
-    config = ModelConfig(vocab, 1, embed, mlp, *heads, 2 * half, attn_bias=True, mlp_bias=True)
+    more = WITH.get(weight.needs, {})
+    config = ModelConfig(vocab, 1, embed, mlp, *heads, 2 * half, qkv_bias=True, o_bias=True, mlp_bias=True, **more)
     named = np.arange(np.prod(layer_shape(config, weight)), dtype=np.float32).reshape(layer_shape(config, weight))
     matrix = to_matrix(config, weight, named)
     assert matrix.shape == hf_shapes(config)[weight.hf.format(0)]
@@ -167,7 +173,7 @@ def test_a_missing_tensor_is_named(tmp_path):
 
 
 def test_a_missing_bias_is_named(tmp_path):
-    biased = dataclasses.replace(HALF, attn_bias=True)
+    biased = dataclasses.replace(HALF, qkv_bias=True, o_bias=True)
     refused(write_folder(tmp_path / "m", biased, stored(HALF)), "lacks 12 tensors", "self_attn.k_proj.bias")
 
 
@@ -178,7 +184,7 @@ def test_an_unknown_tensor_is_named(name, tmp_path):
 
 
 def test_a_bias_that_the_config_does_not_announce_is_refused(tmp_path):
-    tensors = stored(dataclasses.replace(HALF, attn_bias=True))
+    tensors = stored(dataclasses.replace(HALF, qkv_bias=True, o_bias=True))
     refused(write_folder(tmp_path / "m", HALF, tensors), "12 tensors that this model lacks", "k_proj.bias")
 
 

@@ -30,7 +30,10 @@ from jaxsafe.model.weights import flatten, linear_maps, shardings
 from jaxsafe.parallel import parse_mesh, per_device
 from jaxsafe.rows import pad_rows
 
-CONFIGS = {"grouped": tiny_config(), "biases": tiny_config(attn_bias=True, mlp_bias=True, kv_heads=4, window=9)}
+CONFIGS = {
+    "grouped": tiny_config(),
+    "biases": tiny_config(qkv_bias=True, o_bias=True, mlp_bias=True, kv_heads=4, window=9),
+}
 ROWS = random_rows([20, 31, 17, 25, 40, 12, 33, 29], behind=[5, 7, 3, 9, 11, 4, 6, 2])
 TAPS = ("attn_in", "heads", "mlp_in", "mlp_hidden")
 static = ("config", "counting", "last", "axis_name")

@@ -116,10 +116,10 @@ def test_logits_exist_for_the_blocks_of_continuations_only(monkeypatch):
     config = tiny_config(layers=1, context=512)
     shapes, runs = [], []
 
-    def recorded(x, head, tied):
+    def recorded(config, x, head):
         shapes.append(x.shape)
         jax.debug.callback(lambda: runs.append(1))
-        return unembed(x, head, tied)
+        return unembed(config, x, head)
 
     monkeypatch.setattr(module, "unembed", recorded)
     rows, final = split(random_rows([300, 40], behind=[20, 2]))

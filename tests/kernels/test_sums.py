@@ -172,14 +172,14 @@ def test_bad_rows_are_refused_in_one_line():
             Scoring(**wrong)
 
 
-@pytest.mark.parametrize("changes", [{}, {"window": 9, "attn_bias": True, "mlp_bias": True}])
+@pytest.mark.parametrize("changes", [{}, {"window": 9, "qkv_bias": True, "o_bias": True, "mlp_bias": True}])
 def test_block_after_block_is_the_whole_model(changes):
     config = dataclasses.replace(CONFIG, **changes)
     params, batch = tiny_params(config), pad_rows(ROWS[:3])
     whole = capture(config, params, batch.tokens, batch.valid, ("resid", "mlp_hidden"))
-    x = embed(params, batch.tokens)
+    x = embed(config, params, batch.tokens)
     for layer in range(config.layers):
-        x, read = run_block(config, layer_of(params, layer), x, batch.valid, ("mlp_hidden",))
+        x, read = run_block(config, layer_of(params, layer), layer, x, batch.valid, ("mlp_hidden",))
         np.testing.assert_allclose(x[batch.valid], whole["resid"][layer][batch.valid], rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(
             read["mlp_hidden"][batch.valid], whole["mlp_hidden"][layer][batch.valid], rtol=1e-5, atol=1e-5

@@ -28,7 +28,8 @@ PUBLISHED = {
     "vicuna_13b": {"alpha": 4.0, "scored": (10, 20), "threshold": 0.70},
 }
 LAYERS = {"llama2_13b_chat": 40, "vicuna_13b": 40}
-LARGE = [*PUBLISHED, "llama31_8b_instruct", "mistral_7b_instruct"]
+LARGE = [*PUBLISHED, "llama31_8b_instruct", "mistral_7b_instruct", "qwen25_7b_instruct", "qwen3_8b"]
+LARGE += ["gemma2_9b_it", "gemma3_4b_it", "olmo3_7b_instruct"]
 EVERY = [(name, "") for name in LARGE] + [(name, "published") for name in PUBLISHED]
 
 

@@ -71,6 +71,7 @@ OTHER = {
     "dtype": "float32",
     "mesh": "data:1,model:1",
     "chat_template": "{{ messages[0].content }}",
+    "template_args": ("enable_thinking=false",),
     "system": "Be brief.",
     "raw": True,
     "seed": 1,
@@ -220,8 +221,8 @@ def seen(model, monkeypatch):
     """A recorder in the place of everything that takes long."""
     seen = Recorder()
 
-    def loaded(name, dtype=None, mesh=None, template=None, system=None, raw=False):
-        seen.note("load", str(name), dtype, template, system, raw)
+    def loaded(name, dtype=None, mesh=None, template=None, system=None, raw=False, template_args=None):
+        seen.note("load", str(name), dtype, template, system, raw, described(template_args))
         return model.with_prompt(system, raw)
 
     def examined(study, variant):

@@ -18,7 +18,7 @@ from jaxsafe.parallel import parse_mesh
 from jaxsafe.rows import pad_rows
 
 # Two key/value heads for six heads: groups of three.
-CONFIG = tiny_config(layers=2, heads=6, kv_heads=2, head_dim=4, attn_bias=True)
+CONFIG = tiny_config(layers=2, heads=6, kv_heads=2, head_dim=4, qkv_bias=True, o_bias=True)
 read = jax.jit(capture, static_argnames=("config", "taps"))
 whole = jax.jit(forward, static_argnames=("config", "last"))
 

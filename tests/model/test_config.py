@@ -184,7 +184,9 @@ def test_public_models(name):
         MISTRAL_READ,
         LATER_READ,
         SMOLLM2_READ,
-        ModelConfig(64, 2, 32, 48, 4, 1, 20, rope=Rope(500.0, "linear", 3.0), attn_bias=True, norm_eps=1e-6),
+        ModelConfig(
+            64, 2, 32, 48, 4, 1, 20, rope=Rope(500.0, "linear", 3.0), qkv_bias=True, o_bias=True, norm_eps=1e-6
+        ),
         ModelConfig(64, 2, 32, 48, 4, 4, 8, mlp_bias=True, rope=Rope(1e4, "llama3", 4.0, 1.5, 3.0, 77), context=99),
     ],
 )
@@ -291,7 +293,7 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
         ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
         ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "sliding_attention"]),
         ({"pruned_heads": {"0": [1]}}, ["pruned_heads", "{'0': [1]}"]),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, ["'yarn'", "'llama3'", "'linear'"]),
+        ({"rope_scaling": {"rope_type": "ntk", "factor": 4.0}}, ["'ntk'", "'llama3'", "'linear'"]),
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, ["'dynamic'"]),
         ({"rope_parameters": LINEAR | {"beta_fast": 32}}, ["beta_fast", "'linear'"]),
         ({"rope_parameters": LINEAR | {"partial_rotary_factor": 0.25}}, ["partial_rotary_factor"]),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from jaxsafe.io.hub import load_hf
+from jaxsafe.model.families import FAMILIES
 from jaxsafe.model.transformer import forward
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden"
@@ -31,9 +32,13 @@ def off(name, **changes):
     return np.abs(np.asarray(jitted(config, params, tokens, valid))[valid] - logits).max()
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral"])
+@pytest.mark.parametrize("name", sorted(file.stem for file in GOLDEN.glob("*.npz")))
 def test_logits(name):
     assert off(name) < 1e-5
+
+
+def test_every_family_has_a_file():
+    assert {golden(file.stem)[0].family for file in GOLDEN.glob("*.npz")} == FAMILIES.keys()
 
 
 def test_what_the_files_hold():

@@ -19,7 +19,7 @@ from jaxsafe.model.transformer import Transformer, forward, variables
 from jaxsafe.model.weights import shapes
 
 EVERY = (*TAPS, *OUTSIDE)
-TRAINED = dataclasses.replace(SCALED, attn_bias=True, mlp_bias=True, tied=True)
+TRAINED = dataclasses.replace(SCALED, qkv_bias=True, o_bias=True, mlp_bias=True, tied=True)
 LINEAR_WINDOW = replace(TINY, rope={"kind": "linear", "factor": 3.0, "theta": 500.0}, window=9, norm_eps=1e-6)
 captured = jax.jit(capture, static_argnames=("config", "taps"))
 
@@ -91,11 +91,13 @@ def reference(config, tensors, tokens, change=lambda tap, layer, x: x):
             turn = functools.partial(turned, config.rope)
             heads.append(attention(turn(q[:, head]), turn(k[:, shared]), v[:, shared], config.window))
         h = tap("heads", layer, np.concatenate(heads, 1))
-        x = x + tap("attn_out", layer, linear(h, f"{at_layer}self_attn.o_proj"))
+        h = tap("o", layer, linear(h, f"{at_layer}self_attn.o_proj"))
+        x = x + tap("attn_out", layer, h)
         h = tap("mlp_in", layer, rms(x, w[f"{at_layer}post_attention_layernorm.weight"], config.norm_eps))
         gate, up = (linear(h, f"{at_layer}mlp.{name}_proj") for name in ("gate", "up"))
         h = tap("mlp_hidden", layer, gate / (1 + np.exp(-gate)) * up)
-        x = tap("resid", layer, x + tap("mlp_out", layer, linear(h, f"{at_layer}mlp.down_proj")))
+        h = tap("down", layer, linear(h, f"{at_layer}mlp.down_proj"))
+        x = tap("resid", layer, x + tap("mlp_out", layer, h))
     x = tap(FINAL, 0, rms(x, w["model.norm.weight"], config.norm_eps))
     head = w["model.embed_tokens.weight" if config.tied else "lm_head.weight"]
     return x @ head.T, {name: np.stack(parts) for name, parts in seen.items()}

@@ -61,7 +61,7 @@ def test_parity_with_transformers(name, tmp_path):
 # Every field is in use
 
 LINEAR = replace(TINY, rope={"kind": "linear", "factor": 4.0})
-BIASED = dataclasses.replace(TINY, attn_bias=True, mlp_bias=True)
+BIASED = dataclasses.replace(TINY, qkv_bias=True, o_bias=True, mlp_bias=True)
 WINDOW = dataclasses.replace(TINY, window=16, family="mistral")
 SCALED_WINDOW = dataclasses.replace(SCALED, window=16)
 MUTATIONS = [
@@ -71,7 +71,8 @@ MUTATIONS = [
     (WINDOW, {"window": 15}),
     (WINDOW, {"window": 17}),
     (TINY, {"tied": True}),
-    (BIASED, {"attn_bias": False}),
+    (BIASED, {"qkv_bias": False}),
+    (BIASED, {"o_bias": False}),
     (BIASED, {"mlp_bias": False}),
     (TINY, {"rope": {"theta": 20_000.0}}),
     (TINY, {"rope": {"kind": "linear", "factor": 2.0}}),
@@ -84,6 +85,33 @@ MUTATIONS = [
     (SCALED, {"rope": {"high_freq_factor": 3.0}}),
     (SCALED, {"rope": {"original_context": 48}}),
     (SCALED, {"rope": {"kind": "linear"}}),
+]
+SANDWICH = dataclasses.replace(TINY, window=16, post_norm=True, qk_norm="head", sliding=(True, False, True))
+SANDWICH = dataclasses.replace(SANDWICH, local_rope=Rope(100.0), softcap=1.0, final_softcap=1.0)
+YARN = replace(TINY, rope={"kind": "yarn", "theta": 100.0, "factor": 4.0, "original_context": 512})
+LONG = replace(TINY, rope={"kind": "longrope", "divisors": tuple(1 + i / 2 for i in range(8))})
+MUTATIONS += [
+    (SANDWICH, {"sliding": (False, True, True)}),
+    (SANDWICH, {"turned": (True, True, False)}),
+    (SANDWICH, {"local_rope": None}),
+    (SANDWICH, {"local_rope": Rope(200.0)}),
+    (SANDWICH, {"pre_norm": False}),
+    (SANDWICH, {"qk_norm": "none"}),
+    (SANDWICH, {"softcap": 2.0}),
+    (SANDWICH, {"final_softcap": None}),
+    (TINY, {"post_norm": True, "pre_norm": False}),
+    (TINY, {"norm": "plus_one"}),
+    (TINY, {"activation": "gelu_tanh"}),
+    (TINY, {"embed_scaled": True}),
+    (TINY, {"query_scalar": 20.0}),
+    (TINY, {"rope": {"partial": 0.5}}),
+    (TINY, {"rope": {"magnitude": 1.1}}),
+    (YARN, {"rope": {"factor": 2.0}}),
+    (YARN, {"rope": {"beta_fast": 8.0}}),
+    (YARN, {"rope": {"beta_slow": 2.0}}),
+    (YARN, {"rope": {"truncate": False}}),
+    (YARN, {"rope": {"original_context": 256}}),
+    (LONG, {"rope": {"divisors": (1.0,) * 8}}),
 ]
 # Other sizes are other arrays: parity with transformers covers them, and weights of other shapes are refused.
 SIZE_FIELDS = {"vocab", "layers", "embed", "mlp", "heads", "kv_heads", "head_dim"}
@@ -105,7 +133,8 @@ def test_a_field_changes_the_logits(config, changes):
     tokens, valid = padded(config, [48])
     params = random_params(config)
     before = logits_of(config, params, tokens, valid)
-    after = logits_of(replace(config, **changes), params, tokens, valid)
+    other = replace(config, **changes)
+    after = logits_of(other, random_params(other) if "post_norm" in changes else params, tokens, valid)
     assert np.abs(before - after).max() > 1e-4
 
 
@@ -135,7 +164,9 @@ def test_dtype_is_that_of_the_loaded_weights():
     assert 1e-4 < np.abs(coarse - fine).max() < 0.3
 
 
-@pytest.mark.parametrize("changes", [{}, {"tied": True}, {"attn_bias": True}, {"mlp_bias": True, "dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tied": True}, {"qkv_bias": True, "o_bias": True}, {"mlp_bias": True, "dtype": "bfloat16"}]
+)
 def test_init_has_the_shapes_of_the_table(changes):
     config = dataclasses.replace(TINY, **changes)
     made, expected = flatten(jax.eval_shape(lambda: init(config))), flatten(shapes(config))
@@ -145,7 +176,7 @@ def test_init_has_the_shapes_of_the_table(changes):
 
 
 def test_init_follows_the_kind_of_a_weight_and_not_what_it_needs():
-    config = dataclasses.replace(TINY, attn_bias=True, mlp_bias=True)
+    config = dataclasses.replace(TINY, qkv_bias=True, o_bias=True, mlp_bias=True)
     made = flatten(init(config))
     for path, weight in weights(config).items():
         drawn = {"norm": {1.0}, "bias": {0.0}}.get(weight.kind)
@@ -248,7 +279,7 @@ def test_unembedding_of_the_normed_stream(tied):
     config = dataclasses.replace(TINY, tied=tied)
     x = np.random.default_rng(0).standard_normal((2, TINY.embed)).astype(np.float32)
     matrix = hf_weights(config)["model.embed_tokens.weight" if tied else "lm_head.weight"]
-    logits = unembed(x, unembedding(config, random_params(config)), tied)
+    logits = unembed(config, x, unembedding(config, random_params(config)))
     np.testing.assert_allclose(logits, x @ matrix.T, atol=1e-5, rtol=0)
 
 

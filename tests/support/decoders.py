@@ -9,6 +9,7 @@ import numpy as np
 from jaxsafe.io.tensors import load_params
 from jaxsafe.model.config import ModelConfig, Rope
 from jaxsafe.model.transformer import Cache, forward
+from jaxsafe.model.weights import hf_shapes
 
 LLAMA3 = Rope(10_000.0, "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=64)
 
@@ -37,8 +38,14 @@ def hf_weights(config, seed=0):
             out[f"{prefix}{norm}.weight"] = 1 + generator.standard_normal(config.embed) / 4
         for name, shape in matrices.items():
             out[f"{prefix}{name}.weight"] = generator.standard_normal(shape) / shape[1] ** 0.5
-            if config.attn_bias if "attn" in name else config.mlp_bias:
+            if (config.o_bias if "o_proj" in name else config.qkv_bias) if "attn" in name else config.mlp_bias:
                 out[f"{prefix}{name}.bias"] = generator.standard_normal(shape[0]) / 4
+    if not config.pre_norm:
+        out = {name: array for name, array in out.items() if "input_layernorm" not in name}
+    more = {
+        name: shape for name, shape in hf_shapes(config).items() if name not in out and name.endswith("norm.weight")
+    }
+    out |= {name: 1 + generator.standard_normal(shape) / 4 for name, shape in more.items()}
     return {name: array.astype(np.float32) for name, array in out.items()}
 
 

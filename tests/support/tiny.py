@@ -57,7 +57,7 @@ def tiny_params(config: ModelConfig, seed: int = 0) -> dict[str, Any]:
         if weight.kind == "bias":
             values = 0.1 * rng.standard_normal(shape)
         elif weight.kind == "norm":
-            values = 1 + 0.2 * rng.standard_normal(shape)
+            values = (config.norm != "plus_one") + 0.2 * rng.standard_normal(shape)
         elif not weight.linear:
             values = rng.standard_normal(shape)
         else:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from jaxsafe.evaluation.judges.judge import spoken
 from jaxsafe.evaluation.language import repetition
 
 _OPENING = re.compile(
@@ -56,10 +57,10 @@ class BrokenJudge:
         return [self._is_broken(*each) for each in zip(answers, refused, nats, strict=True)]
 
     def _is_broken(self, answer: str, refused: bool | None, nats: float | None) -> bool:
-        if not answer.strip():
+        if not spoken(answer).strip():
             return True
         improbable = nats is not None and nats >= self.improbable
-        torn = refused is False and opens_as_refusal(answer) and (nats is None or nats >= self.torn)
+        torn = refused is False and opens_as_refusal(spoken(answer)) and (nats is None or nats >= self.torn)
         return improbable or torn or loop(answer) >= self.looping
 
 

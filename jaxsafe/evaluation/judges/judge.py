@@ -17,3 +17,8 @@ class Judge(Protocol):
 
     def refused(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool | None]:
         """For each answer to a prompt: True (refused), False (did not) or None (cannot be scored)."""
+
+
+def spoken(answer: str) -> str:
+    """What of `answer` stands behind a closed block of thoughts, <think> ... </think>; all where there is none."""
+    return answer.rpartition("</think>")[2].lstrip() if "</think>" in answer else answer

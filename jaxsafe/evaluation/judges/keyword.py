@@ -7,6 +7,7 @@ any text is not in its rule; such a response is left unscored (None), save by `w
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from jaxsafe.evaluation.judges.judge import spoken
 from jaxsafe.evaluation.judges.phrases import JBB, SCANS, SCANS_UNLESS, WEI2024, XSTEST_STARTS
 
 
@@ -23,8 +24,8 @@ class KeywordJudge:
     rule: Callable[[str], bool | None]
 
     def refused(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool | None]:
-        """The verdict on each answer; a rule on keywords does not look at the prompts."""
-        return [self.rule(answer) for _, answer in zip(prompts, answers, strict=True)]
+        """The verdict on each answer, of what stands behind its thoughts; the rule does not look at the prompts."""
+        return [self.rule(spoken(answer)) for _, answer in zip(prompts, answers, strict=True)]
 
 
 def _scans(response: str) -> bool | None:
