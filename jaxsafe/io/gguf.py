@@ -1,6 +1,8 @@
-"""GGUF files of Llama and Mistral models: weights, configuration and tokenizer, read without PyTorch."""
+"""GGUF files: weights, configuration and tokenizer, read without PyTorch."""
 
+import functools
 import json
+import math
 import os
 import pathlib
 import tempfile
@@ -10,31 +12,27 @@ import numpy as np
 
 from jaxsafe.io.atomic import write_text
 from jaxsafe.io.hf import save_hf
+from jaxsafe.io.layout import Table
 from jaxsafe.io.tensors import Index, load_params
 from jaxsafe.model.attention import inverse_frequencies
 from jaxsafe.model.config import Rope
-from jaxsafe.model.families import config_from_hf
+from jaxsafe.model.families import FAMILIES, FULL, HF_ACTIVATIONS, ORIGINAL, SLIDING, Family, config_from_hf
+from jaxsafe.model.weights import hf_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-ARCHITECTURE = "llama"
-ACCEPTED = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")
-OUTER = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-INNER = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-# Factors by which Llama 3 stretches its rotary frequencies; derived from the configuration, not learned.
-ROPE_FACTORS = "rope_freqs.weight"
-# Keys under `llama.` that are read, checked or without influence on the logits; others must be 0 or empty.
+ARCHITECTURES = sorted({family.gguf for family in FAMILIES.values() if family.gguf})
+# Factors by which Llama 3 stretches its rotary frequencies, which are derived from the configuration, and those by
+# which Phi divides its own within the original context and beyond it.
+ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS = (
+    f"{name}.weight" for name in ("rope_freqs", "rope_factors_short", "rope_factors_long")
+)
+# Layers of the Gemma models whose scores are divided by the root of the width of a head's share of the residual
+# stream and not of its features; files do not say it.
+WIDE_SCORES = {"gemma2": 46, "gemma3_text": 62}
+# Keys under the architecture's name that are read, checked or without influence on the logits; others must be 0 or
+# empty.
 KNOWN_KEYS = frozenset(
     [
         "attention.head_count",
@@ -42,14 +40,19 @@ KNOWN_KEYS = frozenset(
         "attention.key_length",
         "attention.layer_norm_rms_epsilon",
         "attention.sliding_window",
+        "attention.sliding_window_pattern",
         "attention.value_length",
+        "attn_logit_softcapping",
         "block_count",
         "context_length",
         "embedding_length",
         "feed_forward_length",
+        "final_logit_softcapping",
         "rope.dimension_count",
         "rope.freq_base",
+        "rope.freq_base_swa",
         "rope.scale_linear",
+        "rope.scaling.attn_factor",
         "rope.scaling.factor",
         "rope.scaling.finetuned",
         "rope.scaling.original_context_length",
@@ -64,27 +67,50 @@ class GgufFile:
     """The tensors of a GGUF file under Hugging Face's names and layouts (a `TensorSource`), read when asked for.
 
     Raises FileNotFoundError, and ValueError for a file that is damaged, of another architecture, or that holds
-    a quantisation outside ACCEPTED.
+    a quantisation that the `gguf` package cannot undo.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.where = str(path)
         self._reader = _open(pathlib.Path(path))
-        if self._field("general.architecture") != ARCHITECTURE:
+        self._architecture = self._field("general.architecture")
+        if self._architecture not in ARCHITECTURES:
             raise ValueError(
-                f"{path} has architecture {self._field('general.architecture')!r}; "
-                f"only {ARCHITECTURE!r} (Llama and Mistral models) is supported"
+                f"{path} has architecture {self._architecture!r}; supported are {', '.join(ARCHITECTURES)}"
             )
-        self._tensors = {_hf_name(t.name): t for t in self._reader.tensors if t.name != ROPE_FACTORS}
-        for tensor in self._tensors.values():
-            if tensor.tensor_type.name not in ACCEPTED:
+        factors = (ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS)
+        self._stored = {t.name: t for t in self._reader.tensors if t.name not in factors}
+        self._factors = {t.name: t.data.reshape(-1) for t in self._reader.tensors if t.name in factors}
+        for tensor in self._stored.values():
+            if not _readable(tensor.tensor_type):
                 raise ValueError(
-                    f"{path}: {tensor.name} is stored as {tensor.tensor_type.name}; accepted are {', '.join(ACCEPTED)}"
+                    f"{path}: {tensor.name} is stored as {tensor.tensor_type.name}, which the gguf package cannot read"
                 )
+
+    @property
+    def _family(self) -> str:
+        """The family of the model; where two share an architecture, the second is the one with a window."""
+        names = [name for name, family in FAMILIES.items() if family.gguf == self._architecture]
+        return names[-1 if self._field(f"{self._architecture}.attention.sliding_window") else 0]
+
+    @functools.cached_property
+    def _tensors(self) -> dict[str, Any]:
+        """The tensors by Hugging Face's names; those that the model does not have keep their own."""
+        from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+        config = config_from_hf(self.attributes())
+        (architecture,) = (key for key, name in MODEL_ARCH_NAMES.items() if name == self._architecture)
+        names = get_tensor_name_map(architecture, config.layers)
+        fused = [name.format(layer) for name in FAMILIES[config.family].fused for layer in range(config.layers)]
+        # Of a fused map and its parts, which the package calls alike, files hold the former.
+        stored = {
+            names.get_name(name, (".weight", ".bias")): name for name in (*hf_shapes(config), "lm_head.weight", *fused)
+        }
+        return {stored.get(name, name): tensor for name, tensor in self._stored.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor by name."""
-        return {name: tuple(int(n) for n in reversed(t.shape)) for name, t in self._tensors.items()}
+        return {name: _shape(tensor) for name, tensor in self._tensors.items()}
 
     def read(self, name: str, index: Index) -> np.ndarray:
         """The part `index` of tensor `name`, dequantised to float32; only the blocks it touches are read."""
@@ -93,6 +119,8 @@ class GgufFile:
         tensor, order = self._tensors[name], self._row_order(name)
         if len(index) == 1:
             whole = dequantize(tensor.data, tensor.tensor_type)
+            if name.endswith("norm.weight") and FAMILIES[self._family].fixed.get("norm") == "plus_one":
+                whole = whole - 1
             return whole[index] if order is None else whole[order[index]]
         rows, columns = index
         start, stop, _ = columns.indices(int(tensor.shape[0]))
@@ -107,51 +135,52 @@ class GgufFile:
 
         Raises ValueError for a key, a rotary scaling or a head layout that such a file cannot express.
         """
+        family, stored = FAMILIES[self._family], self._stored
+        prefix = f"{self._architecture}."
         unknown = sorted(
             key
             for key in self._reader.fields
-            if key.startswith("llama.") and key.removeprefix("llama.") not in KNOWN_KEYS and self._field(key)
+            if key.startswith(prefix) and key.removeprefix(prefix) not in KNOWN_KEYS and self._field(key)
         )
         if unknown:
             raise ValueError(f"{self.where} has keys that are not understood: {', '.join(unknown)}")
+        if "token_embd.weight" not in stored:
+            raise ValueError(f"{self.where} has no tensor token_embd.weight, so it is no whole model")
         heads, embed = self._number("attention.head_count"), self._number("embedding_length")
         head_dim = self._number("attention.key_length", embed // heads)
-        for key in ("attention.value_length", "rope.dimension_count"):
-            if self._number(key, head_dim) != head_dim:
-                raise ValueError(
-                    f"{self.where}: {key} is {self._number(key)}; only the head size {head_dim} is supported"
-                )
-        theta = _decimal(self._number("rope.freq_base", 10_000.0))
-        window = self._field("llama.attention.sliding_window")
-        names, types = self.shapes(), {t.tensor_type.name for t in self._tensors.values()}
-        if "model.embed_tokens.weight" not in names:
-            raise ValueError(f"{self.where} has no tensor token_embd.weight, so it is no whole model")
+        if self._number("attention.value_length", head_dim) != head_dim:
+            raise ValueError(
+                f"{self.where}: attention.value_length is {self._number('attention.value_length')}; "
+                f"only the head size {head_dim} is supported"
+            )
+        types = {t.tensor_type.name for t in stored.values()}
         attributes = {
-            "architectures": ["MistralForCausalLM" if window else "LlamaForCausalLM"],
-            "model_type": "mistral" if window else "llama",
-            "vocab_size": names["model.embed_tokens.weight"][0],
+            "architectures": [family.architecture],
+            "model_type": self._family,
+            "vocab_size": _shape(stored["token_embd.weight"])[0],
             "num_hidden_layers": self._number("block_count"),
             "hidden_size": embed,
             "intermediate_size": self._number("feed_forward_length"),
             "num_attention_heads": heads,
             "num_key_value_heads": self._number("attention.head_count_kv", heads),
             "head_dim": head_dim,
-            "hidden_act": "silu",
+            "hidden_act": HF_ACTIVATIONS[family.fixed.get("activation", "silu")],
             "rms_norm_eps": _decimal(self._number("attention.layer_norm_rms_epsilon")),
-            "rope_theta": theta,
-            "rope_scaling": self._rope_scaling(theta, head_dim),
-            "tie_word_embeddings": "lm_head.weight" not in names,
+            "tie_word_embeddings": "output.weight" not in stored,
             "max_position_embeddings": self._number("context_length"),
             "torch_dtype": "bfloat16" if types <= {"BF16", "F32"} and "BF16" in types else "float32",
             "bos_token_id": self._field("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self._field("tokenizer.ggml.eos_token_id"),
         }
-        if window:
-            return attributes | {"sliding_window": int(window)}
-        return attributes | {
-            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in names,
-            "mlp_bias": "model.layers.0.mlp.up_proj.bias" in names,
-        }
+        biases = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
+        attributes |= {name: biases[name] in stored for name in family.flags.values() if name in biases}
+        for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+            if cap in family.flags.values() and self._number(cap, None) is not None:
+                attributes[cap] = _decimal(self._number(cap))
+        if "query_pre_attn_scalar" in family.defaults:
+            wide = attributes["num_hidden_layers"] == WIDE_SCORES[self._family]
+            attributes["query_pre_attn_scalar"] = embed // heads if wide else head_dim
+        return attributes | self._windows(family) | self._ropes(family, head_dim)
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         """The `transformers` tokenizer that the file's metadata describe, with its chat template."""
@@ -169,13 +198,14 @@ class GgufFile:
         return None if field is None else field.contents()
 
     def _number(self, key: str, *default: Any) -> Any:
-        value = self._field(f"llama.{key}")
+        name = f"{self._architecture}.{key}"
+        value = self._field(name)
         if value is None:
             if not default:
-                raise ValueError(f"{self.where} has no key llama.{key}, which a {ARCHITECTURE} model needs")
+                raise ValueError(f"{self.where} has no key {name}, which a {self._architecture} model needs")
             return default[0]
         if isinstance(value, list):
-            raise ValueError(f"{self.where}: llama.{key} differs from layer to layer, which is not supported")
+            raise ValueError(f"{self.where}: {name} differs from layer to layer, which is not supported")
         return value
 
     def _row_order(self, name: str) -> np.ndarray | None:
@@ -184,6 +214,8 @@ class GgufFile:
         A head's H rotated channels are paired (0, 1), (2, 3), ... in a GGUF file, (0, H/2), (1, H/2 + 1), ...
         in a Hugging Face checkpoint.
         """
+        if not FAMILIES[self._family].paired:
+            return None
         heads = self._number("attention.head_count")
         if ".k_proj." in name:
             heads = self._number("attention.head_count_kv", heads)
@@ -192,26 +224,71 @@ class GgufFile:
         rows = int(self._tensors[name].shape[-1])
         return np.arange(rows).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
 
+    def _windows(self, family: Family) -> dict[str, Any]:
+        """The attributes that say which positions each layer sees."""
+        window = self._number("attention.sliding_window", 0)
+        if not window or not family.window:
+            return {family.window: None} if family.window and family.window in family.defaults else {}
+        found: dict[str, Any] = {family.window: int(window)} | ({family.switch: True} if family.switch else {})
+        pattern = self._field(f"{self._architecture}.attention.sliding_window_pattern")
+        if pattern is None or family.slides is None:
+            return found
+        if not isinstance(pattern, list):
+            pattern = [(i + 1) % int(pattern) != 0 for i in range(self._number("block_count"))]
+        return found | {"layer_types": [SLIDING if slides else FULL for slides in pattern]}
+
+    def _ropes(self, family: Family, head_dim: int) -> dict[str, Any]:
+        """The attributes of the rotary embeddings. Raises ValueError for those that a file cannot express."""
+        theta = _decimal(self._number("rope.freq_base", 10_000.0))
+        turned = self._number("rope.dimension_count", head_dim)
+        found = {"rope_theta": theta, "rope_scaling": self._rope_scaling(theta, head_dim)}
+        if local := self._number("rope.freq_base_swa", None):
+            found["rope_local_base_freq"] = _decimal(local)
+        if SHORT_FACTORS in self._factors:
+            found[ORIGINAL] = self._number("rope.scaling.original_context_length")
+        if "partial_rotary_factor" in family.defaults:
+            return found | {"partial_rotary_factor": turned / head_dim}
+        if turned != head_dim:
+            raise ValueError(
+                f"{self.where}: rope.dimension_count is {turned}; only the head size {head_dim} is supported"
+            )
+        return found
+
     def _rope_scaling(self, theta: float, head_dim: int) -> dict[str, Any] | None:
-        kind = self._field("llama.rope.scaling.type") or "linear"
-        if kind not in ("none", "linear"):
-            raise ValueError(f"{self.where}: rope scaling {kind!r} is not supported; use 'none' or 'linear'")
-        factor = self._field("llama.rope.scaling.factor") or self._field("llama.rope.scale_linear") or 1.0
-        linear = {"rope_type": "linear", "factor": _decimal(factor)} if kind == "linear" and factor != 1 else None
-        factors = [t.data for t in self._reader.tensors if t.name == ROPE_FACTORS]
-        if not factors:
+        kind = self._number("rope.scaling.type", "linear")
+        if kind not in ("none", "linear", "yarn", "longrope"):
+            raise ValueError(
+                f"{self.where}: rope scaling {kind!r} is not supported; use 'none', 'linear', 'yarn' or 'longrope'"
+            )
+        factor = _decimal(self._number("rope.scaling.factor", 0) or self._number("rope.scale_linear", 0) or 1.0)
+        magnitude = self._number("rope.scaling.attn_factor", None)
+        if SHORT_FACTORS in self._factors and LONG_FACTORS in self._factors:
+            lists = {"short_factor": SHORT_FACTORS, "long_factor": LONG_FACTORS}
+            stretch = {name: [_decimal(value) for value in self._factors[held]] for name, held in lists.items()}
+            return {"rope_type": "longrope", **stretch, **({"attention_factor": magnitude} if magnitude else {})}
+        if kind == "yarn":
+            usual = 0.1 * math.log(factor) + 1
+            if magnitude and not any(math.isclose(magnitude, value, rel_tol=1e-4) for value in (1, usual)):
+                raise ValueError(
+                    f"{self.where}: rope.scaling.attn_factor is {magnitude:g}; only {usual:g}, yarn's own, is supported"
+                )
+            original = self._number("rope.scaling.original_context_length")
+            return {"rope_type": "yarn", "factor": factor, ORIGINAL: original}
+        linear = {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
+        if ROPE_FACTORS not in self._factors:
             return linear
         # Released Llama 3 models share every number but `factor`; it is the largest stretch.
-        rope = Rope(theta, "llama3", factor=float(factors[0].max()))
+        factors = self._factors[ROPE_FACTORS]
+        rope = Rope(theta, "llama3", factor=float(factors.max()))
         expected = inverse_frequencies(Rope(theta), head_dim) / inverse_frequencies(rope, head_dim)
-        if linear or factors[0].shape != expected.shape or not np.allclose(factors[0], expected, rtol=1e-4, atol=0):
+        if linear or factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4, atol=0):
             raise ValueError(f"{self.where}: the rotary factors in {ROPE_FACTORS} are not those of Llama 3")
         return {
             "rope_type": "llama3",
             "factor": rope.factor,
             "low_freq_factor": rope.low_freq_factor,
             "high_freq_factor": rope.high_freq_factor,
-            "original_max_position_embeddings": rope.original_context,
+            ORIGINAL: rope.original_context,
         }
 
 
@@ -232,7 +309,7 @@ def gguf_to_hf(path: str | os.PathLike, folder: str | os.PathLike, dtype: str | 
         described["tokenizer_class"] = "PreTrainedTokenizerFast"
         write_text(pathlib.Path(like) / "tokenizer_config.json", json.dumps(described, indent=2) + "\n")
         write_text(pathlib.Path(like) / "config.json", json.dumps(attributes, indent=2) + "\n")
-        return save_hf(folder, config, load_params(config, file), like=like)
+        return save_hf(folder, config, load_params(config, Table(config, file)), like=like)
 
 
 def _open(path: pathlib.Path) -> Any:
@@ -252,14 +329,19 @@ def _open(path: pathlib.Path) -> Any:
     return reader
 
 
-def _hf_name(name: str) -> str:
-    """model.layers.3.self_attn.q_proj.weight for blk.3.attn_q.weight; names that are not known stay as they are."""
-    match name.split("."):
-        case ["blk", layer, part, kind] if part in INNER:
-            return f"model.layers.{layer}.{INNER[part]}.{kind}"
-        case [part, kind] if part in OUTER:
-            return f"{OUTER[part]}.{kind}"
-    return name
+def _readable(kind: Any) -> bool:
+    """Whether the `gguf` package undoes this quantisation."""
+    from gguf import GGML_QUANT_SIZES, dequantize
+
+    try:
+        dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _shape(tensor: Any) -> tuple[int, ...]:
+    return tuple(int(n) for n in reversed(tensor.shape))
 
 
 def _decimal(value: float) -> float:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 
 from jaxsafe.io.gguf import GgufFile, gguf_to_hf
 from jaxsafe.io.hf import load_folder, read_config
+from jaxsafe.io.layout import Table
 from jaxsafe.io.tensors import load_params
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.families import config_from_hf
@@ -80,7 +81,7 @@ def load_hf(
     file = GgufFile(path)
     attributes = file.attributes()
     config = config_from_hf(attributes, dtype or attributes["torch_dtype"])
-    return config, load_params(config, file, mesh)
+    return config, load_params(config, Table(config, file), mesh)
 
 
 def _smollm2(allow_network: bool) -> pathlib.Path:

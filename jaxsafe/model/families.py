@@ -27,6 +27,7 @@ class Family:
     two_ropes: whether layers that see the window alone have rotary embeddings of their own
     fused:    tensors of files that hold several maps, rows behind rows, by name with their paths
     wrapper:  the `model_type` and the class of models with images whose `text_config` is of this family
+    gguf:     the architecture of its GGUF files; `paired`: whether they hold the rotated features of a head in pairs
     """
 
     architecture: str
@@ -40,6 +41,8 @@ class Family:
     two_ropes: bool = False
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     wrapper: tuple[str, str] | None = None
+    gguf: str | None = None
+    paired: bool = False
 
 
 BIASES = {"qkv_bias": "attention_bias", "o_bias": "attention_bias"}
@@ -86,6 +89,8 @@ QWEN_WINDOW = {"use_sliding_window": False, "sliding_window": 4096, "max_window_
 FAMILIES = {
     "llama": Family(
         "LlamaForCausalLM",
+        gguf="llama",
+        paired=True,
         flags=BIASES | {"mlp_bias": "mlp_bias"},
         defaults={
             "max_position_embeddings": 2048,
@@ -96,11 +101,14 @@ FAMILIES = {
     ),
     "mistral": Family(
         "MistralForCausalLM",
+        gguf="llama",
+        paired=True,
         defaults={"max_position_embeddings": 4096 * 32, "num_key_value_heads": 8, "sliding_window": 4096},
         window="sliding_window",
     ),
     "qwen2": Family(
         "Qwen2ForCausalLM",
+        gguf="qwen2",
         fixed={"qkv_bias": True},
         defaults={"max_position_embeddings": 32_768, "num_key_value_heads": 32, **QWEN_WINDOW},
         window="sliding_window",
@@ -109,6 +117,7 @@ FAMILIES = {
     ),
     "qwen3": Family(
         "Qwen3ForCausalLM",
+        gguf="qwen3",
         fixed={"qk_norm": "head"},
         flags=BIASES,
         defaults={
@@ -135,6 +144,7 @@ GEMMA_NEUTRAL = {
 SOFT_CAPS = {"softcap": "attn_logit_softcapping", "final_softcap": "final_logit_softcapping"}
 FAMILIES["gemma"] = Family(
     "GemmaForCausalLM",
+    gguf="gemma",
     fixed=GEMMA,
     flags=BIASES,
     defaults=GEMMA_DEFAULTS | {"max_position_embeddings": 8192, "num_key_value_heads": 16},
@@ -142,6 +152,7 @@ FAMILIES["gemma"] = Family(
 )
 FAMILIES["gemma2"] = Family(
     "Gemma2ForCausalLM",
+    gguf="gemma2",
     fixed=GEMMA | {"post_norm": True},
     flags=BIASES | SOFT_CAPS | {"query_scalar": "query_pre_attn_scalar"},
     defaults=GEMMA_DEFAULTS
@@ -160,6 +171,7 @@ FAMILIES["gemma2"] = Family(
 )
 FAMILIES["gemma3_text"] = Family(
     "Gemma3ForCausalLM",
+    gguf="gemma3",
     fixed=GEMMA | {"post_norm": True, "qk_norm": "head"},
     # Its attn_logit_softcapping is read by nothing in its attention.
     flags=BIASES | {"query_scalar": "query_pre_attn_scalar", "final_softcap": "final_logit_softcapping"},
@@ -193,9 +205,10 @@ OLMO_DEFAULTS = {
     "rms_norm_eps": 1e-5,
     "attention_bias": False,
 }
-FAMILIES["olmo2"] = Family("Olmo2ForCausalLM", fixed=OLMO, flags=BIASES, defaults=OLMO_DEFAULTS)
+FAMILIES["olmo2"] = Family("Olmo2ForCausalLM", gguf="olmo2", fixed=OLMO, flags=BIASES, defaults=OLMO_DEFAULTS)
 FAMILIES["olmo3"] = Family(
     "Olmo3ForCausalLM",
+    gguf="olmo2",
     fixed=OLMO,
     flags=BIASES,
     defaults=OLMO_DEFAULTS | {"sliding_window": 4096, "layer_types": None, "rope_theta": 500_000.0},
@@ -205,6 +218,7 @@ FAMILIES["olmo3"] = Family(
 )
 FAMILIES["phi3"] = Family(
     "Phi3ForCausalLM",
+    gguf="phi3",
     defaults={
         "max_position_embeddings": 4096,
         "original_max_position_embeddings": 4096,
@@ -230,6 +244,8 @@ FAMILIES["phi3"] = Family(
 )
 FAMILIES["smollm3"] = Family(
     "SmolLM3ForCausalLM",
+    gguf="smollm3",
+    paired=True,
     flags=BIASES | {"mlp_bias": "mlp_bias"},
     defaults={
         "max_position_embeddings": 32_768,
@@ -252,6 +268,7 @@ FAMILIES["smollm3"] = Family(
 FAMILIES["ministral"] = dataclasses.replace(
     FAMILIES["mistral"],
     architecture="MinistralForCausalLM",
+    gguf=None,
     defaults={**FAMILIES["mistral"].defaults, "layer_types": None},
     slides=every_layer,
 )

@@ -238,7 +238,8 @@ def test_a_sliding_window_makes_it_a_mistral_model(tmp_path):
 @pytest.mark.parametrize(
     ("keys", "words"),
     [
-        ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn'"),
+        ({"llama.rope.scaling.type": "dynamic"}, "rope scaling 'dynamic'"),
+        ({"llama.rope.scaling.type": "yarn"}, "no key llama.rope.scaling.original_context_length"),
         ({"llama.rope.dimension_count": 8}, "rope.dimension_count is 8; only the head size 16"),
         ({"llama.attention.value_length": 32}, "attention.value_length is 32"),
         ({"llama.expert_count": 8}, "llama.expert_count"),
@@ -267,15 +268,31 @@ def test_other_rotary_factors_are_refused(tmp_path, factors):
         GgufFile(tmp_path / "model.gguf").attributes()
 
 
-def test_other_quantisations_are_refused_by_name(tmp_path):
-    write_gguf(tmp_path / "model.gguf", "Q5_0")
-    with pytest.raises(ValueError, match="stored as Q5_0; accepted are F32, F16, BF16, Q8_0, Q4_0, Q4_1"):
+@pytest.mark.parametrize("kind", ["Q5_0", "Q5_1", "TQ1_0", "TQ2_0"])
+def test_other_quantisations_are_undone_as_the_package_does(tmp_path, kind):
+    block = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][0]
+    names = {name: value for name, value in NAMES.items() if len(value[1]) == 1 or not value[1][1] % block}
+    wide = {"token_embd.weight", "output.weight"} if block > EMBED else set()
+    if wide:
+        names = {name: (stored, (VOCAB, 2 * block)) for name, (stored, _) in NAMES.items() if stored in wide}
+    write_gguf(tmp_path / "model.gguf", kind, names=names)
+    raw = {t.name: t for t in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    stored = raw["token_embd.weight"]
+    whole = gguf.dequantize(stored.data, stored.tensor_type)
+    file = GgufFile(tmp_path / "model.gguf")
+    part = file.read("model.embed_tokens.weight", (slice(3, 9), slice(block - 5, block + 5)))
+    np.testing.assert_array_equal(part, whole[3:9, block - 5 : block + 5])
+
+
+def test_tensors_that_are_not_numbers_are_refused_by_name(tmp_path):
+    write_gguf(tmp_path / "model.gguf", extra={"blk.0.rows": np.ones(4, np.int32)})
+    with pytest.raises(ValueError, match=r"blk\.0\.rows is stored as I32, which the gguf package cannot read"):
         GgufFile(tmp_path / "model.gguf")
 
 
 def test_other_architectures_are_refused_by_name(tmp_path):
-    write_gguf(tmp_path / "model.gguf", architecture="qwen2")
-    with pytest.raises(ValueError, match="architecture 'qwen2'"):
+    write_gguf(tmp_path / "model.gguf", architecture="mamba")
+    with pytest.raises(ValueError, match="architecture 'mamba'; supported are gemma, gemma2,"):
         GgufFile(tmp_path / "model.gguf")
 
 
