@@ -18,7 +18,24 @@ TEKKEN_WORDS = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-WORDS = {"llama-bpe": LLAMA3_WORDS, "tekken": TEKKEN_WORDS, "smollm": None, "gpt-2": None}
+# As Llama 3, but each digit stands alone.
+QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
+WORDS = {
+    "llama-bpe": LLAMA3_WORDS,
+    "qwen2": QWEN2_WORDS,
+    "tekken": TEKKEN_WORDS,
+    "smollm": None,
+    "gpt-2": None,
+}
+# Other names that converters write for these.
+ALIASES = {
+    "llama-v3": "llama-bpe",
+    "llama3": "llama-bpe",
+    "deepseek-r1-qwen": "qwen2",
+    "gpt2": "gpt-2",
+}
+# Vocabularies of texts whose letters are composed (Unicode's form C).
+COMPOSED = ("qwen2",)
 # Vocabularies whose digits each stand alone before GPT-2's pattern is applied.
 SINGLE_DIGITS = ("smollm",)
 # Vocabularies in which a word that is a token as a whole is never built up by merges.
@@ -60,9 +77,9 @@ def build_tokenizer(fields: Mapping[str, Any], context: int) -> "PreTrainedToken
 
 
 def _byte_level(fields: Mapping[str, Any]) -> "Tokenizer":
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-    pre = fields.get("ggml.pre")
+    pre = _words_of(fields)
     if pre not in WORDS:
         raise ValueError(f"tokenizer.ggml.pre {pre!r} is not supported; use one of {sorted(WORDS)}")
     words = WORDS[pre]
@@ -78,9 +95,17 @@ def _byte_level(fields: Mapping[str, Any]) -> "Tokenizer":
             ignore_merges=pre in WHOLE_WORDS,
         )
     )
+    if pre in COMPOSED:
+        tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(cuts)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
+
+
+def _words_of(fields: Mapping[str, Any]) -> Any:
+    """How the file says that text is cut into words, by the name known here."""
+    pre = fields.get("ggml.pre")
+    return ALIASES.get(pre, pre) if isinstance(pre, str) else pre
 
 
 def _sentencepiece(fields: Mapping[str, Any]) -> "Tokenizer":
@@ -126,7 +151,7 @@ def _wrap(tokenizer: "Tokenizer", fields: Mapping[str, Any], named: Mapping[str,
     """Puts the tokens that mark begin and end around a text, where the file asks for them."""
     from tokenizers import processors
 
-    starts = fields.get("ggml.model") == "llama" or fields.get("ggml.pre") == "llama-bpe"
+    starts = fields.get("ggml.model") == "llama" or _words_of(fields) == "llama-bpe"
     bos = named.get("bos_token") if fields.get("ggml.add_bos_token", starts) else None
     eos = named.get("eos_token") if fields.get("ggml.add_eos_token", False) else None
     if bos is None and eos is None:

@@ -5,6 +5,7 @@ import json
 import pathlib
 import random
 import struct
+import unicodedata
 
 import gguf
 import jax
@@ -336,6 +337,10 @@ LLAMA3_WORDS = (
     r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def merged(symbols, rank):
@@ -396,8 +401,10 @@ def diverse_strings(count, seed=0):
         ("smollm", GPT2_WORDS, True, False),
         ("gpt-2", GPT2_WORDS, False, False),
         ("llama-bpe", LLAMA3_WORDS, False, True),
+        ("llama-v3", LLAMA3_WORDS, False, True),
+        ("qwen2", QWEN2_WORDS, False, False),
     ],
-    ids=["smollm", "gpt-2", "llama-bpe"],
+    ids=["smollm", "gpt-2", "llama-bpe", "llama-v3", "qwen2"],
 )
 def test_byte_level_tokenizer_equals_a_slow_one(tmp_path, pre, pattern, single_digits, whole_words):
     fields = byte_level_fields(pre)
@@ -405,8 +412,11 @@ def test_byte_level_tokenizer_equals_a_slow_one(tmp_path, pre, pattern, single_d
     tokenizer = GgufFile(tmp_path / "model.gguf").tokenizer()
     tokens, merges = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.merges"]
     for text in diverse_strings(200):
+        text = unicodedata.normalize("NFC", text) if pre == "qwen2" else text
         expected = slow_bytes_encode(text, tokens, merges, SPECIAL, pattern, single_digits, whole_words)
         assert tokenizer(text)["input_ids"] == expected, repr(text)
+        if pre == "qwen2":
+            assert tokenizer(unicodedata.normalize("NFD", text))["input_ids"] == expected
         assert tokenizer.decode(expected) == text
 
 
