@@ -5,6 +5,7 @@
 One JSON line a measurement: median seconds of both sides, `ratio` (theirs over ours), and the floor, which is the time
 that matrix products of the same shapes take here with nothing around them. Both sides run SmolLM2-135M-Instruct on the
 same tokens in one process, in turn, and make every token asked for; the logits are compared before anything is timed.
+`--model=qwen3` and `--model=gemma3` take a random model of middle size of these families instead.
 
 B batch, T query position, S key position, L layers, D embed, N heads, K kv_heads, H head_dim, F mlp, V vocab
 """
@@ -13,6 +14,8 @@ import dataclasses
 import functools
 import math
 import sys
+import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -32,6 +35,18 @@ from jaxsafe.prompts.sets import load_prompts
 from jaxsafe.rows import Batch
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 1.0}
+SIZES = {"hidden_size": 768, "intermediate_size": 2304, "num_hidden_layers": 12, "vocab_size": 32_000}
+RANDOM: Mapping[str, Mapping[str, Any]] = {
+    "qwen3": {"num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64},
+    "gemma3_text": {
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "query_pre_attn_scalar": 128,
+        "sliding_window": 32,
+    },
+}
+"""Shapes of random models by `model_type`; the window is shorter than the prompts."""
 _forward = jax.jit(forward, static_argnames=("config", "last"))
 
 
@@ -71,13 +86,30 @@ def load(torch: Any, batch: int, length: int, dtype: str) -> Sides:
     import transformers
 
     path = resolve("smollm2-135m-instruct")
-    config, params = load_hf(path, dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+    text = [i for row in Tokenizer(path).rows(load_prompts("builtin:plain").prompts) for i in row.ids]
+    return beside(torch, *load_hf(path, dtype), model, np.resize(np.array(text, np.int32), (batch, length)))
+
+
+def load_random(torch: Any, family: str, batch: int, length: int, dtype: str) -> Sides:
+    """A random model of `family` on both sides, and random tokens [batch, length]."""
+    import transformers
+
+    config = transformers.AutoConfig.for_model(family, **SIZES, **RANDOM[family])
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        ours = load_hf(folder, dtype)
+    tokens = np.random.default_rng(0).integers(3, config.vocab_size, (batch, length), dtype=np.int32)
+    return beside(torch, *ours, model, tokens)
+
+
+def beside(torch: Any, config: ModelConfig, params: Any, model: Any, tokens: np.ndarray) -> Sides:
+    """Both models with the same `tokens` [B, T], none of them padding."""
     # Without an end-of-text token neither side stops early.
     model.generation_config.eos_token_id = None
-    text = [i for row in Tokenizer(path).rows(load_prompts("builtin:plain").prompts) for i in row.ids]
-    tokens = np.resize(np.array(text, np.int32), (batch, length))
-    rows = Batch(tokens, np.ones((batch, length), bool), np.full(batch, length - 1, np.int32))
+    rows = Batch(tokens, np.ones(tokens.shape, bool), np.full(len(tokens), tokens.shape[1] - 1, np.int32))
     ids = torch.from_numpy(tokens.astype(np.int64))
     return Sides(config, params, jax.tree.map(jnp.asarray, rows), torch, model, ids)
 
@@ -167,9 +199,14 @@ def main(argv: list[str]) -> None:
     """Loads both models, checks that they agree, and measures."""
     del argv
     B, T, new, rounds = BATCH.value, PROMPT.value, NEW.value, ROUNDS.value
-    sides = load(begin(), B, T, DTYPE.value)
+    torch, dtype = begin(), DTYPE.value
+    families = {"qwen3": "qwen3", "gemma3": "gemma3_text"}
+    if MODEL.value in families:
+        sides = load_random(torch, families[MODEL.value], B, T, dtype)
+    else:
+        sides = load(torch, B, T, dtype)
     config = sides.config
-    fields = {"dtype": DTYPE.value, "batch": B, "prompt": T, **check(sides, new, DTYPE.value)}
+    fields = {"model": MODEL.value, "dtype": dtype, "batch": B, "prompt": T, **check(sides, new, dtype)}
 
     speed = bandwidth(rounds)
     size = sum(math.prod(s) for s in hf_shapes(config).values()) * np.dtype(config.dtype).itemsize
@@ -194,5 +231,6 @@ if __name__ == "__main__":
     BATCH = flags.DEFINE_integer("batch", 32, "rows", lower_bound=1)
     PROMPT = flags.DEFINE_integer("prompt", 43, "prompt tokens a row", lower_bound=1)
     NEW = flags.DEFINE_integer("new", 32, "new tokens a row", lower_bound=2)
+    MODEL = flags.DEFINE_enum("model", "smollm2", ["smollm2", "qwen3", "gemma3"], "what both sides run")
     DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and activations")
     app.run(main)

@@ -1,6 +1,7 @@
 """Each family: the logits and greedy tokens of transformers, cached and not, and files that come back bit by bit."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -113,6 +114,52 @@ def test_absent_attributes_mean_what_they_mean_in_transformers(family):
     assert config_from_hf(sizes | {"model_type": family}) == config_from_hf(
         AutoConfig.for_model(family, **sizes).to_dict()
     )
+
+
+# Attributes that say nothing about the function, or nothing beside others that say it.
+SILENT = {"architectures", "attention_dropout", "bos_token_id", "cache_implementation", "dtype", "eos_token_id"}
+SILENT |= {"initializer_range", "pad_token_id", "transformers_version", "use_cache", "_sliding_window_pattern"}
+SILENT |= {"no_rope_layer_interval", "max_window_layers"}  # beside no_rope_layers and layer_types
+
+
+def changed(value):
+    """Other values of the kind of `value`."""
+    match value:
+        case bool():
+            return [not value]
+        case int() | float():
+            return [value * 2 + 1, value + 2]
+        case str():
+            return ["something else"]
+        case [bool() | int(), *_] | [float(), *_]:
+            return [[1 - value[0], *value[1:]]]
+        case [str(), *_]:
+            return [["full_attention" if value[0] != "full_attention" else "sliding_attention", *value[1:]]]
+        case dict():
+            # Long factors are those beyond the context, which the attribute outside says where there is one.
+            outside = {"long_factor", "original_max_position_embeddings"} if "long_factor" in value else set()
+            read = {key: inner for key, inner in value.items() if key not in outside}
+            return [value | {key: other} for key, inner in read.items() for other in changed(inner)]
+        case None:
+            return [7]
+    raise AssertionError(value)
+
+
+@pytest.mark.parametrize("family", FAMILY_MODELS)
+def test_an_attribute_that_changes_is_read_or_refused(family):
+    attributes = FAMILY_MODELS[family]
+    stored = pathlib.Path(__file__).parents[1] / "golden" / family / "config.json"
+    attributes = json.loads(stored.read_text()) if stored.is_file() else attributes
+    config = config_from_hf(attributes)
+    full = set(attributes.get("layer_types") or ()) == {"full_attention"}
+    unused = {"sliding_window", "use_sliding_window"} if full else set()
+    for name in sorted(attributes.keys() - SILENT - unused):
+        for value in changed(attributes[name]):
+            try:
+                other = config_from_hf(attributes | {name: value})
+            except ValueError:
+                continue
+            assert other != config, f"{name}={value!r} is silently ignored"
 
 
 @pytest.mark.parametrize("kind", REFUSED)
