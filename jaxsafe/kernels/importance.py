@@ -16,16 +16,17 @@ import jax
 import jax.numpy as jnp
 
 from jaxsafe.kernels.forward import capture
-from jaxsafe.kernels.likelihood import cross_entropy
+from jaxsafe.kernels.likelihood import token_nll
 from jaxsafe.model.attention import Slots
 from jaxsafe.model.config import ModelConfig
-from jaxsafe.model.taps import Gram, SquareSum, at, readings
+from jaxsafe.model.taps import FINAL, Gram, SquareSum, at, readings
 from jaxsafe.model.transformer import Params, Transformer
 from jaxsafe.model.weights import flatten, linear_maps, nest, sizes
 from jaxsafe.rows import Batch
 
 POSITIONS = ("response", "prompt", "all")
 LOSSES = ("mean", "sum")
+LOGIT_BLOCK = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,17 +94,16 @@ def gram_sums(
     return total(sums, axis_name)
 
 
-def sample_losses(logits: jax.Array, batch: Batch, positions: str, loss: str) -> jax.Array:
+def sample_losses(nll: jax.Array, batch: Batch, positions: str, loss: str) -> jax.Array:
     """Negative log-likelihood (nats) of each row's counted tokens, mean or sum over them, float32 [B].
 
-    `logits` [B, R, V] are those of the last R slots before the final one.
+    `nll` [B, R] is that of each of the last R tokens. Raises ValueError for an unknown `loss`.
     """
     if loss not in LOSSES:
         raise ValueError(f"loss {loss!r} is not known; use one of {', '.join(LOSSES)}")
-    R = logits.shape[1]
+    R = nll.shape[1]
     known = batch.valid[:, -R - 1 : -1]  # the first token of a row is predicted by nothing
     weight = jnp.asarray(counted(batch, positions)[:, -R:] & known, jnp.float32)
-    nll = cross_entropy(logits, batch.tokens[:, -R:])
     summed = (nll * weight).sum(1)
     return summed if loss == "sum" else summed / jnp.maximum(weight.sum(1), 1)
 
@@ -113,7 +113,8 @@ def inputs_and_output_gradients(
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """{tap: [L, B, T, F]} inputs of the maps, {path: [L, B, T, *outputs]} gradients of the samples' losses there.
 
-    A row's loss depends on no other row, so the gradient of the sum of losses holds every row's own.
+    A row's loss depends on no other row, so the gradient of the sum of losses holds every row's own. Logits exist for
+    `LOGIT_BLOCK` slots at a time.
     """
     B, T = batch.tokens.shape
     last = T - 1 if last is None else min(last, T - 1)
@@ -122,15 +123,18 @@ def inputs_and_output_gradients(
     zeros = nest({names[path]: jnp.zeros(shape[path], config.dtype) for path in names})
 
     def summed_loss(perturbations: Any) -> tuple[jax.Array, Any]:
-        (logits, _), state = Transformer(config, "products").apply(
+        _, state = Transformer(config, "products").apply(
             {"params": params, "perturbations": perturbations},
             batch.tokens,
             Slots(batch.valid),
-            last=last + 1,
-            capture_intermediates=at(*input_taps(config)),
+            last=0,
+            capture_intermediates=at(*input_taps(config), FINAL),
             mutable=["intermediates"],
         )
-        return sample_losses(logits[:, :-1], batch, positions, loss).sum(), readings(state["intermediates"])
+        inputs = readings(state["intermediates"])
+        states = inputs.pop(FINAL)[:, T - last - 1 : T - 1]
+        nll = token_nll(config, params, states, batch.tokens[:, T - last :], LOGIT_BLOCK)
+        return sample_losses(nll, batch, positions, loss).sum(), inputs
 
     gradients, inputs = jax.grad(summed_loss, has_aux=True)(zeros)
     found = flatten(gradients)

@@ -104,15 +104,20 @@ class SquareSum:
 
 @flax.struct.dataclass
 class Gram:
-    """Sums outer products over rows and the last P positions, in float32; those before are not read."""
+    """Sums outer products over rows and the last P positions, in float32; those before are not read.
+
+    `weight` is 1 where a position counts and 0 elsewhere.
+    """
 
     weight: Float[Array, "B P"]
 
     def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "F F"]:
-        x = x[:, x.shape[1] - self.weight.shape[1] :].astype(jnp.float32).reshape(-1, x.shape[-1])
-        weighted = x * self.weight.reshape(-1, 1)
-        # Accelerators would round float32 factors to fewer bits by default.
-        return jnp.einsum("pf,pg->fg", weighted, x, precision=jax.lax.Precision.HIGHEST)
+        x = x[:, x.shape[1] - self.weight.shape[1] :].reshape(-1, x.shape[-1])
+        counted = x * self.weight.reshape(-1, 1).astype(x.dtype)
+        # Products of bfloat16 numbers are exact in float32; accelerators would round float32 factors to fewer bits.
+        return jnp.einsum(
+            "pf,pg->fg", counted, x, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        )
 
 
 Reducer = Callable[[Array], Array]

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import random_rows, tiny_config, tiny_params
 
+from jaxsafe.kernels import importance
 from jaxsafe.kernels.forward import capture
 from jaxsafe.kernels.importance import (
     LOSSES,
@@ -104,6 +105,22 @@ def test_snip_is_the_sum_of_per_sample_absolute_gradients(name, positions, loss)
     last = 12 if positions == "response" else None
     got = snip(config, tiny_params(config), batch, no_sums(config), Counting(positions, loss), last)
     close(got, slow_snip(name, positions, loss))
+
+
+def test_logits_of_long_texts_exist_block_by_block(monkeypatch):
+    """With the same sums as all at once; in no block they are those of all slots."""
+    config = CONFIGS["grouped"]
+    params, batch = tiny_params(config), pad_rows(ROWS[:4])
+    B, T = batch.tokens.shape
+    monkeypatch.setattr(importance, "LOGIT_BLOCK", 9)
+
+    def sums(counting):
+        return snip_sums(config, params, batch, no_sums(config), counting)
+
+    close(jax.jit(sums, static_argnums=0)(Counting("all", "sum")), slow_snip("grouped", "all", "sum"))
+    program = str(jax.make_jaxpr(sums, static_argnums=0)(Counting("all", "sum")))
+    assert f"[{B},9,{config.vocab}]" in program
+    assert f"[{B},{T - 1},{config.vocab}]" not in program and f"[{B},{T},{config.vocab}]" not in program
 
 
 def test_the_mean_of_absolute_values_is_not_the_absolute_mean():

@@ -12,6 +12,7 @@ from jaxsafe.io.store import Store
 from jaxsafe.io.sums import sums_once
 from jaxsafe.kernels.forward import capture, embed, layer_of, run_block
 from jaxsafe.kernels.importance import sample_losses, wanda_scores
+from jaxsafe.kernels.likelihood import cross_entropy
 from jaxsafe.kernels.lowrank import act_svd, remove_ranks
 from jaxsafe.kernels.selection import apply_mask, bottom
 from jaxsafe.kernels.sums import KINDS, Scoring, gather, merge, nothing
@@ -59,7 +60,8 @@ def test_one_pass_is_the_loop_over_layers():
         def loss(maps):
             changed = {name: layers[name].at[layer].set(maps[name]) for name in names}
             logits = forward(CONFIG, {**PARAMS, "layers": {**layers, **changed}}, batch.tokens, batch.valid)
-            return sample_losses(logits[:, :-1], batch, "response", "mean").sum()
+            nll = cross_entropy(logits[:, :-1], batch.tokens[:, 1:])
+            return sample_losses(nll, batch, "response", "mean").sum()
 
         return jax.tree.map(jnp.abs, jax.grad(loss)({name: layers[name][layer] for name in names}))
 

@@ -14,7 +14,7 @@ from decoders import SCALED, TINY, hf_weights, logits_of, padded, random_params,
 
 from jaxsafe.kernels.forward import capture
 from jaxsafe.model.attention import Slots
-from jaxsafe.model.taps import EMBED, FINAL, OUTSIDE, TAPS, At, Edit, SquareSum, at, edit
+from jaxsafe.model.taps import EMBED, FINAL, OUTSIDE, TAPS, At, Edit, Gram, SquareSum, at, edit
 from jaxsafe.model.transformer import Transformer, forward, variables
 from jaxsafe.model.weights import shapes
 
@@ -371,6 +371,17 @@ def test_sums_of_bfloat16_are_kept_in_float32():
     assert total.dtype == jnp.float32
     exact = np.asarray(x, np.float64) ** 2
     np.testing.assert_allclose(total, exact.sum((0, 1)), rtol=1e-4)
+
+
+def test_outer_products_of_bfloat16_are_exact():
+    """What they add up to is as near the true sum as float32 sums are, not as bfloat16 products would be."""
+    x = jax.random.normal(jax.random.key(0), (3, 40, 24)).astype(jnp.bfloat16)
+    weight = (jax.random.uniform(jax.random.key(1), (3, 30)) > 0.4).astype(jnp.float32)
+    exact = np.asarray(x, np.float64)[:, 10:]
+    expected = np.einsum("btf,btg,bt->fg", exact, exact, np.asarray(weight, np.float64))
+    got = jax.jit(lambda gram, x: gram(x))(Gram(weight), x)
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-6 * np.abs(expected).max())
 
 
 def test_reducing_at_the_tap_holds_no_stack_of_layers():
