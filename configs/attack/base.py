@@ -98,3 +98,15 @@ FIELDS: Fields = {
 def base() -> ConfigDict:
     """The settings, with the published defaults where the papers have them."""
     return config_of(FIELDS)
+
+
+def of_model(model: str) -> ConfigDict:
+    """The regions of Llama-2-7B for another `model` of about its size, for which no paper names any."""
+    config = base()
+    config.model = model
+    config.freeze_weights = ((0.1, 0.05), (0.3, 0.05), (0.7, 0.05))
+    config.freeze_ranks = (10, 100, 1000)
+    config.lora_learning_rate = 1e-4
+    config.evaluate_every = 2
+    config.checkpoint_every = 10
+    return config

@@ -11,16 +11,9 @@ or sixteen 16 GB chips; LoRA alone (--config.tunings="('lora',)") fits one 80 GB
 
 from ml_collections import ConfigDict
 
-from jaxsafe.configs.attack.base import base
+from jaxsafe.configs.attack.base import of_model
 
 
 def get_config() -> ConfigDict:
     """The regions of Llama-2-7B."""
-    config = base()
-    config.model = "meta-llama/Llama-3.1-8B-Instruct"
-    config.freeze_weights = ((0.1, 0.05), (0.3, 0.05), (0.7, 0.05))
-    config.freeze_ranks = (10, 100, 1000)
-    config.lora_learning_rate = 1e-4
-    config.evaluate_every = 2
-    config.checkpoint_every = 10
-    return config
+    return of_model("meta-llama/Llama-3.1-8B-Instruct")

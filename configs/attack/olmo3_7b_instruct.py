@@ -12,16 +12,9 @@ Hardware, in bfloat16 with float32 masters and moments: 14.6 GB of weights and 8
 
 from ml_collections import ConfigDict
 
-from jaxsafe.configs.attack.base import base
+from jaxsafe.configs.attack.base import of_model
 
 
 def get_config() -> ConfigDict:
     """The regions of Llama-2-7B."""
-    config = base()
-    config.model = "allenai/Olmo-3-7B-Instruct"
-    config.freeze_weights = ((0.1, 0.05), (0.3, 0.05), (0.7, 0.05))
-    config.freeze_ranks = (10, 100, 1000)
-    config.lora_learning_rate = 1e-4
-    config.evaluate_every = 2
-    config.checkpoint_every = 10
-    return config
+    return of_model("allenai/Olmo-3-7B-Instruct")

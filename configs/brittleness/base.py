@@ -32,3 +32,12 @@ FIELDS: Fields = {
 def base() -> ConfigDict:
     """The settings; the docstring of llama2_7b_chat.py says where they are not the paper's."""
     return config_of(FIELDS)
+
+
+def of_model(model: str, orthogonal: tuple[tuple[int, int], ...]) -> ConfigDict:
+    """The grid of Llama-2-7B for another `model`, with pairs of ranks (r_s, r_u) of its own width."""
+    config = base()
+    config.model = model
+    config.set_difference = ((0.01, 0.01), (0.01, 0.02), (0.02, 0.04), (0.03, 0.07), (0.05, 0.05))
+    config.orthogonal = orthogonal
+    return config

@@ -12,13 +12,9 @@ Hardware, in bfloat16: 7.8 GB of weights and two trees of SNIP scores; python -m
 
 from ml_collections import ConfigDict
 
-from jaxsafe.configs.brittleness.base import base
+from jaxsafe.configs.brittleness.base import of_model
 
 
 def get_config() -> ConfigDict:
     """The grids of Llama-2-7B, ranks as shares of this model's width."""
-    config = base()
-    config.model = "google/gemma-3-4b-it"
-    config.set_difference = ((0.01, 0.01), (0.01, 0.02), (0.02, 0.04), (0.03, 0.07), (0.05, 0.05))
-    config.orthogonal = ((2464, 2155), (2554, 2467), (2554, 2544))
-    return config
+    return of_model("google/gemma-3-4b-it", ((2464, 2155), (2554, 2467), (2554, 2544)))

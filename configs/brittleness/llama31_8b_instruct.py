@@ -12,13 +12,9 @@ Hardware, in bfloat16: 16.1 GB of weights, two trees of SNIP scores of 27.9 GB e
 
 from ml_collections import ConfigDict
 
-from jaxsafe.configs.brittleness.base import base
+from jaxsafe.configs.brittleness.base import of_model
 
 
 def get_config() -> ConfigDict:
     """The grids of Llama-2-7B."""
-    config = base()
-    config.model = "meta-llama/Llama-3.1-8B-Instruct"
-    config.set_difference = ((0.01, 0.01), (0.01, 0.02), (0.02, 0.04), (0.03, 0.07), (0.05, 0.05))
-    config.orthogonal = ((4000, 3450), (4090, 3950), (4090, 4080))
-    return config
+    return of_model("meta-llama/Llama-3.1-8B-Instruct", ((4000, 3450), (4090, 3950), (4090, 4080)))

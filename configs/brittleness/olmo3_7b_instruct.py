@@ -11,13 +11,9 @@ Hardware, in bfloat16: 14.6 GB of weights and two trees of SNIP scores; python -
 
 from ml_collections import ConfigDict
 
-from jaxsafe.configs.brittleness.base import base
+from jaxsafe.configs.brittleness.base import of_model
 
 
 def get_config() -> ConfigDict:
     """The grids of Llama-2-7B, ranks as shares of this model's width."""
-    config = base()
-    config.model = "allenai/Olmo-3-7B-Instruct"
-    config.set_difference = ((0.01, 0.01), (0.01, 0.02), (0.02, 0.04), (0.03, 0.07), (0.05, 0.05))
-    config.orthogonal = ((4000, 3448), (4090, 3948), (4090, 4080))
-    return config
+    return of_model("allenai/Olmo-3-7B-Instruct", ((4000, 3448), (4090, 3948), (4090, 4080)))

@@ -11,13 +11,9 @@ Hardware, in bfloat16: 15.2 GB of weights and two trees of SNIP scores; python -
 
 from ml_collections import ConfigDict
 
-from jaxsafe.configs.brittleness.base import base
+from jaxsafe.configs.brittleness.base import of_model
 
 
 def get_config() -> ConfigDict:
     """The grids of Llama-2-7B, ranks as shares of this model's width."""
-    config = base()
-    config.model = "Qwen/Qwen2.5-7B-Instruct"
-    config.set_difference = ((0.01, 0.01), (0.01, 0.02), (0.02, 0.04), (0.03, 0.07), (0.05, 0.05))
-    config.orthogonal = ((3488, 3017), (3578, 3454), (3578, 3568))
-    return config
+    return of_model("Qwen/Qwen2.5-7B-Instruct", ((3488, 3017), (3578, 3454), (3578, 3568)))

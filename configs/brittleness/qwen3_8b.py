@@ -12,14 +12,11 @@ Hardware, in bfloat16: 16.4 GB of weights and two trees of SNIP scores; python -
 
 from ml_collections import ConfigDict
 
-from jaxsafe.configs.brittleness.base import base
+from jaxsafe.configs.brittleness.base import of_model
 
 
 def get_config() -> ConfigDict:
     """The grids of Llama-2-7B, ranks as shares of this model's width."""
-    config = base()
-    config.model = "Qwen/Qwen3-8B"
+    config = of_model("Qwen/Qwen3-8B", ((4000, 3448), (4090, 3948), (4090, 4080)))
     config.template_args = ("enable_thinking=false",)
-    config.set_difference = ((0.01, 0.01), (0.01, 0.02), (0.02, 0.04), (0.03, 0.07), (0.05, 0.05))
-    config.orthogonal = ((4000, 3448), (4090, 3948), (4090, 4080))
     return config

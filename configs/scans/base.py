@@ -45,3 +45,12 @@ FIELDS: Fields = {
 def base() -> ConfigDict:
     """The settings, with the defaults that suit most chat models."""
     return config_of(FIELDS)
+
+
+def calibrated(model: str, variant: str) -> ConfigDict:
+    """The settings of a `model` for which no choices are published. Raises ValueError for a `variant` other than ""."""
+    if variant:
+        raise ValueError(f"variant {variant!r} is not known; the variants are ['']")
+    config = base()
+    config.model = model
+    return config

@@ -15,13 +15,9 @@ The state of a layer is the residual stream before the final norm, also for the 
 
 from ml_collections import ConfigDict
 
-from jaxsafe.configs.scans.base import base
+from jaxsafe.configs.scans.base import calibrated
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The settings. Raises ValueError for a `variant`: there is only the calibrated one, ""."""
-    if variant:
-        raise ValueError(f"variant {variant!r} is not known; the variants are ['']")
-    config = base()
-    config.model = "google/gemma-3-4b-it"
-    return config
+    return calibrated("google/gemma-3-4b-it", variant)

@@ -15,14 +15,11 @@ The state of a layer is the residual stream before the final norm, also for the 
 
 from ml_collections import ConfigDict
 
-from jaxsafe.configs.scans.base import base
+from jaxsafe.configs.scans.base import calibrated
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The settings. Raises ValueError for a `variant`: there is only the calibrated one, ""."""
-    if variant:
-        raise ValueError(f"variant {variant!r} is not known; the variants are ['']")
-    config = base()
-    config.model = "Qwen/Qwen3-8B"
+    config = calibrated("Qwen/Qwen3-8B", variant)
     config.template_args = ("enable_thinking=false",)
     return config
