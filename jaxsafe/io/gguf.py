@@ -81,11 +81,10 @@ class GgufFile:
         factors = (ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS)
         self._stored = {t.name: t for t in self._reader.tensors if t.name not in factors}
         self._factors = {t.name: t.data.reshape(-1) for t in self._reader.tensors if t.name in factors}
-        for tensor in self._stored.values():
-            if not _readable(tensor.tensor_type):
-                raise ValueError(
-                    f"{path}: {tensor.name} is stored as {tensor.tensor_type.name}, which the gguf package cannot read"
-                )
+        kinds = {tensor.tensor_type: tensor for tensor in reversed(self._stored.values())}
+        for kind, tensor in kinds.items():
+            if not _readable(kind):
+                raise ValueError(f"{path}: {tensor.name} is stored as {kind.name}, which the gguf package cannot read")
 
     @property
     def _family(self) -> str:
