@@ -1,10 +1,13 @@
-"""Published peaks of accelerators, for roofline times.
+"""What processors can do: published peaks of accelerators, for roofline times, and native number formats.
 
 Sources: Google Cloud, "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" (system architecture pages); NVIDIA, "H100 Tensor
 Core GPU datasheet" (SXM, dense).
 """
 
 import dataclasses
+import pathlib
+
+import jax
 
 GB = 10**9
 
@@ -55,3 +58,15 @@ def chip_of(device_kind: str) -> Chip | None:
     """The chip that JAX calls `device_kind`; None for one whose peaks are not in the table."""
     known = sorted(CHIPS.values(), key=lambda c: -len(c.kind))
     return next((c for c in known if device_kind.startswith(c.kind)), None)
+
+
+CPUINFO = pathlib.Path("/proc/cpuinfo")
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16", "svebf16"}
+"""What Linux calls the instructions of x86 and Arm processors that multiply bfloat16."""
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the default devices multiply bfloat16 natively: accelerators do, of CPUs those that Linux says so of."""
+    if jax.default_backend() != "cpu":
+        return True
+    return CPUINFO.is_file() and not BFLOAT16_FLAGS.isdisjoint(CPUINFO.read_text().split())

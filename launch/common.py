@@ -11,6 +11,7 @@ from rich.console import Console
 
 from jaxsafe.chat.model import ChatModel, load_chat_model
 from jaxsafe.chat.tokenizer import template_args
+from jaxsafe.devices import multiplies_bfloat16
 from jaxsafe.evaluation.judges.keyword import judge
 from jaxsafe.evaluation.language import Reading, builtin_prose, load_passages, text_rows
 from jaxsafe.evaluation.settings import Setting, load_suffixes, setting
@@ -100,9 +101,17 @@ def held(out: str, mine: folder.Identity, results: int) -> Iterator[tuple[pathli
 def load(config: ConfigDict, clock: Clock) -> ChatModel:
     """The model that the config names, on the mesh that it names or that suits the devices."""
     with clock.watch("load_s")(f"loading {config.model}", 0):
-        mesh = command.mesh_of(config.mesh, config.model, config.dtype)
+        dtype = dtype_of(config)
+        mesh = command.mesh_of(config.mesh, config.model, dtype)
         asked = config.chat_template, config.system, config.raw, template_args(config.template_args)
-        return load_chat_model(config.model, config.dtype, mesh, *asked)
+        return load_chat_model(config.model, dtype, mesh, *asked)
+
+
+def dtype_of(config: ConfigDict) -> str | None:
+    """The dtype that the config asks for; None for the checkpoint's own."""
+    if config.dtype != "auto":
+        return config.dtype
+    return None if multiplies_bfloat16() else "float32"
 
 
 def settings(config: ConfigDict) -> tuple[Setting, ...]:
@@ -196,7 +205,7 @@ def material(config: ConfigDict, model: ChatModel, roles: Roles, store: Store, c
     """Scores, bases and the ranking of heads, each made when it is needed and kept in `store`."""
     base = None
     if config.base_model:
-        base = load_chat_model(config.base_model, config.dtype, model.mesh, raw=True)
+        base = load_chat_model(config.base_model, model.config.dtype, model.mesh, raw=True)
     return Material(
         model,
         lambda side: scored_rows(config, model, side, roles[side], store, clock),

@@ -28,6 +28,7 @@ from jaxsafe.configs.attack import smollm2_135m as attack_config
 from jaxsafe.configs.brittleness import smollm2_135m as brittleness_config
 from jaxsafe.configs.fields import check
 from jaxsafe.configs.scans import smollm2_135m as scans_config
+from jaxsafe.devices import multiplies_bfloat16
 from jaxsafe.evaluation.utilisation import Tokens
 from jaxsafe.io.hf import save_hf
 from jaxsafe.io.hub import cache_dir, resolve
@@ -51,11 +52,11 @@ CONFIGS = {"scans": scans_config, "brittleness": brittleness_config, "attack": a
 EXPERIMENTS = {"scans": scans, "brittleness": brittleness, "attack": attack}
 
 
-def tuned_model(settings: TuningSettings, clock: Clock) -> ChatModel:
+def tuned_model(settings: TuningSettings, dtype: str, clock: Clock) -> ChatModel:
     """The safety-tuned model, from the cache or made now."""
     with clock.watch("load_s")(f"loading {BASE}", 0):
         path = resolve(BASE)
-        base = load_chat_model(path)
+        base = load_chat_model(path, dtype)
     harmful, benign = (load_prompts(f"builtin:{name}", split="train") for name in ("harmful", "plain"))
     folder = cache_dir() / "models" / f"{BASE}-safety-{settings.digest(base, [harmful, benign])}"
     if not (folder / "config.json").is_file():
@@ -112,7 +113,7 @@ def evaluation_sets(data: str) -> list[PromptSet]:
 def run_scans(config: ConfigDict, out: pathlib.Path, clock: Clock) -> None:
     """SCANS on the tuned model, and on the sets of --eval_data."""
     roles = scans.roles_of(config, evaluation_sets(EVAL_DATA.value) if EVAL_DATA.value else [])
-    model = tuned_model(TuningSettings(seed=SEED.value), clock)
+    model = tuned_model(TuningSettings(seed=SEED.value), config.dtype, clock)
     config.model = str(model.tokenizer.path)
     scans.show(scans.run(config, model, roles, out, clock), out)
 
@@ -122,7 +123,7 @@ def run(config: ConfigDict, out: pathlib.Path, clock: Clock) -> None:
     if TASK.value == "scans":
         run_scans(config, out, clock)
     else:
-        model = tuned_model(TuningSettings(seed=SEED.value), clock)
+        model = tuned_model(TuningSettings(seed=SEED.value), config.dtype, clock)
         config.model = str(model.tokenizer.path)
         common.show(EXPERIMENTS[TASK.value].run(config, model, out, clock), out)
     command.console.print(f"the safety-tuned model: {config.model}", soft_wrap=True)
@@ -143,7 +144,9 @@ def main() -> None:
     if EVAL_DATA.value and TASK.value != "scans":
         raise ValueError(f"--eval_data belongs to --task=scans; use launch.{TASK.value} with --config.evaluation")
     experiment, config = EXPERIMENTS[TASK.value], CONFIGS[TASK.value].get_config()
-    config.seed = SEED.value
+    config.seed, config.dtype = SEED.value, DTYPE.value
+    if config.dtype == "auto":  # the weights are quantised: they have no dtype of their own
+        config.dtype = "bfloat16" if multiplies_bfloat16() else "float32"
     check(experiment.FIELDS, config)
     experiment.check(config)
     if EVAL_DATA.value:
@@ -157,5 +160,8 @@ if __name__ == "__main__":
     TASK = flags.DEFINE_enum("task", "scans", sorted(CONFIGS), "what to do with the safety-tuned model")
     OUT = flags.DEFINE_string("out", "", "folder for the results, from which an interrupted run goes on")
     SEED = flags.DEFINE_integer("seed", 0, "seed of the tuning and of everything drawn")
+    DTYPE = flags.DEFINE_enum(
+        "dtype", "float32", ["auto", "float32", "bfloat16"], "auto: bfloat16 where the devices multiply it natively"
+    )
     EVAL_DATA = flags.DEFINE_string("eval_data", "", "folder with the published XSTest and OKTest files, or one file")
     command.run(main)

@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
     """The paper's learning rates and epochs; regions of growing size."""
     config = base()
     config.model = "meta-llama/Llama-2-7b-chat-hf"
+    config.dtype = "bfloat16"  # stored in float16
     config.freeze_weights = ((0.1, 0.05), (0.2, 0.05), (0.3, 0.05), (0.5, 0.05), (0.7, 0.05))
     config.freeze_ranks = (10, 100, 1000)
     config.lora_learning_rate = 1e-4

@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     """Benign fine-tuning with a range of layers frozen."""
     config = base()
     config.model = "meta-llama/Llama-2-7b-chat-hf"
+    config.dtype = "bfloat16"  # stored in float16
     config.attacks = ("benign#100",)
     config.tunings = ("full",)
     config.freeze_weights = ()

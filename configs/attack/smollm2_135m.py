@@ -18,7 +18,6 @@ def get_config() -> ConfigDict:
     """The settings of the quickstart."""
     config = base()
     config.model = "smollm2-135m-instruct"
-    config.dtype = "float32"
     config.learning_rate = 1e-4
     config.tuning_batch_size = 5
     config.epochs = 5

@@ -44,6 +44,7 @@ def get_config() -> ConfigDict:
     """The paper's grids."""
     config = base()
     config.model = "meta-llama/Llama-2-7b-chat-hf"
+    config.dtype = "bfloat16"  # stored in float16
     config.set_difference = (
         (0.01, 0.01),
         (0.01, 0.02),

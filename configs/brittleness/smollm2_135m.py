@@ -15,7 +15,6 @@ def get_config() -> ConfigDict:
     """The settings of the quickstart."""
     config = base()
     config.model = "smollm2-135m-instruct"
-    config.dtype = "float32"
     config.samples = 96
     config.answer_tokens = 16
     config.set_difference = ((0.002, 0.01), (0.003, 0.01), (0.005, 0.02), (0.01, 0.02))

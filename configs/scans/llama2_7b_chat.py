@@ -50,5 +50,6 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"variant {variant!r} is not known; the variants are {list(VARIANTS)}")
     config = base()
     config.model = "meta-llama/Llama-2-7b-chat-hf"
+    config.dtype = "bfloat16"  # stored in float16
     config.update(VARIANTS[variant])
     return config

@@ -18,7 +18,6 @@ def get_config() -> ConfigDict:
     """The settings of the quickstart."""
     config = base()
     config.model = "smollm2-135m-instruct"
-    config.dtype = "float32"
     config.anchors = ("builtin:harmful/anchor", "builtin:plain/anchor")
     config.calibration = (
         "builtin:harmful/calibration",

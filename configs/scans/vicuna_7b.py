@@ -61,6 +61,7 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(f"variant {variant!r} is not known; the variants are {list(VARIANTS)}")
     config = base()
     config.model = "lmsys/vicuna-7b-v1.5"
+    config.dtype = "bfloat16"  # stored in float16
     config.chat_template = CHAT_TEMPLATE
     config.update(VARIANTS[variant])
     return config

@@ -63,8 +63,21 @@ def _shared_cache(config: ModelConfig, params: Params, batch: Batch, slots: int)
 
 
 def extended(cache: Cache, slots: int) -> Cache:
-    """`cache` with empty slots behind, `slots` in all."""
-    return jax.tree.map(lambda a: jnp.pad(a, [(0, 0)] * 3 + [(0, slots - a.shape[3]), (0, 0)]), cache)
+    """`cache` with empty slots behind, `slots` in all, in the dtype in which it is written fastest."""
+
+    def longer(a: Float[Array, "L B K P H"]) -> Float[Array, "L B K S H"]:
+        return jnp.pad(a.astype(cache_dtype(a.dtype)), [(0, 0)] * 3 + [(0, slots - a.shape[3]), (0, 0)])
+
+    return jax.tree.map(longer, cache)
+
+
+def cache_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """The dtype that holds keys and values of `dtype` while slots are written.
+
+    On CPUs jax 0.10 writes one slot of a half-precision cache by converting all of it to float32 and back.
+    """
+    slow = jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11)
+    return jnp.dtype(jnp.float32) if slow else dtype
 
 
 def final_states(

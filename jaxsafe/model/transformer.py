@@ -19,6 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsafe.model.attention import Queries, Slots, attend, rotate, rotation
 from jaxsafe.model.blockwise import Scaling
 from jaxsafe.model.config import ModelConfig, Rope
+from jaxsafe.model.products import PRODUCT, product
 from jaxsafe.model.taps import EMBED, FINAL, collection, tap
 from jaxsafe.model.weights import layer_shape, weights
 
@@ -56,7 +57,7 @@ def rms_norm(
 
 KEEPS: Mapping[str, Any] = {
     "everything": None,
-    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "products": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "nothing": jax.checkpoint_policies.nothing_saveable,
 }
 """What a backward pass keeps of a layer, and does not compute again: "products" are the outputs of its linear maps."""
@@ -114,7 +115,7 @@ class Block(nn.Module):
         def linear(h: Array, name: str) -> Array:
             w = weight(name)
             features = w.shape[1:] if name in "qkv" else w.shape[-1:]
-            y = h @ w.reshape(h.shape[-1], -1)
+            y = product(h, w.reshape(h.shape[-1], -1))
             if f"layers/{name}_bias" in table:
                 y = y + weight(f"{name}_bias").reshape(1, 1, -1)
             # The gradient at a zero perturbation of collection "perturbations" is that of the map's output.
@@ -143,11 +144,16 @@ class Block(nn.Module):
             new: Cache | None = Cache(k, v)
             if cache is not None:
                 cache = jax.tree.map(
-                    lambda old, u: jax.lax.dynamic_update_slice(old, u[None], (layer, 0, 0, queries.slots[0], 0)),
+                    lambda old, u: jax.lax.dynamic_update_slice(
+                        old, u[None].astype(old.dtype), (layer, 0, 0, queries.slots[0], 0)
+                    ),
                     cache,
                     new,
                 )
-                k, v = (jax.lax.dynamic_index_in_dim(old, layer, 0, keepdims=False) for old in (cache.k, cache.v))
+                k, v = (
+                    jax.lax.dynamic_index_in_dim(old, layer, 0, keepdims=False).astype(q.dtype)
+                    for old in (cache.k, cache.v)
+                )
                 new = None
             scaling = Scaling((c.query_scalar or c.head_dim) ** -0.5, c.softcap)
             h = passed("heads", attend(q, k, v, queries, kind.window, scaling))

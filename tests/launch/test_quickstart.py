@@ -28,7 +28,7 @@ def test_the_tuned_model_is_named_by_where_it_can_be_loaded(folder, tmp_path, mo
     config.evaluation, config.kl_limit = ("builtin:lookalike/test#6", "builtin:harmful/test#6"), 100.0
     for name, value in {"TASK": "scans", "EVAL_DATA": "", "SEED": 0}.items():
         monkeypatch.setattr(quickstart, name, SimpleNamespace(value=value), raising=False)
-    monkeypatch.setattr(quickstart, "tuned_model", lambda settings, clock: load_chat_model(folder))
+    monkeypatch.setattr(quickstart, "tuned_model", lambda settings, dtype, clock: load_chat_model(folder))
     monkeypatch.setenv("JAXSAFE_CACHE", str(tmp_path / "cache"))
     quickstart.run(config, tmp_path / "out", Clock())
     said = capsys.readouterr().err.splitlines()

@@ -78,7 +78,7 @@ BAD = [
     ("scans", "evaluation", ("a/b/c#x",), "config.evaluation: prompt set 'a/b/c#x' is not name"),
     ("scans", "evaluation", (), "config.evaluation (): expected tuple of length >= 1"),
     ("scans", "mesh", "rows:2", "config.mesh: mesh axis 'rows' in 'rows:2' is not known"),
-    ("scans", "dtype", "int8", "config.dtype 'int8' is not known; use one of float32, bfloat16"),
+    ("scans", "dtype", "int8", "config.dtype 'int8' is not known; use one of auto, float32, bfloat16"),
     ("scans", "seed", -1, "config.seed -1: expected int >= 0"),
     ("brittleness", "score", "snap", "config.score 'snap' is not known; did you mean snip?"),
     ("brittleness", "positions", "answer", "config.positions 'answer' is not known; use one of response"),

@@ -1,0 +1,55 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsafe.model.products import PRODUCT, asks_for_float32, product
+
+
+def sides(dtype: str, lead: tuple[int, ...] = (3, 5)) -> tuple[jax.Array, jax.Array]:
+    """x [*lead, 64] and w [64, 32] of many sizes, in `dtype`."""
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((*lead, 64)), rng.standard_normal((64, 32)) * np.exp(rng.standard_normal((64, 1)))
+    return jnp.asarray(x, dtype), jnp.asarray(w, dtype)
+
+
+@pytest.mark.parametrize("lead", [(), (7,), (3, 5)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_product_is_the_exact_one_rounded_once(dtype: str, lead: tuple[int, ...]) -> None:
+    x, w = sides(dtype, lead)
+    y = jax.jit(product)(x, w)
+    exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64)
+    size = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(w, np.float64))
+    half_step = 2.0**-8 * np.abs(exact) if dtype == "bfloat16" else 0.0
+    assert y.dtype == dtype and y.shape == (*lead, 32)
+    assert np.all(np.abs(np.asarray(y, np.float64) - exact) <= half_step + 2e-6 * size)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients_are_the_exact_ones_rounded_once(dtype: str) -> None:
+    x, w = sides(dtype)
+    gradient = jnp.asarray(np.random.default_rng(1).standard_normal((3, 5, 32)), dtype)
+    dx, dw = jax.jit(lambda x, w: jax.vjp(product, x, w)[1](gradient))(x, w)
+    g, x64, w64 = (np.asarray(a, np.float64) for a in (gradient, x, w))
+    for got, exact in [(dx, np.einsum("bto,io->bti", g, w64)), (dw, np.einsum("bti,bto->io", x64, g))]:
+        assert got.dtype == dtype
+        step = (2.0**-8 if dtype == "bfloat16" else 1e-5) * np.abs(exact)
+        assert np.all(np.abs(np.asarray(got, np.float64) - exact) <= step + 1e-5 * np.abs(exact).max())
+
+
+def test_a_backward_pass_may_keep_a_product_in_its_own_dtype() -> None:
+    x, w = sides("bfloat16")
+
+    def twice(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jnp.sin(jnp.sin(product(x, w))).sum()
+
+    kept = jax.checkpoint(twice, policy=jax.checkpoint_policies.save_only_these_names(PRODUCT))
+    residuals = jax.eval_shape(lambda *sides: jax.vjp(kept, *sides)[1], x, w)
+    shapes = [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(residuals)]
+    assert ((3, 5, 32), jnp.bfloat16) in shapes
+    assert all(dtype == jnp.bfloat16 for _, dtype in shapes)
+
+
+def test_only_half_precision_asks_a_cpu_for_float32() -> None:
+    assert not asks_for_float32(jnp.dtype("float32"))
+    assert asks_for_float32(jnp.dtype("bfloat16")) == (jax.default_backend() == "cpu")
