@@ -26,8 +26,9 @@ ERRORS = [
 
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_whatever_is_raised_names_the_file_in_one_line(error):
-    with pytest.raises(ValueError, match=r"^dir/mine\.csv cannot be read as CSV: .+") as found, reading(
-        "dir/mine.csv", "CSV"
+    with (
+        pytest.raises(ValueError, match=r"^dir/mine\.csv cannot be read as CSV: .+") as found,
+        reading("dir/mine.csv", "CSV"),
     ):
         raise error
     assert "\n" not in str(found.value) and found.value.__cause__ is error
