@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -124,21 +125,22 @@ class Tokenizer:
         rendered = self._rendered(prompt, system)
         if prompt.strip() not in rendered:
             raise ValueError(f"the chat template of {self.path} does not hold the prompt {prompt[:40]!r} as it is")
-        ids = self.plain_ids(rendered)
-        bos = self.hf.bos_token_id
-        if self._adds_bos:
-            while ids[:2] == [bos, bos]:
-                ids = ids[1:]
-            if ids[0] != bos:
-                ids = [bos, *ids]
+        ids = self._begun(rendered)
         return Row(tuple(ids + self.plain_ids(response)), len(ids) - 1)
 
     def raw_row(self, prompt: str, response: str = "") -> Row:
-        """`prompt` without any template, one BOS in front where the tokenizer adds one."""
+        """`prompt` without any template, exactly one BOS in front where the tokenizer adds one."""
         if not prompt.strip():
             raise ValueError("a prompt is empty; give it at least one word")
-        ids = ([self.hf.bos_token_id] if self._adds_bos else []) + self.plain_ids(prompt)
+        ids = self._begun(prompt)
         return Row(tuple(ids + self.plain_ids(response)), len(ids) - 1)
+
+    def _begun(self, text: str) -> list[int]:
+        """The ids of a text that a row begins with, one BOS in front where the tokenizer adds one."""
+        ids, bos = self.plain_ids(text), self.hf.bos_token_id
+        if not self._adds_bos:
+            return ids
+        return [bos, *itertools.dropwhile(lambda token: token == bos, ids)]
 
     def plain_ids(self, text: str) -> list[int]:
         """The ids of `text` with no special token added."""

@@ -212,10 +212,10 @@ def check_lengths(model: ChatModel, sets: Sequence[PromptSet], texts: Sequence[R
     Prompts need room for as many as `new_tokens`, where they are more.
     """
     affirmative = len(affirmative_ids(model))
-    check_context(texts, model.config.context, affirmative)
+    check_context(texts, model.config.context, affirmative, "the passages to read")
     room = max(new_tokens, affirmative)
     for prompts in sets:
-        check_context(model.rows(prompts.prompts), model.config.context, room)
+        check_context(model.rows(prompts.prompts), model.config.context, room, prompts.name, prompts.prompts)
 
 
 def details(prepared: Prepared, plain: Sequence[Sample], steered: Sequence[Sample], setting: str, text: str) -> Details:

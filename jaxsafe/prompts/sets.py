@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxsafe.prompts.content import text_of
+from jaxsafe.prompts.content import cell_text
 from jaxsafe.prompts.files import Row, read_rows
 from jaxsafe.prompts.labels import label_of
 from jaxsafe.prompts.published import KNOWN, KnownSet, Label, locate, recognised
@@ -237,11 +237,8 @@ class _Line:
 
     def prompt(self, columns: Sequence[str], context: str | None) -> str:
         column = next((name for name in columns if self.row.get(name)), columns[0])
-        value, before = self.row.get(column), _cell(self.row, context)
-        try:
-            text = text_of("" if value is None else value)
-        except ValueError as error:
-            raise ValueError(f"{self.where}: column {column!r} holds {error}") from None
+        before = _cell(self.row, context)
+        text = "" if self.row.get(column) is None else cell_text(self.row, column, self.where).strip()
         if all(unicodedata.category(letter)[0] in "CZ" for letter in text):  # invisible ones, too
             raise ValueError(f"{self.where}: the prompt in column {column!r} is blank")
         return f"{before}\n\n---\n\n{text}" if before else text

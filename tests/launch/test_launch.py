@@ -249,5 +249,5 @@ def test_an_empty_prompt_file_and_a_long_prompt_are_refused(config, tmp_path):
     with pytest.raises(ValueError, match=r"empty\.txt"):
         roles_of(config)
     config.evaluation = (f"{long}:safe",)
-    with pytest.raises(ValueError, match="context"):
+    with pytest.raises(ValueError, match=r"prompt 1 of long under 'vanilla' \('why why .*'"):
         run(config, load_chat_model(config.model), roles_of(config), tmp_path / "out", Clock())

@@ -206,8 +206,8 @@ def test_yes_and_no_answer_what_a_column_asks(column, harm):
 def test_contents_are_one_text():
     parts = [{"type": "text", "text": " tell me"}, {"type": "text", "text": " a story "}]
     message = {"role": "user", "content": parts}
-    for value in ("tell me a story", parts, ["tell me a story "], message, [message]):
-        assert text_of(value) == "tell me a story"
+    for value in (" tell me a story ", parts, [" tell me a story "], message, [message]):
+        assert text_of(value) == " tell me a story "
     assert text_of([{"role": "assistant", "content": "sure"}], "assistant") == "sure"
 
 
