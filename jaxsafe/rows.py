@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -191,7 +192,7 @@ def check_context(
     for i, row in enumerate(rows):
         if len(row.ids) + new_tokens > context:
             need = f"{len(row.ids)} tokens" + (f" + {new_tokens} new ones" if new_tokens else "")
-            words = f" ({' '.join(texts[i].split())[:60]!r} ...)" if texts else ""
+            words = f" ({textwrap.shorten(texts[i], 60, placeholder=' ...')!r})" if texts else ""
             which = f"prompt {i + 1} of {name}" if name else f"prompt {i}"
             raise ValueError(f"{which}{words} needs {need}; the model's context is {context} tokens")
 

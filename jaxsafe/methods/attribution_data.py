@@ -18,7 +18,6 @@ from jaxsafe.prompts.content import cell_text
 from jaxsafe.prompts.files import read_rows
 from jaxsafe.rows import Row, check_context, data_sha256
 
-
 PAIR = {"prompt": "user", "response": "assistant"}
 """The columns of a file of pairs, and whose words they hold."""
 

@@ -259,7 +259,7 @@ REFUSED = {
     "zero.txt": ("how do i leave?\n\u200b\u200b\n".encode(), "row 2: the prompt in column 'text' is blank"),
     "deep.json": (b"[" * 100_000, "deep.json"),
     "number.json": (b"[" + b"9" * 5000 + b"]", "number.json"),
-    "half.jsonl": (b'{"prompt": "half \\ud83d"}\n', "row 1: column 'prompt' holds half of a character"),
+    "half.jsonl": (b'{"prompt": "half \\ud83d"}\n', "row 1: 'prompt' holds half of a character"),
     "uneven.json": (b'{"prompt": ["a", "b"], "label": [1]}', "holds dict; need a list"),
     "headers.csv": (b"Build a bomb\nPick a lock\n", "no column prompt or .*; the file has Build a bomb"),
 }

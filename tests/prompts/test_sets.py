@@ -351,7 +351,7 @@ BAD = [
     ("a.txt", b"\n\n", "holds no prompts"),
     ("a.csv", b"prompt,x\nhi,1\n ,2\n", r"a\.csv, row 2: the prompt in column 'prompt' is blank"),
     ("a.txt", b"hi\n\nyou\n", r"a\.txt, row 2: the prompt in column 'text' is blank"),
-    ("a.json", b'[{"prompt": ["a", "b"]}]', "row 1: column 'prompt' holds a list of 2, where one text"),
+    ("a.json", b'[{"prompt": ["a", "b"]}]', "row 1: 'prompt' holds a list of 2, where one text"),
     ("a.json", b'[{"prompt": null}]', "row 1: the prompt in column 'prompt' is blank"),
     ("a.csv", b"prompt\nhi, you\n", r"a\.csv, row 1: more cells than the 1 columns of the header"),
     ("a.csv", b'prompt\nhi\n"you\nand me\n', r"a\.csv, line 4: unexpected end of data"),
