@@ -22,7 +22,8 @@ from jaxsafe.chat.answers import Answers, collected
 from jaxsafe.chat.steered import Steered
 from jaxsafe.chat.tokenizer import Tokenizer
 from jaxsafe.digest import digest
-from jaxsafe.io.hub import load_hf, resolve
+from jaxsafe.io.hub import open_model, resolve
+from jaxsafe.io.tensors import load_params
 from jaxsafe.kernels.generate import Generated, generate
 from jaxsafe.kernels.likelihood import answer_nll
 from jaxsafe.kernels.sampling import Decoding, row_seeds
@@ -263,7 +264,7 @@ def load_chat_model(
     path = resolve(name)
     tokenizer = Tokenizer(path, template, template_args)
     # What would be refused with every prompt is refused before the weights are read.
+    config, tensors = open_model(path, dtype)
     probe = tokenizer.raw_row(PROBE) if raw else tokenizer.chat_row(PROBE, system)
-    config, params = load_hf(path, dtype, mesh)
     tokenizer.check_vocabulary((*probe.ids, *tokenizer.eos_ids), config.vocab)
-    return ChatModel(str(name), config, params, tokenizer, mesh, system, raw)
+    return ChatModel(str(name), config, load_params(config, tensors, mesh), tokenizer, mesh, system, raw)

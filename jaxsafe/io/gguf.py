@@ -77,7 +77,11 @@ class GgufFile:
             raise ValueError(
                 f"{path} has architecture {self._architecture!r}; supported are {', '.join(ARCHITECTURES)}"
             )
-        tensors = {tensor.name: tensor for part in parts for tensor in part.tensors}
+        tensors: dict[str, Any] = {}
+        for tensor in (tensor for part in parts for tensor in part.tensors):
+            if tensor.name in tensors:
+                raise ValueError(f"{path}: tensor {tensor.name!r} stands in two parts")
+            tensors[tensor.name] = tensor
         factors = (ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS)
         self._factors = {name: tensors.pop(name).data.reshape(-1) for name in factors if name in tensors}
         self._stored = tensors

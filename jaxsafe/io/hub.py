@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 
 from jaxsafe.io.gguf import GgufFile, open_gguf
 from jaxsafe.io.hf import gguf_to_hf, open_folder, read_config
+from jaxsafe.io.layout import Table
 from jaxsafe.io.reading import one_line
 from jaxsafe.io.shards import INDEX, WHOLE, weight_files
 from jaxsafe.io.tensors import load_params
@@ -80,9 +81,13 @@ def load_hf(
     `dtype` None keeps the checkpoint's ("float32" for float16 and quantised weights). Raises FileNotFoundError
     and ValueError as `resolve`, `read_config`, `GgufFile` and `load_params` do.
     """
-    path = resolve(name_or_path)
-    config, tensors = open_folder(path, dtype) if path.is_dir() else open_gguf(path, dtype)
+    config, tensors = open_model(resolve(name_or_path), dtype)
     return config, load_params(config, tensors, mesh)
+
+
+def open_model(path: pathlib.Path, dtype: str | None = None) -> tuple[ModelConfig, Table]:
+    """The configuration and the tensors, not yet read, of a model folder or a GGUF file. Raises as `load_hf` does."""
+    return open_folder(path, dtype) if path.is_dir() else open_gguf(path, dtype)
 
 
 def _smollm2(allow_network: bool) -> pathlib.Path:

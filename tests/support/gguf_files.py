@@ -6,7 +6,7 @@ import numpy as np
 TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
 
 
-VOCAB, LAYERS, EMBED, MLP, HEADS, KV_HEADS, HEAD_DIM = 96, 2, 64, 96, 4, 2, 16
+VOCAB, LAYERS, EMBED, MLP, HEADS, KV_HEADS, HEAD_DIM = 288, 2, 64, 96, 4, 2, 16
 NAMES = {
     "model.embed_tokens.weight": ("token_embd.weight", (VOCAB, EMBED)),
     "model.norm.weight": ("output_norm.weight", (EMBED,)),
