@@ -164,15 +164,20 @@ class Tokenizer:
         if self._adds_bos:
             while ids[:2] == [bos, bos]:
                 ids = ids[1:]
-            if ids[0] != bos:
+            if ids[:1] != [bos]:
                 ids = [bos, *ids]
-        return Row(tuple(ids + self.plain_ids(response)), len(ids) - 1)
+        return self._row(ids, response)
 
     def raw_row(self, prompt: str, response: str = "") -> Row:
         """`prompt` without any template, one BOS in front where the tokenizer adds one."""
         if not prompt.strip():
             raise ValueError("a prompt is empty; give it at least one word")
         ids = ([self.hf.bos_token_id] if self._adds_bos else []) + self.plain_ids(prompt)
+        return self._row(ids, response)
+
+    def _row(self, ids: list[int], response: str) -> Row:
+        if not ids:
+            raise ValueError(f"the tokenizer at {self.path} finds no token in a prompt")
         return Row(tuple(ids + self.plain_ids(response)), len(ids) - 1)
 
     def plain_ids(self, text: str) -> list[int]:

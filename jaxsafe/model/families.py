@@ -524,7 +524,7 @@ def _rope_from_hf(given: Attributes, known: Attributes) -> Rope:
     unknown = sorted(rope.keys() - set(needs) - takes.keys() - {ORIGINAL})
     if unknown:
         raise ValueError(f"rope parameters {unknown} are not known for rope type {kind!r}; it takes {[*needs, *takes]}")
-    missing = [name for name in needs if name not in rope]
+    missing = [name for name in needs if rope.get(name) is None]
     if missing:
         raise ValueError(f"rope type {kind!r} needs {missing}, which config.json does not give")
     numbers = {**takes, **{name: value for name, value in rope.items() if value is not None}}

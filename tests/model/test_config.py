@@ -339,6 +339,7 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
         ({"rope_parameters": LINEAR | {"beta_fast": 32}}, ["beta_fast", "'linear'"]),
         ({"rope_parameters": LINEAR | {"partial_rotary_factor": 0.25}}, ["partial_rotary_factor"]),
         ({"rope_parameters": {"rope_type": "linear"}}, ["'linear'", "factor"]),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": None}}, ["'yarn'", "factor"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}, ["high_freq_factor"]),
         ({"num_key_value_heads": 3}, ["4 attention heads", "3 key/value heads"]),
         ({"head_dim": 7}, ["head_dim", "7", "even"]),
