@@ -22,7 +22,8 @@ from jaxsafe.chat.answers import Answers, collected
 from jaxsafe.chat.steered import Steered
 from jaxsafe.chat.tokenizer import Tokenizer
 from jaxsafe.digest import digest
-from jaxsafe.io.hub import load_hf, resolve
+from jaxsafe.io.hub import open_model, resolve
+from jaxsafe.io.tensors import load_params
 from jaxsafe.kernels.generate import Generated, generate
 from jaxsafe.kernels.likelihood import answer_nll
 from jaxsafe.kernels.sampling import Decoding, row_seeds
@@ -56,6 +57,7 @@ class Keep(enum.Enum):
 
 KEEP = Keep.KEEP
 """In place of a system prompt: the model's own."""
+PROBE = "How are you?"
 System = str | None | Keep
 """A system prompt; None leaves it to the chat template."""
 
@@ -80,11 +82,15 @@ class ChatModel:
     def row(self, prompt: str, answer: str = "", system: System = KEEP) -> Row:
         """`prompt` as the model is asked it, and `answer` behind it; raw prompts have no system prompt.
 
-        Raises ValueError for a blank prompt and for one that the chat template changes.
+        Raises ValueError for a blank prompt, for one that the chat template changes, and for a token that the model
+        lacks.
         """
         if self.raw:
-            return self.tokenizer.raw_row(prompt, answer)
-        return self.tokenizer.chat_row(prompt, self.system if isinstance(system, Keep) else system, answer)
+            row = self.tokenizer.raw_row(prompt, answer)
+        else:
+            row = self.tokenizer.chat_row(prompt, self.system if isinstance(system, Keep) else system, answer)
+        self.tokenizer.check_vocabulary(row.ids, self.config.vocab)
+        return row
 
     def rows(self, prompts: Sequence[str]) -> list[Row]:
         """Each prompt as the model is asked it."""
@@ -248,13 +254,17 @@ def load_chat_model(
 ) -> ChatModel:
     """Loads the model `name` (folder, GGUF file, hub name or "smollm2-135m-instruct") with its tokenizer.
 
+    Tokens that the tokenizer has beyond the model's vocabulary are refused where every conversation has them, and else
+    in the prompt that does.
+
     `template` is a Jinja chat template for a model that ships none, `template_args` what templates are called with,
     such as {"enable_thinking": False}. Raises FileNotFoundError and ValueError
     with one line that names what is wrong.
     """
     path = resolve(name)
     tokenizer = Tokenizer(path, template, template_args)
-    if not raw:
-        tokenizer.chat_template  # noqa: B018 (a model without one is refused before its weights are read)
-    config, params = load_hf(path, dtype, mesh)
-    return ChatModel(str(name), config, params, tokenizer, mesh, system, raw)
+    # What would be refused with every prompt is refused before the weights are read.
+    config, tensors = open_model(path, dtype)
+    probe = tokenizer.raw_row(PROBE) if raw else tokenizer.chat_row(PROBE, system)
+    tokenizer.check_vocabulary((*probe.ids, *tokenizer.eos_ids), config.vocab)
+    return ChatModel(str(name), config, load_params(config, tensors, mesh), tokenizer, mesh, system, raw)

@@ -133,7 +133,7 @@ def _conversations(file: pathlib.Path) -> list[Mapping[str, Any]] | None:
     """The rows of a JSON file that is a list of lists of messages; None for another file."""
     if file.suffix.lower() != ".json" or not file.is_file():
         return None
-    with reading(file, "JSON"):
+    with reading(file, "is not JSON"):
         content = json.loads(file.read_text(encoding="utf-8-sig"))
     whole = isinstance(content, list) and content and all(isinstance(row, list) for row in content)
     return [{"messages": row} for row in content] if whole else None

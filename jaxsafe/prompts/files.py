@@ -33,7 +33,7 @@ def read_rows(path: Path) -> list[Row]:
     read = _READERS.get(path.suffix.lower())
     if read is None:
         raise ValueError(f"{path}: unknown suffix {path.suffix!r}; need one of {', '.join(_READERS)}")
-    with reading(path, path.suffix[1:].upper()):
+    with reading(path, f"cannot be read as {path.suffix[1:].upper()}"):
         state = path.stat()
         # Within a tick of the clock, another content of the same size would have the same time.
         fresh = time.time_ns() - state.st_mtime_ns < 2_000_000_000
