@@ -44,6 +44,8 @@ def read_config(folder: str | os.PathLike, dtype: str | None = None) -> ModelCon
     else:
         path /= "config.json"
     if not path.is_file():
+        if (path.parent / "adapter_config.json").is_file():
+            raise FileNotFoundError(f"{folder} is an adapter (LoRA), no model; give the folder of its base")
         raise FileNotFoundError(f"no config.json in {folder}; a Hugging Face model folder has one")
     attributes = read_json(path)
     try:

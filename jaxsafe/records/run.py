@@ -206,7 +206,8 @@ class Environment:
 class Model:
     """Which model it was; sha256: of its configuration, fingerprint: of its weights and how it is asked.
 
-    revision: the commit of the hub's repository that it came from, None for a folder or a file.
+    revision: the commit of the hub's repository that it came from, None for a folder or a file; adapter_sha256: of an
+    adapter merged into it.
     """
 
     name: str
@@ -216,6 +217,7 @@ class Model:
     layers: int
     template_sha256: str | None = None
     revision: str | None = None
+    adapter_sha256: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -165,7 +165,8 @@ def model_record(model: ChatModel) -> Model:
     shape = model.config
     sha256, weights = model.config_sha256(), model.fingerprint()
     revision = commit(model.tokenizer.path)
-    return Model(model.name, sha256, weights, shape.dtype, shape.layers, model.template_sha256, revision)
+    how = model.template_sha256, revision, model.adapter_sha256
+    return Model(model.name, sha256, weights, shape.dtype, shape.layers, *how)
 
 
 def data_records(sets: Mapping[str, Sequence[PromptSet]]) -> list[Data]:
