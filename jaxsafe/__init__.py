@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from jaxsafe.io.sums import sums_once as sums_once
     from jaxsafe.io.vectors import load_control_vector as load_control_vector
     from jaxsafe.io.vectors import load_steering as load_steering
+    from jaxsafe.io.vectors import load_vectors as load_vectors
     from jaxsafe.io.vectors import save_control_vector as save_control_vector
     from jaxsafe.io.vectors import save_steering as save_steering
     from jaxsafe.kernels.ablation import ablation as ablation
@@ -178,6 +179,7 @@ _WHERE = {
     "Choice": "jaxsafe.records.scans",
     "pad_rows": "jaxsafe.rows",
     "load_steering": "jaxsafe.io.vectors",
+    "load_vectors": "jaxsafe.io.vectors",
     "save_steering": "jaxsafe.io.vectors",
     "save_control_vector": "jaxsafe.io.vectors",
     "load_control_vector": "jaxsafe.io.vectors",

@@ -281,6 +281,7 @@ def test_records_of_model_and_data(model):
         "layers": 3,
         "template_sha256": model.tokenizer.template_sha256,
         "revision": None,
+        "adapter_sha256": None,
     }
     assert model_record(model.with_prompt(None, raw=True)).template_sha256 is None
     prompts = PromptSet("builtin:plain", ("a?",), (False,), ("",), "test")
