@@ -27,7 +27,7 @@ def reading(path: str | os.PathLike, fault: str = "cannot be read") -> Iterator[
         if pointer := lfs_pointer(path):
             raise ValueError(f"{pointer} is a pointer of git-lfs, not the file itself; run 'git lfs pull'") from error
         # A kind of lack that a library has of its own is of a size that the file claims.
-        if type(error) is MemoryError or (isinstance(error, OSError) and error.filename):
+        if type(error) is MemoryError or (isinstance(error, OSError) and (error.filename or str(path) in str(error))):
             raise
         line = one_line(error)
         raise ValueError(line if str(path) in line else f"{path} {fault}: {line}") from error
