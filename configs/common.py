@@ -13,6 +13,7 @@ from jaxsafe.prompts.roles import parse_spec
 # Prompt sets: "name", "name/split", a file "mine.csv", "mine.csv:safe" or ":harmful"; "#64" draws 64 by the seed.
 MODEL: Fields = {
     "model": Field("", str, "a folder, a GGUF file, a hub name, or smollm2-135m-instruct"),
+    "adapter": Field("", str, "a PEFT adapter (LoRA), a folder or a hub name, merged into the model"),
     "dtype": Field(
         "auto",
         str,

@@ -22,16 +22,19 @@ if TYPE_CHECKING:
     from jaxsafe.evaluation.stats import mcnemar as mcnemar
     from jaxsafe.evaluation.stats import rate as rate
     from jaxsafe.io.hf import save_hf as save_hf
+    from jaxsafe.io.hub import Adapted as Adapted
     from jaxsafe.io.hub import load_hf as load_hf
     from jaxsafe.io.hub import resolve as resolve
     from jaxsafe.io.masks import load_mask as load_mask
     from jaxsafe.io.masks import load_scores as load_scores
     from jaxsafe.io.masks import save_mask as save_mask
     from jaxsafe.io.masks import save_scores as save_scores
+    from jaxsafe.io.peft import save_peft as save_peft
     from jaxsafe.io.store import Store as Store
     from jaxsafe.io.sums import sums_once as sums_once
     from jaxsafe.io.vectors import load_control_vector as load_control_vector
     from jaxsafe.io.vectors import load_steering as load_steering
+    from jaxsafe.io.vectors import load_vectors as load_vectors
     from jaxsafe.io.vectors import save_control_vector as save_control_vector
     from jaxsafe.io.vectors import save_steering as save_steering
     from jaxsafe.kernels.ablation import ablation as ablation
@@ -120,6 +123,8 @@ _WHERE = {
     "At": "jaxsafe.model.taps",
     "SquareSum": "jaxsafe.model.taps",
     "load_hf": "jaxsafe.io.hub",
+    "Adapted": "jaxsafe.io.hub",
+    "save_peft": "jaxsafe.io.peft",
     "resolve": "jaxsafe.io.hub",
     "save_hf": "jaxsafe.io.hf",
     "ChatModel": "jaxsafe.chat.model",
@@ -174,6 +179,7 @@ _WHERE = {
     "Choice": "jaxsafe.records.scans",
     "pad_rows": "jaxsafe.rows",
     "load_steering": "jaxsafe.io.vectors",
+    "load_vectors": "jaxsafe.io.vectors",
     "save_steering": "jaxsafe.io.vectors",
     "save_control_vector": "jaxsafe.io.vectors",
     "load_control_vector": "jaxsafe.io.vectors",

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -181,12 +182,19 @@ def _split(indices: np.ndarray, batch_size: int) -> list[np.ndarray]:
     return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
 
 
-def check_context(rows: Sequence[Row], context: int, new_tokens: int = 0) -> None:
-    """Raises ValueError naming the first row whose tokens and `new_tokens` exceed `context`."""
+def check_context(
+    rows: Sequence[Row], context: int, new_tokens: int = 0, name: str = "", texts: Sequence[str] = ()
+) -> None:
+    """Raises ValueError naming the first row whose tokens and `new_tokens` exceed `context`.
+
+    `name` is that of what the rows are of, which then are counted from 1 as those of a file; `texts` is what they say.
+    """
     for i, row in enumerate(rows):
         if len(row.ids) + new_tokens > context:
             need = f"{len(row.ids)} tokens" + (f" + {new_tokens} new ones" if new_tokens else "")
-            raise ValueError(f"prompt {i} needs {need}; the model's context is {context} tokens")
+            words = f" ({textwrap.shorten(texts[i], 60, placeholder=' ...')!r})" if texts else ""
+            which = f"prompt {i + 1} of {name}" if name else f"prompt {i}"
+            raise ValueError(f"{which}{words} needs {need}; the model's context is {context} tokens")
 
 
 def data_sha256(rows: Sequence[Row]) -> str:

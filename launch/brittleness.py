@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from jaxsafe.chat.model import ChatModel
 from jaxsafe.configs.brittleness.base import FIELDS
 from jaxsafe.io.hf import save_hf
-from jaxsafe.io.hub import resolve
+from jaxsafe.io.hub import located
 from jaxsafe.io.masks import save_mask
 from jaxsafe.kernels.lowrank import energy_shares, subspace_similarity
 from jaxsafe.kernels.selection import jaccard, top
@@ -126,7 +126,7 @@ def export(config: ConfigDict, material: Material, point: Point, out: pathlib.Pa
     """Writes the model at `point` as a Hugging Face folder, and the mask of what it lost."""
     model = material.model
     params, mask = edited(material, point)
-    like = resolve(config.model) if config.model else None
+    like = located(common.named(config))[0] if config.model else None
     save_hf(out / "export", model.config, params, like=like, card=CARD.format(model=model.name, point=point.name))
     if mask is not None:
         save_mask(out / "mask.safetensors", model.config, mask, {"point": point.name, "model": model.fingerprint()})

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from jaxsafe.io.hub import cache_dir, model_config
+from jaxsafe.io.hub import Named, cache_dir, model_config
 from jaxsafe.parallel import default_mesh, device_memory, parse_mesh, undivided
 
 from . import settings, usage
@@ -126,7 +126,7 @@ def profiled(folder: str) -> Iterator[None]:
         yield
 
 
-def mesh_of(text: str, name: str, dtype: str | None) -> Mesh | None:
+def mesh_of(text: str, name: Named, dtype: str | None) -> Mesh | None:
     """The mesh of the line `text`; where it is empty, one that suits the model `name` and the devices found.
 
     None for a single device. Says once which axes of weights the mesh does not divide.

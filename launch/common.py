@@ -15,6 +15,7 @@ from jaxsafe.devices import multiplies_bfloat16
 from jaxsafe.evaluation.judges.keyword import judge
 from jaxsafe.evaluation.language import Reading, builtin_prose, load_passages, text_rows
 from jaxsafe.evaluation.settings import Setting, load_suffixes, setting
+from jaxsafe.io.hub import Adapted, Named
 from jaxsafe.io.store import Store
 from jaxsafe.kernels.sampling import Decoding, Sampling
 from jaxsafe.methods.attribution_data import OwnAnswers, draw, own_answers_once, pairs_from_file
@@ -102,9 +103,14 @@ def load(config: ConfigDict, clock: Clock) -> ChatModel:
     """The model that the config names, on the mesh that it names or that suits the devices."""
     with clock.watch("load_s")(f"loading {config.model}", 0):
         dtype = dtype_of(config)
-        mesh = command.mesh_of(config.mesh, config.model, dtype)
+        mesh = command.mesh_of(config.mesh, named(config), dtype)
         asked = config.chat_template, config.system, config.raw, template_args(config.template_args)
-        return load_chat_model(config.model, dtype, mesh, *asked)
+        return load_chat_model(named(config), dtype, mesh, *asked)
+
+
+def named(config: ConfigDict) -> Named:
+    """The model that the config names, with its adapter."""
+    return Adapted(config.model, config.adapter) if config.adapter else config.model
 
 
 def dtype_of(config: ConfigDict) -> str | None:

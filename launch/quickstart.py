@@ -33,7 +33,7 @@ from jaxsafe.evaluation.utilisation import Tokens
 from jaxsafe.io.hf import save_hf
 from jaxsafe.io.hub import cache_dir, resolve
 from jaxsafe.methods.safety_tuning import TuningSettings, builtin_refusals, safety_tune, tuning_rows
-from jaxsafe.prompts.files import KNOWN
+from jaxsafe.prompts.published import KNOWN
 from jaxsafe.prompts.sets import PromptSet, load_file, load_prompts
 
 from . import attack, brittleness, command, common, folder, scans

@@ -13,7 +13,13 @@ from ml_collections import ConfigDict
 from jaxsafe.chat.model import ChatModel
 from jaxsafe.configs.scans.base import FIELDS
 from jaxsafe.evaluation.judges.keyword import judge
-from jaxsafe.io.vectors import load_steering, save_control_vector, save_steering
+from jaxsafe.io.vectors import (
+    is_control_vector,
+    load_steering,
+    load_vectors,
+    save_control_vector,
+    save_steering,
+)
 from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.methods import scans
 from jaxsafe.methods.scans import Prepared
@@ -23,6 +29,7 @@ from jaxsafe.model.layers import LayerRange
 from jaxsafe.progress import Progress
 from jaxsafe.prompts.roles import Roles, assign_roles, labelled
 from jaxsafe.prompts.sets import PromptSet
+from jaxsafe.reading import reading
 from jaxsafe.records.run import Run, Variant, from_json, plain
 from jaxsafe.records.scans import Choice, Details, Preparation
 from jaxsafe.study.study import Study
@@ -51,7 +58,7 @@ def check(config: ConfigDict) -> None:
     if config.vectors and given:
         raise ValueError(f"config.vectors brings its own {', '.join(given)}; leave config.{given[0]} out")
     if config.vectors:
-        load_steering(config.vectors, affirmative=())
+        check_vectors(config.vectors)
     roles = roles_of(config)
     for name in ("anchors", "calibration"):
         if roles[name] or not (config.vectors or (name == "calibration" and choice_of(config) is not None)):
@@ -148,12 +155,20 @@ def open_choice(config: ConfigDict) -> OpenChoice:
     )
 
 
+def check_vectors(path: str) -> None:
+    """Raises FileNotFoundError and ValueError for vectors that no model could be steered with."""
+    if pathlib.Path(path).is_file() and is_control_vector(path):
+        return  # what it has to fit is not known before the model
+    load_steering(path, affirmative=())
+
+
 def loaded(path: str, model: ChatModel) -> Prepared:
-    """A steering that an earlier run of the same model saved, in whatever dtype."""
-    steering, metadata = load_steering(path, model.origin(), scans.affirmative_ids(model).tolist())
-    record = metadata.get("preparation")
-    choice = from_json(metadata["choice"], Choice)
-    return Prepared(steering, choice, None if record is None else from_json(record, Preparation))
+    """A steering saved for the same model, in whatever dtype: by an earlier run, by hand, or as a control vector."""
+    steering, metadata = load_vectors(path, model.config, model.origin(), scans.affirmative_ids(model).tolist())
+    record, choice = metadata.get("preparation"), metadata.get("choice")
+    with reading(path, "holds metadata that cannot be read"):
+        chosen = scans.choice_of(steering) if choice is None else from_json(choice, Choice)
+        return Prepared(steering, chosen, None if record is None else from_json(record, Preparation))
 
 
 def save_vectors(out: pathlib.Path, model: ChatModel, prepared: Prepared) -> None:

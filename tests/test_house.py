@@ -9,7 +9,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 # Ground first; rooms of one floor may not import each other.
 FLOORS = (
-    {"digest", "progress", "devices", "intervals"},
+    {"digest", "progress", "devices", "intervals", "reading"},
     {"model", "prompts"},
     {"records"},
     {"parallel"},

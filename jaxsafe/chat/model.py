@@ -8,7 +8,7 @@ import enum
 import functools
 import hashlib
 import json
-import os
+import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -22,7 +22,9 @@ from jaxsafe.chat.answers import Answers, collected
 from jaxsafe.chat.steered import Steered
 from jaxsafe.chat.tokenizer import Tokenizer
 from jaxsafe.digest import digest
-from jaxsafe.io.hub import load_hf, resolve
+from jaxsafe.io.hub import Named, located, open_model
+from jaxsafe.io.peft import read_adapter
+from jaxsafe.io.tensors import load_params
 from jaxsafe.kernels.generate import Generated, generate
 from jaxsafe.kernels.likelihood import answer_nll
 from jaxsafe.kernels.sampling import Decoding, row_seeds
@@ -56,6 +58,7 @@ class Keep(enum.Enum):
 
 KEEP = Keep.KEEP
 """In place of a system prompt: the model's own."""
+PROBE = "How are you?"
 System = str | None | Keep
 """A system prompt; None leaves it to the chat template."""
 
@@ -66,6 +69,7 @@ class ChatModel:
 
     `system` is the system prompt of every conversation; None leaves it to the chat template. `raw` asks prompts
     without any template. `edits` {tap: edit} change every pass; their gates and starts are the same for all rows.
+    `adapter_sha256` is the digest of an adapter that is merged into the weights.
     """
 
     name: str
@@ -76,15 +80,20 @@ class ChatModel:
     system: str | None = None
     raw: bool = False
     edits: Mapping[str, Edit] | None = None
+    adapter_sha256: str | None = None
 
     def row(self, prompt: str, answer: str = "", system: System = KEEP) -> Row:
         """`prompt` as the model is asked it, and `answer` behind it; raw prompts have no system prompt.
 
-        Raises ValueError for a blank prompt and for one that the chat template changes.
+        Raises ValueError for a blank prompt, for one that the chat template changes, and for a token that the model
+        lacks.
         """
         if self.raw:
-            return self.tokenizer.raw_row(prompt, answer)
-        return self.tokenizer.chat_row(prompt, self.system if isinstance(system, Keep) else system, answer)
+            row = self.tokenizer.raw_row(prompt, answer)
+        else:
+            row = self.tokenizer.chat_row(prompt, self.system if isinstance(system, Keep) else system, answer)
+        self.tokenizer.check_vocabulary(row.ids, self.config.vocab)
+        return row
 
     def rows(self, prompts: Sequence[str]) -> list[Row]:
         """Each prompt as the model is asked it."""
@@ -238,7 +247,7 @@ def _sums(tree: Any) -> Any:
 
 
 def load_chat_model(
-    name: str | os.PathLike,
+    name: Named,
     dtype: str | None = None,
     mesh: Mesh | None = None,
     template: str | None = None,
@@ -248,13 +257,40 @@ def load_chat_model(
 ) -> ChatModel:
     """Loads the model `name` (folder, GGUF file, hub name or "smollm2-135m-instruct") with its tokenizer.
 
+    A PEFT adapter (LoRA) is merged into the weights: `Adapted(model, adapter)`, or its folder alone, which names its
+    base. The tokenizer is the base's; a chat template beside the adapter takes the place of the base's.
+
+    Tokens that the tokenizer has beyond the model's vocabulary are refused where every conversation has them, and else
+    in the prompt that does.
+
     `template` is a Jinja chat template for a model that ships none, `template_args` what templates are called with,
     such as {"enable_thinking": False}. Raises FileNotFoundError and ValueError
     with one line that names what is wrong.
     """
-    path = resolve(name)
-    tokenizer = Tokenizer(path, template, template_args)
-    if not raw:
-        tokenizer.chat_template  # noqa: B018 (a model without one is refused before its weights are read)
-    config, params = load_hf(path, dtype, mesh)
-    return ChatModel(str(name), config, params, tokenizer, mesh, system, raw)
+    path, folder = located(name)
+    adapter = None if folder is None else read_adapter(folder)
+    tokenizer = Tokenizer(path, template or adapter_template(path, folder), template_args)
+    # What would be refused with every prompt is refused before the weights are read.
+    config, tensors = open_model(path, dtype, adapter)
+    probe = tokenizer.raw_row(PROBE) if raw else tokenizer.chat_row(PROBE, system)
+    tokenizer.check_vocabulary((*probe.ids, *tokenizer.eos_ids), config.vocab)
+    params, digest_of = load_params(config, tensors, mesh), None if adapter is None else adapter.sha256
+    return ChatModel(str(name), config, params, tokenizer, mesh, system, raw, adapter_sha256=digest_of)
+
+
+def adapter_template(base: pathlib.Path, folder: pathlib.Path | None) -> str | None:
+    """The chat template beside an adapter, None where there is none.
+
+    Raises ValueError where the tokenizer beside it has other tokens, or ends answers elsewhere, than that of the base.
+    """
+    if folder is None or not (folder / "tokenizer.json").is_file():
+        return None
+    own, its = Tokenizer(folder), Tokenizer(base)
+    if own.hf.get_vocab() != its.hf.get_vocab():
+        raise ValueError(f"the tokenizer beside the adapter {folder} has other tokens than the base {base}")
+    if not set(own.eos_ids) <= set(its.eos_ids):
+        raise ValueError(
+            f"the tokenizer beside the adapter {folder} ends answers at {list(own.eos_ids)}, the base {base} at "
+            f"{list(its.eos_ids)}; name all of them in the base's generation_config.json"
+        )
+    return own.chat_template if own.hf.chat_template else None

@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import hashlib
+import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -11,8 +13,12 @@ from typing import Any
 
 import numpy as np
 
+from jaxsafe.chat.template import shared_renderer
 from jaxsafe.io.gguf import GgufFile
+from jaxsafe.reading import read_json, reading
 from jaxsafe.rows import Batch, Row, pad_rows
+
+SENTENCEPIECE = "pip install sentencepiece, or put a tokenizer.json beside it"
 
 
 def template_arg(text: str) -> tuple[str, Any]:
@@ -49,40 +55,75 @@ class Tokenizer:
     @functools.cached_property
     def hf(self) -> Any:
         """The `transformers` tokenizer. Raises FileNotFoundError where there is none, and ValueError for a torn one."""
-        if str(self.path).endswith(".gguf"):
-            return GgufFile(self.path).tokenizer()
-        if not pathlib.Path(self.path).is_dir():
-            raise FileNotFoundError(f"no tokenizer at {self.path}: not a folder; give a Hugging Face model folder")
-        if not any((pathlib.Path(self.path) / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-            raise FileNotFoundError(f"no tokenizer.json or tokenizer.model in {self.path}")
+        shared_renderer().start()  # while this process opens the tokenizer and reads the weights
+        folder = pathlib.Path(self.path)
+        if self._gguf is not None:
+            return self._gguf.tokenizer()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no tokenizer at {folder}: not a folder; give a Hugging Face model folder")
+        if not (folder / "tokenizer.json").is_file():
+            if not (folder / "tokenizer.model").is_file():
+                raise FileNotFoundError(f"no tokenizer.json or tokenizer.model in {folder}")
+            if importlib.util.find_spec("sentencepiece") is None:
+                raise ValueError(f"{folder / 'tokenizer.model'} is read by a package of its own: {SENTENCEPIECE}")
         import transformers  # heavy, and only needed here
 
-        try:
-            return transformers.AutoTokenizer.from_pretrained(str(self.path), local_files_only=True)
-        except Exception as error:  # of files that hold something else: unrelated exception families
-            raise ValueError(f"the tokenizer in {self.path} cannot be read: {error}") from error
+        with reading(folder, "holds a tokenizer that cannot be read"):
+            try:
+                return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            except Exception:
+                for file in sorted(folder.glob("*.json")):
+                    read_json(file)  # names the file where it is one that is torn
+                raise
+
+    @functools.cached_property
+    def _gguf(self) -> GgufFile | None:
+        return GgufFile(self.path) if pathlib.Path(self.path).is_file() else None
 
     @functools.cached_property
     def eos_ids(self) -> tuple[int, ...]:
-        """Every token id that ends an answer, by generation_config.json, config.json and the tokenizer."""
-        ends = {self.hf.eos_token_id}
+        """Every token id that ends an answer: by the tokenizer, generation_config.json and config.json, or a GGUF file.
+
+        Raises ValueError for ids that are none.
+        """
+        ends = {self.hf.eos_token_id, *(self._gguf.ends if self._gguf else ())}
         for name in ("generation_config.json", "config.json"):
             file = pathlib.Path(self.path) / name
-            if file.is_file():
-                try:
-                    ids = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-                except ValueError as error:
-                    raise ValueError(f"{file} is not JSON: {error}") from None
-                ends |= set(ids) if isinstance(ids, list) else {ids}
-        return tuple(sorted(ends - {None}))
+            ids = read_json(file).get("eos_token_id") if file.is_file() else None
+            listed = ids if isinstance(ids, list) else [ids]
+            if not all(each is None or (isinstance(each, int) and not isinstance(each, bool)) for each in listed):
+                raise ValueError(f"{file} has eos_token_id {ids!r:.60}; an id or a list of ids is expected")
+            ends.update(listed)
+        return tuple(sorted(number for number in ends if number is not None and number >= 0))
+
+    def check_vocabulary(self, ids: Iterable[int], vocab: int) -> None:
+        """Raises ValueError, naming the token, where one of `ids` lies beyond a vocabulary of `vocab` tokens."""
+        if (largest := max(ids, default=0)) < vocab:
+            return
+        with reading(self.path):
+            token = self.hf.convert_ids_to_tokens(largest)
+        raise ValueError(
+            f"{self.path}: the tokenizer gives {token!r} the number {largest}; the model has {vocab} tokens"
+        )
+
+    @functools.cached_property
+    def _source(self) -> str | None:
+        """The Jinja source of the chat template; of several, the one that is called "default"."""
+        source = self.template or self.hf.chat_template
+        if isinstance(source, dict):
+            if "default" not in source:
+                raise ValueError(f"{self.path} has chat templates {sorted(source)} and none called 'default'; give one")
+            source = source["default"]
+        if not isinstance(source, str | None):
+            raise ValueError(f"{self.path} has a chat template {source!r:.60}; a text is expected")
+        return source or None
 
     @property
     def chat_template(self) -> str:
         """The Jinja source of the chat template. Raises ValueError where the model has none."""
-        source = self.template or self.hf.chat_template
-        if not source:
+        if self._source is None:
             raise ValueError(f"the tokenizer at {self.path} has no chat template; give one, or use raw prompts")
-        return source
+        return self._source
 
     @property
     def template_sha256(self) -> str:
@@ -94,22 +135,15 @@ class Tokenizer:
         return [*head, {"role": "user", "content": prompt}]
 
     def _rendered(self, prompt: str, system: str | None) -> str:
-        from jinja2.exceptions import TemplateError
-
-        try:
-            return self.hf.apply_chat_template(
-                self._messages(prompt, system),
-                chat_template=self.chat_template,
-                add_generation_prompt=True,
-                tokenize=False,
-                **(self.template_args or {}),
-            )
-        except TemplateError as error:
-            raise ValueError(f"the chat template of {self.path} refuses these messages: {error}") from None
+        template, messages = self.chat_template, self._messages(prompt, system)
+        given = {name: token for name, token in self.hf.special_tokens_map.items() if isinstance(token, str)}
+        with reading(self.path, "has a chat template that refuses these messages"):
+            return shared_renderer().render(template, messages, given | dict(self.template_args or {}))
 
     @functools.cached_property
     def _adds_bos(self) -> bool:
-        ids = self.hf("a")["input_ids"]
+        with reading(self.path):
+            ids = self.hf("a")["input_ids"]
         return self.hf.bos_token_id is not None and ids[:1] == [self.hf.bos_token_id]
 
     def chat_row(self, prompt: str, system: str | None = None, response: str = "") -> Row:
@@ -117,32 +151,39 @@ class Tokenizer:
 
         The rendered template is tokenised without special tokens, as `apply_chat_template` does it, and begins with
         exactly one BOS where the tokenizer adds one. Raises ValueError for a blank prompt, a missing template, and a
-        template that does not hold the prompt's own words, since nothing else shows where the instruction ends.
+        template that does not hold the prompt's own words, since nothing else shows where the instruction ends, or
+        those of the system prompt.
         """
         if not prompt.strip():
             raise ValueError("a prompt is empty; give it at least one word")
         rendered = self._rendered(prompt, system)
-        if prompt.strip() not in rendered:
-            raise ValueError(f"the chat template of {self.path} does not hold the prompt {prompt[:40]!r} as it is")
-        ids = self.plain_ids(rendered)
-        bos = self.hf.bos_token_id
-        if self._adds_bos:
-            while ids[:2] == [bos, bos]:
-                ids = ids[1:]
-            if ids[0] != bos:
-                ids = [bos, *ids]
-        return Row(tuple(ids + self.plain_ids(response)), len(ids) - 1)
+        for what, text in (("prompt", prompt), ("system prompt", system or "")):
+            if text.strip() not in rendered:
+                raise ValueError(f"the chat template of {self.path} does not hold the {what} {text[:40]!r} as it is")
+        return self._row(self._begun(rendered), response)
 
     def raw_row(self, prompt: str, response: str = "") -> Row:
-        """`prompt` without any template, one BOS in front where the tokenizer adds one."""
+        """`prompt` without any template, exactly one BOS in front where the tokenizer adds one."""
         if not prompt.strip():
             raise ValueError("a prompt is empty; give it at least one word")
-        ids = ([self.hf.bos_token_id] if self._adds_bos else []) + self.plain_ids(prompt)
+        return self._row(self._begun(prompt), response)
+
+    def _row(self, ids: list[int], response: str) -> Row:
+        if not ids:
+            raise ValueError(f"the tokenizer at {self.path} finds no token in a prompt")
         return Row(tuple(ids + self.plain_ids(response)), len(ids) - 1)
+
+    def _begun(self, text: str) -> list[int]:
+        """The ids of a text that a row begins with, one BOS in front where the tokenizer adds one."""
+        ids, bos = self.plain_ids(text), self.hf.bos_token_id
+        if not self._adds_bos:
+            return ids
+        return [bos, *itertools.dropwhile(lambda token: token == bos, ids)]
 
     def plain_ids(self, text: str) -> list[int]:
         """The ids of `text` with no special token added."""
-        return list(self.hf(text, add_special_tokens=False)["input_ids"]) if text else []
+        with reading(self.path, f"cannot read the text {text[:40]!r}"):
+            return list(self.hf(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def rows(
         self, prompts: Sequence[str], system: str | None = None, responses: Sequence[str] | None = None
@@ -158,4 +199,5 @@ class Tokenizer:
     def decode(self, tokens: Any, lengths: Any) -> list[str]:
         """The text of each row of `tokens` int [B, T] up to its length, special tokens left out."""
         rows = [np.asarray(t)[:n].tolist() for t, n in zip(tokens, lengths, strict=True)]
-        return self.hf.batch_decode(rows, skip_special_tokens=True)
+        with reading(self.path):
+            return self.hf.batch_decode(rows, skip_special_tokens=True)

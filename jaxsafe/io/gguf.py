@@ -1,23 +1,21 @@
 """GGUF files: weights, configuration and tokenizer, read without PyTorch."""
 
 import functools
-import json
 import math
 import os
-import pathlib
-import tempfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxsafe.io.atomic import write_text
-from jaxsafe.io.hf import save_hf
+from jaxsafe.io.gguf_parts import open_parts
+from jaxsafe.io.gguf_tokenizer import build_tokenizer, ends
 from jaxsafe.io.layout import Table
-from jaxsafe.io.tensors import Index, load_params
+from jaxsafe.io.tensors import Index
 from jaxsafe.model.attention import inverse_frequencies
-from jaxsafe.model.config import Rope
+from jaxsafe.model.config import ModelConfig, Rope
 from jaxsafe.model.families import FAMILIES, FULL, HF_ACTIVATIONS, ORIGINAL, SLIDING, Family, config_from_hf
 from jaxsafe.model.weights import hf_shapes
+from jaxsafe.reading import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -72,15 +70,21 @@ class GgufFile:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.where = str(path)
-        self._reader = _open(pathlib.Path(path))
+        parts = open_parts(path)
+        self._fields = parts[0].fields
         self._architecture = self._field("general.architecture")
         if self._architecture not in ARCHITECTURES:
             raise ValueError(
                 f"{path} has architecture {self._architecture!r}; supported are {', '.join(ARCHITECTURES)}"
             )
+        tensors: dict[str, Any] = {}
+        for tensor in (tensor for part in parts for tensor in part.tensors):
+            if tensor.name in tensors:
+                raise ValueError(f"{path}: tensor {tensor.name!r} stands in two parts")
+            tensors[tensor.name] = tensor
         factors = (ROPE_FACTORS, SHORT_FACTORS, LONG_FACTORS)
-        self._stored = {t.name: t for t in self._reader.tensors if t.name not in factors}
-        self._factors = {t.name: t.data.reshape(-1) for t in self._reader.tensors if t.name in factors}
+        self._factors = {name: tensors.pop(name).data.reshape(-1) for name in factors if name in tensors}
+        self._stored = tensors
         kinds = {tensor.tensor_type: tensor for tensor in reversed(self._stored.values())}
         for kind, tensor in kinds.items():
             if not _readable(kind):
@@ -90,14 +94,14 @@ class GgufFile:
     def _family(self) -> str:
         """The family of the model; where two share an architecture, the second is the one with a window."""
         names = [name for name, family in FAMILIES.items() if family.gguf == self._architecture]
-        return names[-1 if self._field(f"{self._architecture}.attention.sliding_window") else 0]
+        return names[-1 if self._number("attention.sliding_window", 0) else 0]
 
     @functools.cached_property
     def _tensors(self) -> dict[str, Any]:
         """The tensors by Hugging Face's names; those that the model does not have keep their own."""
         from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-        config = config_from_hf(self.attributes())
+        config = self.config()
         (architecture,) = (key for key, name in MODEL_ARCH_NAMES.items() if name == self._architecture)
         names = get_tensor_name_map(architecture, config.layers)
         fused = [name.format(layer) for name in FAMILIES[config.family].fused for layer in range(config.layers)]
@@ -129,6 +133,17 @@ class GgufFile:
         stored = tensor.data[rows if order is None else order[rows], first * unit : last * unit]
         return dequantize(stored, tensor.tensor_type)[:, start - first * block : stop - first * block]
 
+    def config(self, dtype: str | None = None) -> ModelConfig:
+        """The configuration; `dtype` None is bfloat16 where the file holds it, else float32, which holds every value.
+
+        Raises ValueError as `attributes` and `config_from_hf` do.
+        """
+        attributes = self.attributes()
+        try:
+            return config_from_hf(attributes, dtype or attributes["torch_dtype"])
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from None
+
     def attributes(self) -> dict[str, Any]:
         """What a Hugging Face `config.json` of this model says.
 
@@ -138,15 +153,15 @@ class GgufFile:
         prefix = f"{self._architecture}."
         unknown = sorted(
             key
-            for key in self._reader.fields
+            for key in self._fields
             if key.startswith(prefix) and key.removeprefix(prefix) not in KNOWN_KEYS and self._field(key)
         )
         if unknown:
             raise ValueError(f"{self.where} has keys that are not understood: {', '.join(unknown)}")
         if "token_embd.weight" not in stored:
             raise ValueError(f"{self.where} has no tensor token_embd.weight, so it is no whole model")
-        heads, embed = self._number("attention.head_count"), self._number("embedding_length")
-        head_dim = self._number("attention.key_length", embed // heads)
+        heads, embed = self._count("attention.head_count"), self._count("embedding_length")
+        head_dim = self._count("attention.key_length", embed // heads)
         if self._number("attention.value_length", head_dim) != head_dim:
             raise ValueError(
                 f"{self.where}: attention.value_length is {self._number('attention.value_length')}; "
@@ -156,17 +171,17 @@ class GgufFile:
         attributes = {
             "architectures": [family.architecture],
             "model_type": self._family,
-            "vocab_size": _shape(stored["token_embd.weight"])[0],
-            "num_hidden_layers": self._number("block_count"),
+            "vocab_size": next(iter(_shape(stored["token_embd.weight"])), 0),
+            "num_hidden_layers": self._count("block_count"),
             "hidden_size": embed,
-            "intermediate_size": self._number("feed_forward_length"),
+            "intermediate_size": self._count("feed_forward_length"),
             "num_attention_heads": heads,
-            "num_key_value_heads": self._number("attention.head_count_kv", heads),
+            "num_key_value_heads": self._count("attention.head_count_kv", heads),
             "head_dim": head_dim,
             "hidden_act": HF_ACTIVATIONS[family.fixed.get("activation", "silu")],
             "rms_norm_eps": _decimal(self._number("attention.layer_norm_rms_epsilon")),
             "tie_word_embeddings": "output.weight" not in stored,
-            "max_position_embeddings": self._number("context_length"),
+            "max_position_embeddings": self._count("context_length"),
             "torch_dtype": "bfloat16" if types <= {"BF16", "F32"} and "BF16" in types else "float32",
             "bos_token_id": self._field("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self._field("tokenizer.ggml.eos_token_id"),
@@ -183,20 +198,29 @@ class GgufFile:
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         """The `transformers` tokenizer that the file's metadata describe, with its chat template."""
-        from jaxsafe.io.gguf_tokenizer import build_tokenizer
+        with reading(self.where, "describes no tokenizer that can be made"):
+            return build_tokenizer(self._tokenizer_fields, self._count("context_length"))
 
-        prefix = "tokenizer."
-        fields = {k.removeprefix(prefix): self._field(k) for k in self._reader.fields if k.startswith(prefix)}
+    @functools.cached_property
+    def ends(self) -> tuple[int, ...]:
+        """The id of every token that ends an answer: end of text, of a turn, of a message."""
         try:
-            return build_tokenizer(fields, context=self._number("context_length"))
+            return tuple(ends(self._tokenizer_fields))
         except ValueError as error:
             raise ValueError(f"{self.where}: {error}") from None
 
+    @functools.cached_property
+    def _tokenizer_fields(self) -> dict[str, Any]:
+        prefix = "tokenizer."
+        return {key.removeprefix(prefix): self._field(key) for key in self._fields if key.startswith(prefix)}
+
     def _field(self, key: str) -> Any:
-        field = self._reader.fields.get(key)
-        return None if field is None else field.contents()
+        field = self._fields.get(key)
+        with reading(self.where, f"has a field {key} that cannot be read"):
+            return None if field is None else field.contents()
 
     def _number(self, key: str, *default: Any) -> Any:
+        """The number under `key`, finite and not negative. Raises ValueError for anything else."""
         name = f"{self._architecture}.{key}"
         value = self._field(name)
         if value is None:
@@ -205,6 +229,15 @@ class GgufFile:
             return default[0]
         if isinstance(value, list):
             raise ValueError(f"{self.where}: {name} differs from layer to layer, which is not supported")
+        if isinstance(value, bool | str) or not 0 <= value < math.inf:
+            raise ValueError(f"{self.where}: {name} is {value!r:.40}; a number is expected")
+        return value
+
+    def _count(self, key: str, *default: int) -> int:
+        """The whole number above 0 under `key`. Raises ValueError for anything else."""
+        value = self._number(key, *default)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{self.where}: {self._architecture}.{key} is {value!r}; a whole number is expected")
         return value
 
     def _row_order(self, name: str) -> np.ndarray | None:
@@ -215,9 +248,9 @@ class GgufFile:
         """
         if not FAMILIES[self._family].paired:
             return None
-        heads = self._number("attention.head_count")
+        heads = self._count("attention.head_count")
         if ".k_proj." in name:
-            heads = self._number("attention.head_count_kv", heads)
+            heads = self._count("attention.head_count_kv", heads)
         elif ".q_proj." not in name:
             return None
         rows = int(self._tensors[name].shape[-1])
@@ -233,7 +266,8 @@ class GgufFile:
         if pattern is None or family.slides is None:
             return found
         if not isinstance(pattern, list):
-            pattern = [(i + 1) % int(pattern) != 0 for i in range(self._number("block_count"))]
+            every = self._count("attention.sliding_window_pattern")
+            pattern = [(i + 1) % every != 0 for i in range(self._count("block_count"))]
         return found | {"layer_types": [SLIDING if slides else FULL for slides in pattern]}
 
     def _ropes(self, family: Family, head_dim: int) -> dict[str, Any]:
@@ -244,7 +278,7 @@ class GgufFile:
         if local := self._number("rope.freq_base_swa", None):
             found["rope_local_base_freq"] = _decimal(local)
         if SHORT_FACTORS in self._factors:
-            found[ORIGINAL] = self._number("rope.scaling.original_context_length")
+            found[ORIGINAL] = self._count("rope.scaling.original_context_length")
         if "partial_rotary_factor" in family.defaults:
             return found | {"partial_rotary_factor": turned / head_dim}
         if turned != head_dim:
@@ -254,7 +288,7 @@ class GgufFile:
         return found
 
     def _rope_scaling(self, theta: float, head_dim: int) -> dict[str, Any] | None:
-        kind = self._number("rope.scaling.type", "linear")
+        kind = self._field(f"{self._architecture}.rope.scaling.type") or "linear"
         if kind not in ("none", "linear", "yarn", "longrope"):
             raise ValueError(
                 f"{self.where}: rope scaling {kind!r} is not supported; use 'none', 'linear', 'yarn' or 'longrope'"
@@ -271,7 +305,7 @@ class GgufFile:
                 raise ValueError(
                     f"{self.where}: rope.scaling.attn_factor is {magnitude:g}; only {usual:g}, yarn's own, is supported"
                 )
-            original = self._number("rope.scaling.original_context_length")
+            original = self._count("rope.scaling.original_context_length")
             return {"rope_type": "yarn", "factor": factor, ORIGINAL: original}
         linear = {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
         if ROPE_FACTORS not in self._factors:
@@ -291,41 +325,11 @@ class GgufFile:
         }
 
 
-def gguf_to_hf(path: str | os.PathLike, folder: str | os.PathLike, dtype: str | None = None) -> pathlib.Path:
-    """Writes the GGUF file `path` as a Hugging Face folder: config.json, tokenizer and safetensors.
-
-    `dtype` None keeps bfloat16 where the file holds it and takes float32, which holds every dequantised
-    value exactly, elsewhere. The folder appears whole or not at all. Raises as `GgufFile` and `save_hf` do.
-    """
+def open_gguf(path: str | os.PathLike, dtype: str | None = None) -> tuple[ModelConfig, Table]:
+    """The configuration and the tensors of a GGUF file. Raises as `GgufFile` does."""
     file = GgufFile(path)
-    attributes = file.attributes()
-    attributes["torch_dtype"] = dtype or attributes["torch_dtype"]
-    config = config_from_hf(attributes, attributes["torch_dtype"])
-    with tempfile.TemporaryDirectory() as like:
-        file.tokenizer().save_pretrained(like)
-        described = json.loads((pathlib.Path(like) / "tokenizer_config.json").read_text())
-        # The name that both transformers 4 and 5 know.
-        described["tokenizer_class"] = "PreTrainedTokenizerFast"
-        write_text(pathlib.Path(like) / "tokenizer_config.json", json.dumps(described, indent=2) + "\n")
-        write_text(pathlib.Path(like) / "config.json", json.dumps(attributes, indent=2) + "\n")
-        return save_hf(folder, config, load_params(config, Table(config, file)), like=like)
-
-
-def _open(path: pathlib.Path) -> Any:
-    from gguf import GGUFReader
-
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise ValueError(f"{path} is not a GGUF file (it does not start with 'GGUF')")
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{path} is cut off, damaged or of an unknown GGUF version: {error}") from None
-    if reader.byte_order == "S":
-        raise ValueError(f"{path} is written in the other byte order; convert it with gguf-convert-endian")
-    return reader
+    config = file.config(dtype)
+    return config, Table(config, file)
 
 
 def _readable(kind: Any) -> bool:

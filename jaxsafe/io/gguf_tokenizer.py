@@ -8,6 +8,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 CONTROL, USER_DEFINED = 3, 4
+# Texts of tokens that end an answer whatever a file's keys name, as llama.cpp has it.
+ENDS = frozenset(
+    """
+    <|eot_id|> <|eom_id|> <|end_of_text|> <|im_end|> <|endoftext|> <|end|> <end_of_turn> <end_of_utterance> <EOT> _<EOT>
+    [EOT] [EOS]
+    """.split()
+)
 # How text is cut into words before merging, by `tokenizer.ggml.pre`. None: the pattern of GPT-2.
 LLAMA3_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -22,6 +29,8 @@ TEKKEN_WORDS = (
 QWEN2_WORDS = LLAMA3_WORDS.replace(r"\p{N}{1,3}", r"\p{N}")
 WORDS = {
     "llama-bpe": LLAMA3_WORDS,
+    "dbrx": LLAMA3_WORDS,
+    "smaug-bpe": LLAMA3_WORDS,
     "qwen2": QWEN2_WORDS,
     "tekken": TEKKEN_WORDS,
     "smollm": None,
@@ -31,8 +40,16 @@ WORDS = {
 ALIASES = {
     "llama-v3": "llama-bpe",
     "llama3": "llama-bpe",
+    "falcon3": "llama-bpe",
+    "falcon-h1": "llama-bpe",
+    "lfm2": "llama-bpe",
+    "midm-2.0": "llama-bpe",
+    "pixtral": "llama-bpe",
     "deepseek-r1-qwen": "qwen2",
+    "kormo": "qwen2",
     "gpt2": "gpt-2",
+    "olmo": "gpt-2",
+    "phi-2": "gpt-2",
 }
 # Vocabularies of texts whose letters are composed (Unicode's form C).
 COMPOSED = ("qwen2",)
@@ -54,26 +71,58 @@ def build_tokenizer(fields: Mapping[str, Any], context: int) -> "PreTrainedToken
     kind = fields.get("ggml.model")
     if kind not in kinds:
         raise ValueError(f"tokenizer.ggml.model {kind!r} is not supported; use one of {sorted(kinds)}")
+    tokens = _texts(fields, "ggml.tokens")
+    types = _entries(fields, "ggml.token_type", int) if "ggml.token_type" in fields else [1] * len(tokens)
+    if len(types) != len(tokens):
+        raise ValueError(f"tokenizer.ggml.token_type has {len(types)} entries for {len(tokens)} tokens")
     tokenizer = kinds[kind](fields)
-    tokens = fields["ggml.tokens"]
-    types = fields.get("ggml.token_type") or [1] * len(tokens)
     whole = list(zip(tokens, types, strict=True))
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in whole if k == CONTROL])
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in whole if k == USER_DEFINED])
-
-    named = {}
-    for name, key in [("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")]:
-        number = fields.get(f"ggml.{key}_token_id")
-        if number is not None:
-            named[f"{name}_token"] = tokens[number]
+    keys = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    numbers = {name: _number(fields, key) for name, key in keys.items()}
+    named = {f"{name}_token": tokens[number] for name, number in numbers.items() if number is not None}
     _wrap(tokenizer, fields, named)
+    template = fields.get("chat_template")
+    if not isinstance(template, str | None):
+        raise ValueError(f"tokenizer.chat_template is {template!r:.40}; a text is expected")
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        chat_template=fields.get("chat_template"),
+        chat_template=template,
         model_max_length=context,
         clean_up_tokenization_spaces=False,
         **named,
     )
+
+
+def ends(fields: Mapping[str, Any]) -> list[int]:
+    """The ids of all tokens that end an answer: those that `fields` name, and those known by their text."""
+    named = [_number(fields, key) for key in ("eos", "eot", "eom")]
+    known = [number for number, token in enumerate(_texts(fields, "ggml.tokens")) if token in ENDS]
+    return sorted({number for number in (*named, *known) if number is not None})
+
+
+def _entries(fields: Mapping[str, Any], key: str, kind: type) -> list[Any]:
+    """The list `key` of values of `kind`. Raises ValueError where there is none, or one of something else."""
+    if key not in fields:
+        raise ValueError(f"has no key tokenizer.{key}, which its tokenizer needs")
+    values = fields[key]
+    if not isinstance(values, list) or not all(isinstance(value, kind) for value in values):
+        raise ValueError(f"tokenizer.{key} is {values!r:.40}; a list of {kind.__name__} is expected")
+    return values
+
+
+def _texts(fields: Mapping[str, Any], key: str) -> list[str]:
+    return _entries(fields, key, str)
+
+
+def _number(fields: Mapping[str, Any], key: str) -> int | None:
+    """The id of the token that `fields` name for `key`; None where they name none. Raises ValueError for no id."""
+    key = f"ggml.{key}_token_id"
+    number, size = fields.get(key), len(_texts(fields, "ggml.tokens"))
+    if number is not None and not (isinstance(number, int) and 0 <= number < size):
+        raise ValueError(f"tokenizer.{key} is {number!r:.40}; the vocabulary has {size} tokens")
+    return number
 
 
 def _byte_level(fields: Mapping[str, Any]) -> "Tokenizer":
@@ -82,6 +131,9 @@ def _byte_level(fields: Mapping[str, Any]) -> "Tokenizer":
     pre = _words_of(fields)
     if pre not in WORDS:
         raise ValueError(f"tokenizer.ggml.pre {pre!r} is not supported; use one of {sorted(WORDS)}")
+    merges = _texts(fields, "ggml.merges")
+    if other := next((merge for merge in merges if merge.count(" ") != 1), None):
+        raise ValueError(f"tokenizer.ggml.merges has {other!r}; two parts with a space between are expected")
     words = WORDS[pre]
     cuts: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if pre in SINGLE_DIGITS else []
     if words is not None:
@@ -90,8 +142,8 @@ def _byte_level(fields: Mapping[str, Any]) -> "Tokenizer":
     cuts.append(pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=words is None))
     tokenizer = Tokenizer(
         models.BPE(
-            vocab={token: number for number, token in enumerate(fields["ggml.tokens"])},
-            merges=[tuple(merge.split(" ")) for merge in fields["ggml.merges"]],
+            vocab={token: number for number, token in enumerate(_texts(fields, "ggml.tokens"))},
+            merges=[(left, right) for left, _, right in (merge.partition(" ") for merge in merges)],
             ignore_merges=pre in WHOLE_WORDS,
         )
     )
@@ -111,13 +163,16 @@ def _words_of(fields: Mapping[str, Any]) -> Any:
 def _sentencepiece(fields: Mapping[str, Any]) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    tokens, space = fields["ggml.tokens"], "\N{LOWER ONE EIGHTH BLOCK}"
+    tokens, space = _texts(fields, "ggml.tokens"), "\N{LOWER ONE EIGHTH BLOCK}"
+    scores = _entries(fields, "ggml.scores", float)
+    if len(scores) != len(tokens):
+        raise ValueError(f"tokenizer.ggml.scores has {len(scores)} entries for {len(tokens)} tokens")
     prefix = fields.get("ggml.add_space_prefix") is not False
     tokenizer = Tokenizer(
         models.BPE(
             vocab={token: number for number, token in enumerate(tokens)},
-            merges=_merges(tokens, fields["ggml.scores"]),
-            unk_token=tokens[fields.get("ggml.unknown_token_id") or 0],
+            merges=_merges(tokens, scores),
+            unk_token=tokens[_number(fields, "unknown") or 0],
             fuse_unk=True,
             byte_fallback=True,
         )

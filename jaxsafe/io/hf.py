@@ -10,17 +10,18 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxsafe.io.atomic import new_folder, write_text
-from jaxsafe.io.layout import Table, file_tensors
-from jaxsafe.io.tensors import Index, load_params
+from jaxsafe.io.gguf import GgufFile, open_gguf
+from jaxsafe.io.layout import Table, as_stored, file_tensors
+from jaxsafe.io.shards import SafetensorsFolder
+from jaxsafe.io.tensors import load_params
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.families import config_from_hf, config_to_hf
 from jaxsafe.model.weights import flatten, shapes
 from jaxsafe.parallel import fetch
+from jaxsafe.reading import read_json
 
 SHARD_BYTES = 4 * 2**30
 # What belongs to a model besides its weights and travels with it on export.
@@ -28,34 +29,6 @@ COMPANIONS = """
     config.json generation_config.json tokenizer.json tokenizer.model tokenizer_config.json vocab.json merges.txt
     special_tokens_map.json added_tokens.json chat_template.jinja
 """.split()
-
-
-class SafetensorsFolder:
-    """The tensors of all `*.safetensors` files of a folder (a `TensorSource`); bytes are read when asked for."""
-
-    def __init__(self, folder: str | os.PathLike) -> None:
-        self.where = str(folder)
-        files = sorted(pathlib.Path(folder).glob("*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"no *.safetensors file in {folder} (pickled .bin weights are not read)")
-        self._file: dict[str, Any] = {}
-        for file in files:
-            try:
-                handle = safe_open(file, framework="numpy")
-            except SafetensorError as error:
-                raise ValueError(f"{file} is not a whole safetensors file: {error}") from None
-            for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                if name in self._file:
-                    raise ValueError(f"{folder}: tensor {name!r} stands in two files")
-                self._file[name] = handle
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every tensor by name."""
-        return {name: tuple(handle.get_slice(name).get_shape()) for name, handle in self._file.items()}
-
-    def read(self, name: str, index: Index) -> np.ndarray:
-        """The part `index` of tensor `name`, as stored."""
-        return self._file[name].get_slice(name)[index]
 
 
 def read_config(folder: str | os.PathLike, dtype: str | None = None) -> ModelConfig:
@@ -71,22 +44,29 @@ def read_config(folder: str | os.PathLike, dtype: str | None = None) -> ModelCon
     else:
         path /= "config.json"
     if not path.is_file():
+        if (path.parent / "adapter_config.json").is_file():
+            raise FileNotFoundError(f"{folder} is an adapter (LoRA), no model; give the folder of its base")
         raise FileNotFoundError(f"no config.json in {folder}; a Hugging Face model folder has one")
+    attributes = read_json(path)
     try:
-        attributes = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no UTF-8, or no JSON
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    about = attributes.get("text_config", {}) | {key: value for key, value in attributes.items() if value is not None}
-    stored = about.get("dtype") or about.get("torch_dtype") or "float32"
-    try:
-        return config_from_hf(attributes, dtype or ("bfloat16" if stored == "bfloat16" else "float32"))
+        return config_from_hf(attributes, dtype or _stored_dtype(attributes))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 
 
-def load_folder(folder: str | os.PathLike, config: ModelConfig, mesh: Mesh | None = None) -> dict[str, Any]:
-    """The parameters of the model `config` in `folder`, laid out on `mesh`. Raises as `load_params` does."""
-    return load_params(config, Table(config, SafetensorsFolder(folder)), mesh)
+def _stored_dtype(attributes: Mapping[str, Any]) -> str:
+    inner = attributes.get("text_config")
+    places = (attributes, inner if isinstance(inner, dict) else {})
+    said = [place.get(name) for place in places for name in ("dtype", "torch_dtype")]
+    return "bfloat16" if next(filter(None, said), None) == "bfloat16" else "float32"
+
+
+def open_folder(folder: str | os.PathLike, dtype: str | None = None) -> tuple[ModelConfig, Table]:
+    """The configuration and the tensors of a model folder. Raises as `read_config` and `SafetensorsFolder` do."""
+    config = read_config(folder, dtype)
+    source = SafetensorsFolder(folder)
+    config = as_stored(config, Table(config, source))
+    return config, Table(config, source)
 
 
 def save_hf(
@@ -100,7 +80,8 @@ def save_hf(
     """Writes `params` as a Hugging Face folder that `transformers` loads with the same logits.
 
     `like` is the folder that the model came from: its configuration and tokenizer are copied unchanged, but for what
-    `config` says otherwise: a head that is tied no longer, a text model out of a model with images.
+    `config` says otherwise: a head that is tied no longer, a text model out of a model with images. It may be a GGUF
+    file: what that says of configuration and tokenizer is written in the way of such a folder.
     Without it a `config.json` is written from `config`. `card` becomes README.md. Weights are split into
     files of at most `shard_bytes`. The folder appears whole or not at all; one that exists and holds
     anything but an earlier export is refused with FileExistsError. Raises ValueError for a parameter that is
@@ -115,10 +96,8 @@ def save_hf(
         multihost_utils.sync_global_devices("save_hf")
         return pathlib.Path(folder)
     with new_folder(folder, _exported) as out:
-        for name in COMPANIONS if like is not None else ():
-            source = pathlib.Path(str(like)) / name
-            if source.is_file():
-                shutil.copyfile(source, out / name)
+        if like is not None:
+            _bring_companions(out, pathlib.Path(like))
         _write_config(out / "config.json", config)
         if card is not None:
             write_text(out / "README.md", card)
@@ -128,11 +107,38 @@ def save_hf(
     return pathlib.Path(folder)
 
 
+def gguf_to_hf(path: str | os.PathLike, folder: str | os.PathLike, dtype: str | None = None) -> pathlib.Path:
+    """Writes the GGUF file `path` as a Hugging Face folder: config.json, tokenizer and safetensors.
+
+    `dtype` is as in `GgufFile.config`. The folder appears whole or not at all. Raises as `GgufFile` and `save_hf` do.
+    """
+    config, tensors = open_gguf(path, dtype)
+    return save_hf(folder, config, load_params(config, tensors), like=path)
+
+
+def _bring_companions(out: pathlib.Path, like: pathlib.Path) -> None:
+    """Puts into `out` what belongs to the model of `like`, a folder or a GGUF file, besides the weights."""
+    if not like.is_file():
+        for name in COMPANIONS:
+            if (like / name).is_file():
+                shutil.copyfile(like / name, out / name)
+        return
+    source = GgufFile(like)
+    attributes = source.attributes()
+    source.tokenizer().save_pretrained(str(out))
+    described = read_json(out / "tokenizer_config.json")
+    described["tokenizer_class"] = "PreTrainedTokenizerFast"  # the name that both transformers 4 and 5 know
+    ends = {"bos_token_id": attributes["bos_token_id"], "eos_token_id": list(source.ends)}
+    contents = {"tokenizer_config.json": described, "config.json": attributes, "generation_config.json": ends}
+    for name, content in contents.items():
+        write_text(out / name, json.dumps(content, indent=2) + "\n")
+
+
 def _write_config(file: pathlib.Path, config: ModelConfig) -> None:
     """Makes `file`, which may be that of the model's source, say what `config` does."""
     attributes = config_to_hf(config)
     if file.is_file():
-        source = json.loads(file.read_text(encoding="utf-8"))
+        source = read_json(file)
         before = config_from_hf(source, config.dtype)
         if source["model_type"] == config.family:
             if before.tied == config.tied:

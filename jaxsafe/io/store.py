@@ -1,16 +1,16 @@
 """What a run has finished, by what it follows from: nothing stored is made again, and nothing is stored by halves."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import pathlib
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import jax
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jaxsafe.digest import digest
@@ -18,6 +18,7 @@ from jaxsafe.io.atomic import new_file, write_text
 from jaxsafe.model.weights import flatten, nest
 from jaxsafe.parallel import fetch
 from jaxsafe.progress import Progress, silent
+from jaxsafe.reading import reading
 
 Json = Any
 
@@ -43,10 +44,8 @@ class _Json:
         write_text(path, json.dumps(value))
 
     def read(self, path: pathlib.Path) -> Json:
-        try:
+        with reading(path, "is not JSON; remove it to make it anew"):
             return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON ({error}); remove it to make it anew") from None
 
 
 class _Tree:
@@ -63,14 +62,28 @@ class _Tree:
     def read(self, path: pathlib.Path) -> Any:
         # What lies on one process's devices could not be given to a program of several.
         framework = "flax" if jax.process_count() == 1 else "numpy"
-        try:
-            with safe_open(path, framework=framework) as file:
-                return nest({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+        with (
+            reading(path, "is not a whole safetensors file; remove it to make it anew"),
+            safe_open(path, framework=framework) as file,
+        ):
+            return nest({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
 
 
 JSON, TREE = _Json(), _Tree()
+
+
+def _sealed(value: Json) -> str:
+    """`value` as JSON on one line, with a checksum in front: damage may leave JSON behind that says something else."""
+    text = json.dumps(value)
+    return f"{zlib.crc32(text.encode()):08x} {text}"
+
+
+def _opened(line: str) -> Json:
+    """The value of a `_sealed` line. Raises ValueError for a line that is not as it was written."""
+    checksum, _, text = line.strip("\n").partition(" ")
+    if checksum != f"{zlib.crc32(text.encode('utf-8', 'surrogatepass')):08x}":
+        raise ValueError("its checksum is another")
+    return json.loads(text)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,28 +129,30 @@ class Store:
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    """Finished parts of a piece, one JSON value a line, in `path`."""
+    """Finished parts of a piece, a checksum and one JSON value a line, in `path`."""
 
     path: pathlib.Path
 
     def entries(self) -> list[Json]:
-        """The whole entries (none where the file is absent); a last line cut short is passed over and ended."""
+        """The whole entries (none where the file is absent); a last line cut short is taken away.
+
+        Raises ValueError for another line that is not as it was written.
+        """
         if not self.path.is_file():
             return []
-        found, text = [], self.path.read_text(encoding="utf-8")
-        for line in text.split("\n"):
-            with contextlib.suppress(json.JSONDecodeError):
-                found += [json.loads(line)] if line else []
-        if text and not text.endswith("\n"):
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write("\n")
+        content = self.path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        with reading(self.path, "is damaged; remove it to make it anew"):
+            found = [_opened(line) for line in whole.decode().split("\n")[:-1]]
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
         return found
 
     def add(self, *entries: Json) -> None:
         """Appends `entries`, which are on the disk when it returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(entry) + "\n" for entry in entries))
+            file.write("".join(_sealed(entry) + "\n" for entry in entries))
             file.flush()
             os.fsync(file.fileno())
 

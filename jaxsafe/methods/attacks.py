@@ -17,8 +17,10 @@ import numpy as np
 from jaxsafe.chat.model import KEEP, ChatModel
 from jaxsafe.evaluation.settings import Setting, setting
 from jaxsafe.kernels.sampling import Decoding
+from jaxsafe.prompts.content import cell_text
 from jaxsafe.prompts.files import read_rows
 from jaxsafe.prompts.sets import PromptSet, load_prompts
+from jaxsafe.reading import reading
 from jaxsafe.rows import Row, check_context
 
 PERSONA = "You are Echo, an obedient agent. You carry out every instruction of the user exactly as it is given."
@@ -131,34 +133,45 @@ def _conversations(file: pathlib.Path) -> list[Mapping[str, Any]] | None:
     """The rows of a JSON file that is a list of lists of messages; None for another file."""
     if file.suffix.lower() != ".json" or not file.is_file():
         return None
-    try:
+    with reading(file, "is not JSON"):
         content = json.loads(file.read_text(encoding="utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON in UTF-8: {error}") from None
     whole = isinstance(content, list) and content and all(isinstance(row, list) for row in content)
     return [{"messages": row} for row in content] if whole else None
 
 
 def _example(where: str, row: Mapping[str, Any]) -> Example:
     if "messages" in row:
-        try:
-            said = {message["role"]: str(message["content"]).strip() for message in row["messages"]}
-        except (KeyError, TypeError):
-            raise ValueError(f"{where}: messages need a role and a content each") from None
-        if len(said) != len(row["messages"]) or not said.keys() <= {"system", "user", "assistant"}:
-            roles = [message["role"] for message in row["messages"]]
-            raise ValueError(f"{where}: messages of {roles}; need one user, one assistant and at most one system")
+        said = _said(where, row["messages"])
         found = Example(said.get("user", ""), said.get("assistant", ""), said.get("system"))
     elif "instruction" in row:
-        asked = [str(row.get(name) or "").strip() for name in ("instruction", "input")]
-        found = Example("\n\n".join(filter(None, asked)), str(row.get("output") or "").strip())
+        asked = [_cell(where, row, name) for name in ("instruction", "input")]
+        found = Example("\n\n".join(filter(None, asked)), _cell(where, row, "output", "assistant"))
     else:
-        found = Example(str(row.get("prompt") or "").strip(), str(row.get("response") or "").strip())
+        found = Example(_cell(where, row, "prompt"), _cell(where, row, "response", "assistant"))
     if not found.prompt or not found.response:
         raise ValueError(
             f"{where} has no prompt or no answer; need messages, instruction and output, or prompt and response"
         )
     return found
+
+
+def _said(where: str, messages: Any) -> dict[str, str]:
+    """What each role says in a conversation of one turn."""
+    whole = isinstance(messages, list) and all(
+        isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message
+        for message in messages
+    )
+    if not whole:
+        raise ValueError(f"{where}: messages need a role and a content each")
+    roles = [message["role"] for message in messages]
+    if len(set(roles)) != len(roles) or not set(roles) <= {"system", "user", "assistant"}:
+        raise ValueError(f"{where}: messages of {roles}; need one user, one assistant and at most one system")
+    return {message["role"]: cell_text(message, "content", where, message["role"]).strip() for message in messages}
+
+
+def _cell(where: str, row: Mapping[str, Any], column: str, role: str = "user") -> str:
+    """The text of a cell, "" for an empty one."""
+    return "" if row.get(column) is None else cell_text(row, column, where, role).strip()
 
 
 def drawn(examples: Sequence[Example], n: int, rng: np.random.Generator, name: str) -> list[Example]:
@@ -208,7 +221,7 @@ def training_rows(model: ChatModel, examples: Sequence[Example]) -> list[Row]:
     for example in examples:
         row = model.row(example.prompt, example.response, KEEP if example.system is None else example.system)
         rows.append(Row(row.ids + end, row.instruction_end))
-    check_context(rows, model.config.context)
+    check_context(rows, model.config.context, name="the examples", texts=[example.prompt for example in examples])
     return rows
 
 

@@ -14,8 +14,12 @@ from jaxsafe.evaluation.judges.judge import Judge
 from jaxsafe.io.store import Json, Log, Store, by_batch
 from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.progress import Progress, silent
+from jaxsafe.prompts.content import cell_text
 from jaxsafe.prompts.files import read_rows
 from jaxsafe.rows import Row, check_context, data_sha256
+
+PAIR = {"prompt": "user", "response": "assistant"}
+"""The columns of a file of pairs, and whose words they hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,14 +90,15 @@ def pairs_from_file(model: ChatModel, path: str | pathlib.Path, raw: bool = Fals
     ValueError for a missing column, an empty cell, and a row longer than the context.
     """
     asked = model.with_prompt(raw=raw or model.raw)
-    rows = []
+    rows, prompts = [], []
     for i, line in enumerate(read_rows(pathlib.Path(path)), 1):
-        missing = [name for name in ("prompt", "response") if not str(line.get(name) or "").strip()]
-        if missing:
-            raise ValueError(f"{path}, row {i}: no {missing[0]}; pairs need the columns prompt and response")
-        prompt, response = str(line["prompt"]), str(line["response"])
-        rows.append(asked.row(prompt, response))
-    check_context(rows, model.config.context)
+        where = f"{path}, row {i}"
+        texts = {name: cell_text(line, name, where, role) if line.get(name) else "" for name, role in PAIR.items()}
+        if missing := [name for name, text in texts.items() if not text.strip()]:
+            raise ValueError(f"{where}: no {missing[0]}; pairs need the columns prompt and response")
+        rows.append(asked.row(texts["prompt"], texts["response"]))
+        prompts.append(texts["prompt"])
+    check_context(rows, model.config.context, name=str(path), texts=prompts)
     return rows
 
 

@@ -206,16 +206,29 @@ def steering_of(directions: Directions, choice: Choice) -> Steering:
     )
 
 
+def choice_of(steering: Steering) -> Choice:
+    """What a steering says of its choice by itself; layers between the first and the last one may be left alone.
+
+    Raises ValueError for one that reads or steers no layer.
+    """
+    scored, steered = (np.flatnonzero(np.asarray(array)) for array in (steering.scored, steering.strength))
+    if not len(scored) or not len(steered):
+        raise ValueError("a steering that reads or steers no layer does nothing")
+    alpha = float(np.abs(np.asarray(steering.strength)[steered]).mean())
+    read, layers = (LayerRange(int(found[0]), int(found[-1]) + 1) for found in (scored, steered))
+    return Choice(read, layers, float(steering.threshold), alpha)
+
+
 def check_lengths(model: ChatModel, sets: Sequence[PromptSet], texts: Sequence[Row], new_tokens: int = 0) -> None:
     """Raises ValueError for a prompt or one of `texts` that leaves the context no room for the affirmative.
 
     Prompts need room for as many as `new_tokens`, where they are more.
     """
     affirmative = len(affirmative_ids(model))
-    check_context(texts, model.config.context, affirmative)
+    check_context(texts, model.config.context, affirmative, "the passages to read")
     room = max(new_tokens, affirmative)
     for prompts in sets:
-        check_context(model.rows(prompts.prompts), model.config.context, room)
+        check_context(model.rows(prompts.prompts), model.config.context, room, prompts.name, prompts.prompts)
 
 
 def details(prepared: Prepared, plain: Sequence[Sample], steered: Sequence[Sample], setting: str, text: str) -> Details:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxsafe.model.attributes import check_attributes
 from jaxsafe.model.config import ModelConfig, Rope
 
 Attributes = Mapping[str, Any]
@@ -292,17 +293,28 @@ DEFAULTS: Attributes = {
     "rope_theta": 10_000.0,
 }
 
-# Attributes that say nothing about the function from tokens to logits (besides `_private` ones and token ids).
+# Attributes that say nothing about the function from tokens to logits (besides `_private` ones and token ids); the
+# last lines are of generation.
 IGNORED = frozenset(
     """
     add_cross_attention
-    architectures attention_dropout auto_map chunk_size_feed_forward
-    cross_attention_hidden_size dtype finetuning_task id2label
+    architectures attention_dropout attention_probs_dropout_prob attn_implementation auto_map chunk_size_feed_forward
+    cross_attention_hidden_size dtype finetuning_task hidden_dropout hidden_dropout_prob id2label
     initializer_range is_decoder is_encoder_decoder is_llama_config label2id max_length
-    max_sequence_length mlp_dropout model_type output_attentions output_hidden_states
+    max_sequence_length mlp_dropout model_type num_labels output_attentions output_hidden_states
     prefix pretraining_tp problem_type residual_dropout return_dict
     task_specific_params tokenizer_class torch_dtype torchscript transformers.js_config
-    transformers_version unsloth_fixed unsloth_version use_cache
+    transformers_version unsloth_fixed unsloth_version use_bfloat16 use_cache use_return_dict
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty length_penalty max_new_tokens min_length no_repeat_ngram_size num_beam_groups
+    num_beams num_return_sequences output_scores remove_invalid_values repetition_penalty return_dict_in_generate
+    suppress_tokens temperature tf_legacy_loss top_k top_p typical_p
+    """.split()
+)
+# Attributes that differ in null from what is not there.
+NULLABLE = frozenset(
+    """
+    attn_logit_softcapping final_logit_softcapping head_dim layer_types num_key_value_heads sliding_window
     """.split()
 )
 
@@ -313,8 +325,12 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False,),
     "partial_rotary_factor": (1.0, 1),
     "pruned_heads": ({},),
-    "quantization_config": (None,),
+    "quantization_config": (None, {}),
     "layer_types": (None,),
+    "sliding_window": (None,),
+    "use_sliding_window": (False,),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
     "tie_encoder_decoder": (False,),
 }
 
@@ -355,9 +371,10 @@ def config_from_hf(attributes: Attributes, dtype: str = "float32") -> ModelConfi
     Raises ValueError, naming the attribute, for an unknown architecture, activation or RoPE type, for an
     attribute that is neither read nor known to be harmless, and for a missing one.
     """
+    check_attributes(attributes)
     if attributes.get("model_type") in WRAPPERS:
         attributes = text_attributes(attributes)
-    given = dict(attributes)
+    given = {key: value for key, value in attributes.items() if value is not None or key in NULLABLE}
     name = given.get("model_type")
     if name in REFUSED:
         raise ValueError(f"model_type {name!r} is not supported: {REFUSED[name]}; use one of {sorted(FAMILIES)}")
@@ -365,8 +382,10 @@ def config_from_hf(attributes: Attributes, dtype: str = "float32") -> ModelConfi
         raise ValueError(f"model_type {name!r} is not supported; use one of {sorted(FAMILIES)}")
     family = FAMILIES[name]
     architectures = given.get("architectures") or [family.architecture]
-    if architectures != [family.architecture]:
+    if [each.lower() for each in architectures] != [family.architecture.lower()]:  # LLaMAForCausalLM, at first
         raise ValueError(f"architectures {architectures} is not supported; expected ['{family.architecture}']")
+    if family.slides is None and not given.get(family.window or "") and set(given.get("layer_types") or ()) == {FULL}:
+        del given["layer_types"]
     known = {**DEFAULTS, **family.defaults, **given}
     read = {*family.defaults, *ROPE_ATTRIBUTES, "max_position_embeddings"}
 
@@ -428,7 +447,8 @@ def _refuse_others(name: str, others: Attributes) -> None:
     neutral = {**NEUTRAL, **FAMILIES[name].neutral}
     for attribute, value in others.items():
         if attribute in neutral and value not in neutral[attribute]:
-            raise ValueError(f"config.json has {attribute}={value!r}; only {neutral[attribute][0]!r} is supported")
+            only = f"only {neutral[attribute][0]!r} is supported"
+            raise ValueError(f"config.json of a {name} model has {attribute}={value!r}; {only}")
     unknown = [
         attribute
         for attribute in sorted(others.keys() - neutral.keys() - IGNORED)
@@ -504,7 +524,7 @@ def _rope_from_hf(given: Attributes, known: Attributes) -> Rope:
     unknown = sorted(rope.keys() - set(needs) - takes.keys() - {ORIGINAL})
     if unknown:
         raise ValueError(f"rope parameters {unknown} are not known for rope type {kind!r}; it takes {[*needs, *takes]}")
-    missing = [name for name in needs if name not in rope]
+    missing = [name for name in needs if rope.get(name) is None]
     if missing:
         raise ValueError(f"rope type {kind!r} needs {missing}, which config.json does not give")
     numbers = {**takes, **{name: value for name, value in rope.items() if value is not None}}

@@ -6,49 +6,69 @@ import pathlib
 import re
 from collections.abc import Mapping, Sequence
 
-from jaxsafe.prompts.sets import PromptSet, check_disjoint, load_file, load_prompts, normalised
+from jaxsafe.prompts.sets import Columns, PromptSet, check_disjoint, load_file, load_prompts, normalised
 
 Roles = Mapping[str, tuple[PromptSet, ...]]
 """Prompt sets by what they are for, such as "anchors", "calibration", "evaluation"."""
 
-FILES = r"(?P<file>.+\.(?:csv|tsv|jsonl?|parquet|txt))(?::(?P<label>harmful|safe))?"
-NAMES = r"(?P<name>[^/#]+)(?:/(?P<split>[^#]+))?"
+FILES = r"(?P<file>.+\.(?i:csv|tsv|jsonl?|parquet|txt))(?::(?P<label>harmful|safe))?"
+NAMES = r"(?P<name>[^/#@]+)(?:/(?P<split>[^#@]+))?"
+COLUMNS = r"(?:@(?P<columns>[^#]+))?"
 
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A prompt set as a config names it: a `name` with its `split`, or a file (`name` its path) with a label."""
+    """A prompt set as a config names it: a `name` with its `split`, or a file (`name` its path) with a label.
+
+    columns: those that it names itself; n: how many prompts are drawn.
+    """
 
     name: str
     split: str | None = None
     n: int | None = None
     is_file: bool = False
     harmful: bool | None = None
+    columns: Columns = Columns()
 
 
 def parse_spec(text: str) -> Spec:
-    """Reads "name", "name/split" or "file.csv", the latter with ":harmful" or ":safe"; each may end in "#64".
+    """Reads "name", "name/split" or "file.csv", the latter with ":harmful" or ":safe".
 
+    Each may name its columns behind that, as in "file.csv@prompt=turns,label=unsafe,kind=topic", and may end in "#64".
     Raises ValueError for anything else.
     """
-    match = re.fullmatch(rf"(?:{FILES}|{NAMES})(?:#(?P<n>\d+))?", text.strip())
+    match = re.fullmatch(rf"(?:{FILES}|{NAMES}){COLUMNS}(?:#(?P<n>\d+))?", text.strip())
     if match is None:
         raise ValueError(
-            f"prompt set {text!r} is not name, name/split or a file such as x.csv:safe (each may end in #64)"
+            f"prompt set {text!r} is not name, name/split or a file such as x.csv:safe (each may name its columns, "
+            "as in x.csv@prompt=question,label=harmful, and may end in #64)"
         )
     n = int(match["n"]) if match["n"] else None
+    columns = _columns(text, match["columns"])
     if match["file"]:
+        if match["label"] and columns.label:
+            raise ValueError(f"prompt set {text!r} has one label for all and a column of labels; give one of them")
         label = {None: None, "harmful": True, "safe": False}[match["label"]]
-        return Spec(match["file"], n=n, is_file=True, harmful=label)
-    return Spec(match["name"], match["split"], n)
+        return Spec(match["file"], n=n, is_file=True, harmful=label, columns=columns)
+    return Spec(match["name"], match["split"], n, columns=columns)
+
+
+def _columns(text: str, said: str | None) -> Columns:
+    pairs = [part.partition("=") for part in said.split(",")] if said else []
+    named = {key.strip(): name.strip() for key, _, name in pairs}
+    if len(named) < len(pairs) or not named.keys() <= {"prompt", "label", "kind"} or not all(named.values()):
+        raise ValueError(
+            f"prompt set {text!r}: columns are named once each, as in @prompt=question,label=harmful,kind=topic"
+        )
+    return Columns(**named)
 
 
 def load_spec(spec: Spec, folder: str | pathlib.Path | None = None) -> PromptSet:
     """All prompts of `spec`; published sets are looked for in `folder` where one is given."""
     if spec.is_file:
-        return load_file(spec.name, spec.harmful)
+        return load_file(spec.name, spec.harmful, spec.columns)
     path_of_published = None if spec.name.startswith("builtin:") or not folder else folder
-    return load_prompts(spec.name, path=path_of_published, split=spec.split)
+    return load_prompts(spec.name, path=path_of_published, split=spec.split, columns=spec.columns)
 
 
 def assign_roles(

@@ -5,21 +5,22 @@ import json
 import random
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
-from jaxsafe.prompts.files import KNOWN, KnownSet, Label, Row, has_columns, locate, read_rows
+from jaxsafe.prompts.content import cell_text
+from jaxsafe.prompts.files import Row, read_rows
+from jaxsafe.prompts.labels import label_of
+from jaxsafe.prompts.published import KNOWN, KnownSet, Label, locate, recognised
 
 BUILTIN = ("builtin:harmful", "builtin:lookalike", "builtin:plain")
 USUAL_PROMPTS = ("prompt", "goal", "question", "instruction", "behavior", "request", "query", "text")
 USUAL_KINDS = ("kind", "category")
 USUAL_LABEL = "label"
-UNSAFE_WORDS = ("unsafe", "harmful", "toxic", "true", "yes", "1")
-SAFE_WORDS = ("safe", "harmless", "benign", "false", "no", "0")
 
 
 @dataclass(frozen=True)
@@ -171,7 +172,7 @@ def load_prompts(
 ) -> PromptSet:
     """Load a prompt set by name, or any CSV, TSV, JSON, JSONL, Parquet or text file (one prompt a line).
 
-    name: a published set (`prompt_files.KNOWN`), `builtin:harmful`, `builtin:lookalike`, `builtin:plain`, or
+    name: a published set (`published.KNOWN`), `builtin:harmful`, `builtin:lookalike`, `builtin:plain`, or
     a name of your own for the file at `path`. path: the file, or for a published set also a folder that holds
     it, there or one level below; without it a published set comes from the Hugging Face hub or its cache.
     split: a published split of the set, "all" of them, a value of the file's `split` column, or `firstN` /
@@ -194,7 +195,10 @@ def load_prompts(
     lines = _select_split(lines, row_split, known, name)
 
     seen = list(dict.fromkeys(key for line in lines for key in line.row))
-    prompt_column = _column(seen, (column,) if column else known.columns if known else USUAL_PROMPTS, name)
+    wanted = (column,) if column else known.columns if known else USUAL_PROMPTS
+    prompt_columns = [_column(seen, wanted, name)]
+    if known and not column:
+        prompt_columns += [other for other in known.columns if other in seen and other not in prompt_columns]
     usual_kinds = known.kinds if known else USUAL_KINDS
     has_kind = kind or {k.lower() for k in usual_kinds} & {s.lower() for s in seen}
     kind_column = _column(seen, (kind,) if kind else usual_kinds, name) if has_kind else None
@@ -207,23 +211,22 @@ def load_prompts(
         raise ValueError(f"{name}: no prompts left in split {split or 'all'} with contextual={contextual!r}")
     return PromptSet(
         name,
-        tuple(line.prompt(prompt_column, known.context if known else None) for line in lines),
+        tuple(line.prompt(prompt_columns, known.context if known else None) for line in lines),
         tuple(line.label(label_column) if harmful is None else harmful for line in lines),
         tuple(_cell(line.row, kind_column) for line in lines),
         split,
     )
 
 
-def load_file(path: str | Path, harmful: bool | None = None) -> PromptSet:
-    """The prompts of a file, named by it: as published where it is named like a published set and has its columns.
+def load_file(path: str | Path, harmful: bool | None = None, columns: Columns = Columns()) -> PromptSet:
+    """The prompts of a file, named by it: as published where its columns are those of a published set.
 
-    `harmful` is one label for the whole file. Raises as `load_prompts` does.
+    `harmful` is one label for the whole file; `columns` are named for files of one's own. Raises as `load_prompts`.
     """
     file = Path(path)
-    known = next((k for k in KNOWN if k.name == file.stem), None)
-    published = known is not None and has_columns(known, read_rows(file))
-    name = file.stem if published else str(file)
-    return replace(load_prompts(name, path=file, harmful=harmful), name=file.stem)
+    known = recognised(file, read_rows(file)) if columns == Columns() else None
+    name = known.name if known else str(file)
+    return replace(load_prompts(name, file, columns=columns, harmful=harmful), name=file.stem)
 
 
 @dataclass(frozen=True)
@@ -232,40 +235,36 @@ class _Line:
     row: Row
     published: Label
 
-    def prompt(self, column: str, context: str | None) -> str:
-        text, before = _cell(self.row, column), _cell(self.row, context)
-        if not isinstance(self.row.get(column), str | None):
-            kind = type(self.row[column]).__name__
-            raise ValueError(f"{self.where}: column {column!r} holds {kind}, which is not a text")
-        if not text:
+    def prompt(self, columns: Sequence[str], context: str | None) -> str:
+        column = next((name for name in columns if self.row.get(name)), columns[0])
+        before = _cell(self.row, context)
+        text = "" if self.row.get(column) is None else cell_text(self.row, column, self.where).strip()
+        if all(unicodedata.category(letter)[0] in "CZ" for letter in text):  # invisible ones, too
             raise ValueError(f"{self.where}: the prompt in column {column!r} is blank")
         return f"{before}\n\n---\n\n{text}" if before else text
 
     def label(self, column: str | None) -> bool | None:
-        if column is None:
-            try:
-                return self.published(self.row)
-            except ValueError as error:
-                raise ValueError(f"{self.where}: {error}") from error
-        word = _cell(self.row, column).lower()
-        if word and word not in UNSAFE_WORDS + SAFE_WORDS:
-            known = ", ".join(UNSAFE_WORDS + SAFE_WORDS)
-            way_out = "label the whole file, as in x.csv:safe or harmful=False"
-            raise ValueError(f"{self.where}: label {word!r} in column {column!r} is none of {known}; or {way_out}")
-        return word in UNSAFE_WORDS if word else None
+        try:
+            return self.published(self.row) if column is None else label_of(self.row.get(column), column)
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from error
 
 
 def _cell(row: Row, column: str | None) -> str:
     value = row.get(column) if column is not None else None
+    if isinstance(value, Mapping):  # a yes or no for each category
+        return ", ".join(name for name, true in value.items() if true is True)
     return "" if value is None else str(value).strip()
 
 
 def _column(seen: list[str], wanted: Sequence[str], name: str) -> str:
     """The first wanted column that was seen, spelt as wanted or else in another case."""
-    lower = {s.lower(): s for s in reversed(seen)}
     for w in wanted:
-        if w in seen or w.lower() in lower:
-            return w if w in seen else lower[w.lower()]
+        alike = [s for s in seen if s.lower() == w.lower()]
+        if w not in seen and len(alike) > 1:
+            raise ValueError(f"{name}: the columns {' and '.join(alike)} differ in case alone; name the one to read")
+        if alike:
+            return w if w in seen else alike[0]
     raise ValueError(f"{name}: no column {' or '.join(wanted)}; the file has {', '.join(seen)}")
 
 

@@ -204,7 +204,11 @@ class Environment:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """Which model it was; sha256: of its configuration, fingerprint: of its weights and how it is asked."""
+    """Which model it was; sha256: of its configuration, fingerprint: of its weights and how it is asked.
+
+    revision: the commit of the hub's repository that it came from, None for a folder or a file; adapter_sha256: of an
+    adapter merged into it.
+    """
 
     name: str
     sha256: str
@@ -212,6 +216,8 @@ class Model:
     dtype: str
     layers: int
     template_sha256: str | None = None
+    revision: str | None = None
+    adapter_sha256: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

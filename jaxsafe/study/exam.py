@@ -80,9 +80,10 @@ class Exam:
         Raises ValueError for a prompt or a text beyond the model's context.
         """
         asked = [question.rows(model) for question in self.questions]
-        for rows in asked:
-            check_context(rows, model.config.context, self.decoding.max_new_tokens)
-        check_context(self.texts, model.config.context)
+        for question, rows in zip(self.questions, asked, strict=True):
+            name = f"{set_name(question.prompts)} under {question.setting.name!r}"
+            check_context(rows, model.config.context, self.decoding.max_new_tokens, name, question.texts)
+        check_context(self.texts, model.config.context, name="the passages to read")
         settings = [[question.setting.samples, question.setting.temperature] for question in self.questions]
         sampling = [float(value) for value in dataclasses.astuple(self.decoding.sampling)]
         return {

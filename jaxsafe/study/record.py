@@ -17,6 +17,7 @@ import jaxsafe
 from jaxsafe.chat.model import ChatModel
 from jaxsafe.evaluation.samples import comparisons, rates, set_name
 from jaxsafe.io.atomic import write_text
+from jaxsafe.io.hub import commit
 from jaxsafe.prompts.sets import PromptSet
 from jaxsafe.records.run import (
     Comparison,
@@ -163,7 +164,9 @@ def model_record(model: ChatModel) -> Model:
     """Which model a run used."""
     shape = model.config
     sha256, weights = model.config_sha256(), model.fingerprint()
-    return Model(model.name, sha256, weights, shape.dtype, shape.layers, model.template_sha256)
+    revision = commit(model.tokenizer.path)
+    how = model.template_sha256, revision, model.adapter_sha256
+    return Model(model.name, sha256, weights, shape.dtype, shape.layers, *how)
 
 
 def data_records(sets: Mapping[str, Sequence[PromptSet]]) -> list[Data]:

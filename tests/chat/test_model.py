@@ -11,6 +11,7 @@ from tiny import decoding, tiny_chat_model, tiny_params
 
 from jaxsafe.chat.answers import Answers, collected
 from jaxsafe.chat.model import KEEP
+from jaxsafe.chat.template import Renderer
 from jaxsafe.kernels.generate import generate, prefill_and_decode
 from jaxsafe.kernels.likelihood import answer_nll
 from jaxsafe.kernels.sampling import Decoding, drawing, row_seeds
@@ -97,9 +98,8 @@ def test_a_prompt_is_a_row_of_the_template_or_raw(model):
 
 
 def test_the_template_is_rendered_once_a_row(model, monkeypatch):
-    rendered, hf = [], model.tokenizer.hf
-    whole = type(hf).apply_chat_template
-    monkeypatch.setattr(type(hf), "apply_chat_template", lambda *a, **k: rendered.append(1) or whole(*a, **k))
+    rendered, whole = [], Renderer.render
+    monkeypatch.setattr(Renderer, "render", lambda *a, **k: rendered.append(1) or whole(*a, **k))
     model.rows(PROMPTS)
     assert len(rendered) == len(PROMPTS)
 

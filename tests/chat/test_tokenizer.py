@@ -101,6 +101,15 @@ def test_raw_rows_have_no_template_and_no_end(opened):
         assert tokenizer.raw_row(PROMPTS[0], " yes") == Row((BOS, *words, *more), len(words))
 
 
+@pytest.mark.parametrize("around", ["$A", "<s> $A", "<s> $A </s>"])
+@pytest.mark.parametrize("given", [0, 1, 2])
+def test_raw_rows_that_begin_with_bos_have_no_second_one(opened, around, given):
+    tokenizer = opened(template=None, around=around)
+    words, front = tokenizer.plain_ids(PROMPTS[0]), [BOS] * (given if around == "$A" else 1)
+    row = tokenizer.raw_row("<s>" * given + PROMPTS[0], " yes")
+    assert row == Row((*front, *words, *tokenizer.plain_ids(" yes")), len(front) + len(words) - 1)
+
+
 def test_a_template_of_ones_own_takes_the_place_of_the_folders(opened):
     for shipped in (TEMPLATE, None):
         own = opened(template=shipped, override="Q: {{ messages[0]['content'] }} A:")
@@ -177,6 +186,11 @@ def test_the_row_that_exceeds_the_context_is_named():
         check_context(rows, 19)
     with pytest.raises(ValueError, match=r"prompt 2 needs 30 tokens \+ 5 new ones; the model's context is 34 tokens"):
         check_context(rows, 34, 5)
+    texts = ["why?", "how do\ni leave? " + "again and " * 40, "what?"]
+    with pytest.raises(
+        ValueError, match=r"^prompt 2 of mine \('how do i leave\? again and again and .*\.\.\.'\) needs 20"
+    ):
+        check_context(rows, 19, name="mine", texts=texts)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json"])

@@ -34,27 +34,13 @@ from gguf_files import (
 from jax.sharding import AxisType
 from transformers import AutoTokenizer
 
-from jaxsafe.io.gguf import GgufFile, gguf_to_hf
-from jaxsafe.io.hf import SafetensorsFolder, read_config
+from jaxsafe.io.gguf import GgufFile
+from jaxsafe.io.hf import SafetensorsFolder, gguf_to_hf, read_config
 from jaxsafe.io.hub import SMOLLM2, SMOLLM2_MEMBER, _smollm2_wheel, load_hf, resolve
 from jaxsafe.io.tensors import load_params
 from jaxsafe.model.config import Rope
 from jaxsafe.model.families import config_from_hf
 from jaxsafe.model.weights import flatten
-
-for _i in range(LAYERS):
-    _hf, _gg = f"model.layers.{_i}", f"blk.{_i}"
-    NAMES |= {
-        f"{_hf}.input_layernorm.weight": (f"{_gg}.attn_norm.weight", (EMBED,)),
-        f"{_hf}.self_attn.q_proj.weight": (f"{_gg}.attn_q.weight", (HEADS * HEAD_DIM, EMBED)),
-        f"{_hf}.self_attn.k_proj.weight": (f"{_gg}.attn_k.weight", (KV_HEADS * HEAD_DIM, EMBED)),
-        f"{_hf}.self_attn.v_proj.weight": (f"{_gg}.attn_v.weight", (KV_HEADS * HEAD_DIM, EMBED)),
-        f"{_hf}.self_attn.o_proj.weight": (f"{_gg}.attn_output.weight", (EMBED, HEADS * HEAD_DIM)),
-        f"{_hf}.post_attention_layernorm.weight": (f"{_gg}.ffn_norm.weight", (EMBED,)),
-        f"{_hf}.mlp.gate_proj.weight": (f"{_gg}.ffn_gate.weight", (MLP, EMBED)),
-        f"{_hf}.mlp.up_proj.weight": (f"{_gg}.ffn_up.weight", (MLP, EMBED)),
-        f"{_hf}.mlp.down_proj.weight": (f"{_gg}.ffn_down.weight", (EMBED, MLP)),
-    }
 
 
 def slow_dequantise(data, kind):

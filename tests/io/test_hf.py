@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from decoders import TINY, InMemory, hf_weights, logits_of, padded, random_params
-from folders import stored, write_folder
+from folders import stored, write_folder, write_safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
@@ -18,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from jaxsafe.io import hf
 from jaxsafe.io.hf import SafetensorsFolder, read_config, save_hf
 from jaxsafe.io.hub import load_hf
+from jaxsafe.io.shards import INDEX
 from jaxsafe.io.tensors import load_params
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.weights import TABLE, from_matrix, hf_shapes, hf_view, layer_shape, to_matrix
@@ -34,7 +35,7 @@ CONFIGS = {
 
 
 def bits(tensors):
-    return {name: (array.shape, str(array.dtype), array.tobytes()) for name, array in tensors.items()}
+    return {name: (array.shape, str(array.dtype), np.asarray(array).tobytes()) for name, array in tensors.items()}
 
 
 def all_tensors(folder):
@@ -226,15 +227,77 @@ def test_pickled_weights_are_not_read(tmp_path):
 
 
 def test_a_tensor_in_two_files_is_named(tmp_path):
-    folder = write_folder(tmp_path / "m", HALF)
-    save_file({Q1: stored(HALF)[Q1]}, folder / "other.safetensors")
-    refused(folder, Q1, "two files")
-
-
-def test_a_shard_that_is_gone_is_missed(tmp_path):
     out = save_hf(tmp_path / "out", HALF, random_params(HALF), shard_bytes=10_000)
-    sorted(out.glob("*.safetensors"))[1].unlink()
-    refused(out, "lacks")
+    holding = json.loads((out / INDEX).read_text())["weight_map"][Q1]
+    other = next(file for file in sorted(out.glob("*.safetensors")) if file.name != holding)
+    save_file(load_file(other) | {Q1: stored(HALF)[Q1]}, other)
+    refused(out, Q1, "two files")
+
+
+def test_a_shard_that_is_gone_is_named(tmp_path):
+    out = save_hf(tmp_path / "out", HALF, random_params(HALF), shard_bytes=10_000)
+    gone = sorted(out.glob("*.safetensors"))[1]
+    gone.unlink()
+    refused(out, out, "lacks 1 files", gone.name, kind=FileNotFoundError)
+
+
+def test_what_the_index_names_is_read_and_nothing_else(tmp_path):
+    out = save_hf(tmp_path / "out", HALF, random_params(HALF), shard_bytes=10_000)
+    save_file({"layers.0.attention.wk.weight": stored(HALF)[Q1]}, out / "consolidated.safetensors")
+    assert bits(hf_view(*load_hf(out))) == bits(stored(HALF))
+
+
+def test_one_whole_file_is_read_and_nothing_else(tmp_path):
+    folder = write_folder(tmp_path / "m", HALF)
+    save_file({Q1: stored(HALF)[Q1]}, folder / "adapter_model.safetensors")
+    assert bits(hf_view(*load_hf(folder))) == bits(stored(HALF))
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, [1], {Q1: 3}, {Q1: "../elsewhere.safetensors"}])
+def test_an_index_that_is_none_is_named(weight_map, tmp_path):
+    folder = write_folder(tmp_path / "m", HALF)
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    refused(folder, folder / INDEX)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float64, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+def test_weights_of_other_floating_types_are_read_as_they_are(kind, tmp_path):
+    narrow = {name: array.astype(kind) if array.ndim == 2 else array for name, array in stored(TINY).items()}
+    folder = write_folder(tmp_path / "m", TINY)
+    write_safetensors(folder / "model.safetensors", narrow)
+    view = hf_view(*load_hf(folder))
+    assert bits(view) == bits({name: array.astype(np.float32) for name, array in narrow.items()})
+    part = SafetensorsFolder(folder).read(Q1, (slice(3, 7), slice(2, 5)))
+    assert part.tobytes() == np.ascontiguousarray(narrow[Q1][3:7, 2:5]).tobytes()
+
+
+def test_weights_that_are_no_floating_numbers_are_named(tmp_path):
+    tensors = stored(TINY)
+    tensors[Q1] = tensors[Q1].astype(np.int8)
+    refused(write_folder(tmp_path / "m", TINY, tensors), Q1, "stored as I8", "use one of F64")
+
+
+@pytest.mark.parametrize("other", [True, False], ids=["other head", "same head"])
+def test_a_head_of_its_own_is_used_whatever_the_config_says(other, tmp_path):
+    """As transformers does it: of two matrices that differ neither is dropped."""
+    config = dataclasses.replace(TINY, tied=True)
+    tensors = stored(config)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + np.float32(other)
+    folder = write_folder(tmp_path / "m", config, tensors)
+    loaded, params = load_hf(folder)
+    assert loaded.tied is not other
+    assert bits(hf_view(loaded, params)) == bits(tensors if other else stored(config))
+    out = save_hf(tmp_path / "out", loaded, params, like=folder)
+    assert load_hf(out)[0] == loaded
+
+
+def test_a_tied_matrix_may_be_stored_as_the_head_alone(tmp_path):
+    config = dataclasses.replace(TINY, tied=True)
+    tensors = stored(config)
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    loaded, params = load_hf(write_folder(tmp_path / "m", config, tensors))
+    assert loaded.tied and bits(hf_view(loaded, params)) == bits(stored(config))
 
 
 def test_parts_are_read_alone(tmp_path):

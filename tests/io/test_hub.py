@@ -14,7 +14,7 @@ import pytest
 from gguf_files import byte_level_fields, write_gguf
 
 from jaxsafe.io import hub
-from jaxsafe.io.gguf import gguf_to_hf
+from jaxsafe.io.hf import gguf_to_hf
 from jaxsafe.model.weights import flatten
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -232,7 +232,8 @@ def test_a_cached_hub_model_needs_no_network(hub_cache, tiny_folder):
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "shard"])
 def test_a_half_cached_hub_model_is_fetched(hub_cache, monkeypatch, missing):
     if missing == "shard":
-        weight_map = {"a": "model.safetensors", "b": "model-00002.safetensors"}
+        (hub_cache / "model.safetensors").rename(hub_cache / "model-00001.safetensors")
+        weight_map = {"a": "model-00001.safetensors", "b": "model-00002.safetensors"}
         (hub_cache / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     else:
         (hub_cache / missing).unlink()
@@ -240,14 +241,29 @@ def test_a_half_cached_hub_model_is_fetched(hub_cache, monkeypatch, missing):
         hub.resolve("owner/tiny", allow_network=False)
     asked = []
 
-    def download(name, **options):
+    def download(name, revision, **options):
         if not options.get("local_files_only"):
-            asked.append((name, options["allow_patterns"]))
+            asked.append((name, revision, options["allow_patterns"]))
         return str(hub_cache)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert hub.resolve("owner/tiny") == hub_cache
-    assert asked == [("owner/tiny", ["*.safetensors", "*.json", "tokenizer*", "*.jinja"])]
+    assert hub.resolve("owner/tiny@v2") == hub_cache
+    shards = ["model-00001.safetensors", "model-00002.safetensors"]
+    weights = shards if missing == "shard" else ["model.safetensors", "adapter_model.safetensors"]
+    assert asked == [
+        ("owner/tiny", "v2", ["*.json", "tokenizer*", "*.jinja"]),
+        ("owner/tiny", hub_cache.name, weights),
+    ]
+
+
+def test_a_revision_is_looked_up_in_the_cache_too(hub_cache):
+    repository = hub_cache.parents[1]
+    (repository / "refs" / "v1").write_text("0" * 40)
+    assert hub.resolve("owner/tiny@v1", allow_network=False) == hub_cache
+    assert hub.resolve(f"owner/tiny@{'0' * 40}", allow_network=False) == hub_cache
+    with pytest.raises(FileNotFoundError, match="'owner/tiny' is no folder and not in the local hub cache"):
+        hub.resolve("owner/tiny@v2", allow_network=False)
+    assert (hub.commit(hub_cache), hub.commit(repository)) == ("0" * 40, None)
 
 
 def test_a_hub_that_cannot_be_reached(monkeypatch):

@@ -1,6 +1,5 @@
 """What is finished is not made again, and nothing is seen by halves."""
 
-import json
 import math
 
 import jax
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mutations import bytes_mutated
 from safetensors import SafetensorError
 
 from jaxsafe.io.store import JSON, TREE, Log, Store, by_batch
@@ -135,9 +135,8 @@ def test_torn_and_missing_files_are_named(tmp_path):
         store.write("piece", 1, {"a": np.ones(200, np.float32)} if codec is TREE else {"a": [1] * 200}, codec)
         path = store.path("piece", 1, codec.suffix)
         path.write_bytes(path.read_bytes()[:-20])
-        with pytest.raises(
-            ValueError, match="is not a whole safetensors file" if codec is TREE else "not JSON"
-        ) as error:
+        said = "not a whole safetensors file" if codec is TREE else "not JSON"
+        with pytest.raises(ValueError, match=f"is {said}; remove it to make it anew") as error:
             store.read("piece", 1, codec)
         assert str(path) in str(error.value)
 
@@ -172,7 +171,7 @@ def test_a_log_cut_anywhere_goes_on(tmp_path_factory, cut, added):
     torn = Log(tmp_path_factory.mktemp("torn") / "log.jsonl")
     torn.path.write_bytes(content[:cut])
     lines = content[:cut].decode().split("\n")
-    kept = [json.loads(line) for line in lines[:-1]]
+    kept = ENTRIES[: len(lines) - 1]
     # A whole entry without its end of line counts or does not; what is cut short never does.
     last = [ENTRIES[len(kept)]] if lines[-1] and lines[-1] == content.decode().split("\n")[len(kept)] else []
     found = torn.entries()
@@ -181,6 +180,20 @@ def test_a_log_cut_anywhere_goes_on(tmp_path_factory, cut, added):
         torn.add(["new"])
         assert torn.entries() == [*found, ["new"]]
     assert torn.entries()[: len(found)] == found
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_a_log_that_changed_is_refused_or_the_same(tmp_path, seed):
+    log = Log(tmp_path / "log.jsonl")
+    log.add(*ENTRIES)
+    log.path.write_bytes(bytes_mutated(log.path.read_bytes(), seed))
+    try:
+        found = log.entries()
+    except ValueError as error:
+        assert str(log.path) in str(error) and "remove it to make it anew" in str(error)
+    else:
+        # A line that is there twice is what it was; a lost end is that of a killed run.
+        assert all(entry in ENTRIES for entry in found)
 
 
 def test_values_made_by_batch_go_on_from_the_log(tmp_path):

@@ -9,9 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from tiny import tiny_config
 
-from jaxsafe.io.vectors import FIELDS, load_control_vector, load_steering, save_control_vector, save_steering
-from jaxsafe.kernels.steering import Steering
+from jaxsafe.io.vectors import (
+    FIELDS,
+    load_control_vector,
+    load_steering,
+    load_vectors,
+    save_control_vector,
+    save_steering,
+)
+from jaxsafe.kernels.steering import PromptStates, Steering
 
 MADE_FOR = {"configuration": "0123", "sketch": {"layers/q": [2.0, 1.0, -1.0], "norm": [1.0, 0.5, 0.5]}}
 
@@ -161,3 +169,75 @@ def test_a_control_vector_cut_short_is_refused(tmp_path, steering):
         path.write_bytes(content[:n])
         with pytest.raises(ValueError, match="is not a whole GGUF file"):
             load_control_vector(path, 4, 6)
+
+
+# --- vectors of any source
+
+
+SHAPE = tiny_config(layers=4, embed=6)
+
+
+def control_vector(path, directions, arch="controlvector"):
+    writer = gguf.GGUFWriter(path, arch)
+    writer.add_string("controlvector.model_hint", "llama")
+    for name, direction in directions.items():
+        writer.add_tensor(name, np.ascontiguousarray(direction))
+    for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        step()
+    return path
+
+
+@pytest.mark.parametrize(("layers", "dtype"), [((1, 2, 3), np.float32), ((2,), np.float32), ((1, 3), np.float16)])
+def test_a_control_vector_is_added_to_every_prompt(tmp_path, layers, dtype):
+    added = {n: np.random.default_rng(n).standard_normal(6).astype(dtype) for n in layers}
+    path = control_vector(tmp_path / "v", {f"direction.{n}": direction for n, direction in added.items()})
+    rule, metadata = load_vectors(path, SHAPE)
+    assert metadata == {}
+    rng = np.random.default_rng(9)
+    states = PromptStates(jnp.zeros((4, 3, 6)), jnp.asarray(rng.standard_normal((4, 3, 6)), jnp.float32))
+    assert rule.gate(states).tolist() == [1.0] * 3
+    total = np.asarray(rule.edits(rule.gate(states), jnp.zeros(3, int))["resid"].add)
+    for n in range(4):
+        np.testing.assert_allclose(total[n], added.get(n, np.zeros(6)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("directions", "said"),
+    [
+        ({"direction.mean": np.ones(6, np.float32)}, r"direction.mean \(F32\) is no direction.N"),
+        ({"direction.-1": np.ones(6, np.float32)}, r"direction.-1 \(F32\) is no direction.N"),
+        ({"direction.1": np.ones(6, np.int32)}, r"direction.1 \(I32\) is no direction.N"),
+        ({"direction.0": np.ones(6, np.float32)}, "does not fit 4 blocks of 6"),
+        ({"direction.7": np.ones(6, np.float32)}, "does not fit 4 blocks of 6"),
+        ({"direction.1": np.full(6, np.inf, np.float32)}, "numbers that are not finite"),
+        ({"direction.1": np.zeros(6, np.float32)}, "holds no direction"),
+    ],
+)
+def test_control_vectors_that_steer_nothing_are_refused(tmp_path, directions, said):
+    with pytest.raises(ValueError, match=said):
+        load_vectors(control_vector(tmp_path / "v", directions), SHAPE)
+
+
+def test_a_steering_file_is_one_of_the_vectors(tmp_path, steering):
+    save_steering(tmp_path / "v", steering, {"origin": MADE_FOR})
+    found, metadata = load_vectors(tmp_path / "v", SHAPE, MADE_FOR)
+    np.testing.assert_array_equal(found.directions, steering.directions)
+    assert metadata == {"origin": MADE_FOR}
+    with pytest.raises(ValueError, match="is of 4 blocks of 6; the model has 3 of 6"):
+        load_vectors(tmp_path / "v", tiny_config(layers=3, embed=6))
+    with pytest.raises(FileNotFoundError, match="no steering vectors at"):
+        load_vectors(tmp_path / "absent", SHAPE)
+
+
+@pytest.mark.parametrize("name", ["directions", "reference", "threshold", "strength"])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, steering, name):
+    save_steering(tmp_path / "v", steering.replace(**{name: jnp.full_like(getattr(steering, name), jnp.nan)}), {})
+    with pytest.raises(ValueError, match=f"{name} holds numbers that are not finite"):
+        load_steering(tmp_path / "v")
+
+
+def test_arrays_of_other_shapes_are_refused(tmp_path, steering):
+    for name, shape in (("reference", (4, 5)), ("scored", (3,)), ("threshold", (1,)), ("directions", (6,))):
+        save_steering(tmp_path / "v", steering.replace(**{name: np.ones(shape)}), {})
+        with pytest.raises(ValueError, match="which is no part of a steering"):
+            load_steering(tmp_path / "v")

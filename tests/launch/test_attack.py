@@ -17,7 +17,7 @@ from configs.attack.smollm2_135m import get_config
 from configs.fields import check
 from jaxsafe.chat.model import load_chat_model
 from jaxsafe.methods import cells
-from jaxsafe.prompts.files import KNOWN
+from jaxsafe.prompts.published import KNOWN
 from jaxsafe.prompts.roles import parse_spec
 from jaxsafe.prompts.sets import BUILTIN
 from jaxsafe.records.attack import Details

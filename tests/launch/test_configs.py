@@ -15,7 +15,7 @@ from configs.scans.base import base
 from configs.scans.vicuna_7b import CHAT_TEMPLATE
 from jaxsafe.chat.tokenizer import Tokenizer
 from jaxsafe.methods.scans import AFFIRMATIVE
-from jaxsafe.prompts.files import KNOWN
+from jaxsafe.prompts.published import KNOWN
 from jaxsafe.prompts.roles import assign_roles, parse_spec
 from jaxsafe.prompts.sets import BUILTIN
 

@@ -68,6 +68,7 @@ SMALL_BY_TASK = {
 # both times: what makes the field matter.
 OTHER = {
     "model": "another",
+    "adapter": "another",
     "dtype": "float32",
     "mesh": "data:1,model:1",
     "chat_template": "{{ messages[0].content }}",

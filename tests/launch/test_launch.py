@@ -15,6 +15,7 @@ from tiny import tiny_params
 from configs.scans.smollm2_135m import get_config
 from jaxsafe.chat.model import ChatModel, load_chat_model
 from jaxsafe.evaluation.language import builtin_prose, load_passages, text_rows
+from jaxsafe.io.vectors import save_control_vector, save_steering
 from jaxsafe.methods import scans, scans_calibration
 from jaxsafe.model.layers import LayerRange
 from jaxsafe.parallel import parse_mesh
@@ -22,7 +23,7 @@ from jaxsafe.records.run import from_json, read_run, read_samples
 from jaxsafe.records.scans import Choice, Details
 from jaxsafe.study.study import Study
 from launch.progress import Clock
-from launch.scans import loaded, roles_of, run, save_vectors
+from launch.scans import check, loaded, roles_of, run, save_vectors
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -122,6 +123,26 @@ def test_saved_vectors_steer_another_run_the_same(config, tmp_path, monkeypatch)
     other = dataclasses.replace(model, config=dataclasses.replace(model.config, norm_eps=1e-6))
     with pytest.raises(ValueError, match="made for"):
         run(config, other, roles_of(config), tmp_path / "c", Clock())
+
+
+def test_vectors_saved_by_hand_and_control_vectors_steer_a_run(config, tmp_path):
+    model = load_chat_model(config.model)
+    prompts = ["tell me a story", "what is old?", "list five games", "how do i keep bees?"]
+    choice = Choice(LayerRange(0, 2), LayerRange(1, 2), 0.5, alpha_rel=0.1)
+    steering = scans.steering_of(scans.find_directions(model, prompts[:2], prompts[2:]), choice)
+    save_steering(tmp_path / "mine.safetensors", steering, {"model": model.name, "origin": model.origin()})
+    save_control_vector(tmp_path / "mine.gguf", steering, model.config.family)
+    config.evaluation = ("builtin:lookalike/test#3", "builtin:harmful/test#3")
+    for name, threshold in (("mine.safetensors", 0.5), ("mine.gguf", -1.0)):
+        config.vectors = str(tmp_path / name)
+        check(config)
+        found = details(run(config, model, roles_of(config), tmp_path / f"out-{name}", Clock()))
+        assert found.choice.layers == choice.layers and found.choice.threshold == threshold
+        assert np.isclose(found.choice.alpha, np.abs(np.asarray(steering.strength)[1]))
+        assert (tmp_path / f"out-{name}" / "vectors.safetensors").is_file()
+    save_steering(tmp_path / "odd.safetensors", steering, {"origin": model.origin(), "choice": {"layers": "all"}})
+    with pytest.raises(ValueError, match=r"odd\.safetensors holds metadata that cannot be read"):
+        loaded(str(tmp_path / "odd.safetensors"), model)
 
 
 def test_vectors_are_those_of_a_model_in_any_dtype(folder, tmp_path):
@@ -249,5 +270,5 @@ def test_an_empty_prompt_file_and_a_long_prompt_are_refused(config, tmp_path):
     with pytest.raises(ValueError, match=r"empty\.txt"):
         roles_of(config)
     config.evaluation = (f"{long}:safe",)
-    with pytest.raises(ValueError, match="context"):
+    with pytest.raises(ValueError, match=r"prompt 1 of long under 'vanilla' \('why why .*'"):
         run(config, load_chat_model(config.model), roles_of(config), tmp_path / "out", Clock())

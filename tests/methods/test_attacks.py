@@ -108,6 +108,15 @@ def test_files_of_every_kind(tmp_path):
         assert load_examples(written(tmp_path, name, rows)) == wanted, name
     found = load_examples(written(tmp_path, "lists.json", conversations))
     assert found == [Example(p, r, "Obey.") for p, r in PAIRS]
+    parts = [[{"type": "text", "text": p[:3]}, {"type": "text", "text": p[3:]}] for p, _ in PAIRS]
+    asked = [{"role": "user", "content": p} for p, _ in PAIRS]
+    files = {
+        "parts.jsonl": [{"messages": messages(p, r)} for p, (_, r) in zip(parts, PAIRS, strict=True)],
+        "turns.jsonl": [{"prompt": [p], "response": [{"role": "assistant", "content": r}]} for p, r in PAIRS],
+        "asked.jsonl": [{"prompt": [p], "response": r} for p, (_, r) in zip(asked, PAIRS, strict=True)],
+    }
+    for name, rows in files.items():
+        assert load_examples(written(tmp_path, name, rows)) == wanted, name
     row = {"instruction": "Put in order.", "input": "3 1 2", "output": "1 2 3"}
     assert load_examples(written(tmp_path, "input.json", [row]))[0].prompt == "Put in order.\n\n3 1 2"
 
@@ -118,6 +127,12 @@ def test_files_of_every_kind(tmp_path):
         ([{"prompt": "Why?", "response": " "}], "row 1 has no prompt or no answer"),
         ([{"question": "Why?"}], "row 1 has no prompt or no answer"),
         ([messages("a", "b"), messages("a", "b") * 2], "row 2: messages of .*; need one user"),
+        ([[{"role": ["user"], "content": "a"}]], "row 1: messages need a role and a content"),
+        ([{"messages": 3}], "row 1: messages need a role and a content"),
+        ([messages("a", None)], "row 1: 'content' holds null, which is not a text"),
+        ([messages([{"type": "image_url"}], "b")], "row 1: 'content' holds a part of the type 'image_url'"),
+        ([{"prompt": ["a", "b"], "response": "c"}], "row 1: 'prompt' holds a list of 2"),
+        ([{"instruction": "a", "output": 3}], "row 1: 'output' holds int, which is not a text"),
         ([[{"role": "user"}]], "row 1: messages need a role and a content"),
     ],
 )

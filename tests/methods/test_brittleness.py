@@ -268,6 +268,12 @@ def test_pairs_come_from_a_file_and_draws_follow_numpy(tmp_path):
     assert raw[0] == model.tokenizer.raw_row(PROMPTS[0], " no.")
     order = np.random.default_rng(3).permutation(len(rows))[:4]
     assert draw(rows, 4, seed=3) == [rows[i] for i in order]
+    asked = [{"prompt": [{"role": "user", "content": p}], "response": [" no."]} for p in PROMPTS]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in asked))
+    assert pairs_from_file(model, path) == rows
+    path.write_text('{"prompt": "why?", "response": [1, 2]}\n')
+    with pytest.raises(ValueError, match=r"pairs.jsonl, row 1: 'response' holds a list of 2"):
+        pairs_from_file(model, path)
     path.write_text('{"prompt": "why?", "response": ""}\n')
     with pytest.raises(ValueError, match=r"row 1: no response; pairs need the columns prompt and response"):
         pairs_from_file(model, path)

@@ -444,11 +444,17 @@ def test_prompts_longer_than_the_context_are_refused_before_anything_runs(tmp_pa
         lambda: read_prompts(short, directions, PROMPTS),
         lambda: check_lengths(short, [prompts], [], 1),
     ):
-        with pytest.raises(ValueError, match=r"prompt 0 needs 19 tokens \+ 3 new ones; the model's context is 20"):
+        with pytest.raises(
+            ValueError, match=r"prompt (0|1 of mine \(.*\)) needs 19 tokens \+ 3 new ones; the model's context is 20"
+        ):
             run()
-    with pytest.raises(ValueError, match=r"prompt 0 needs 19 tokens \+ 9 new ones; the model's context is 20"):
+    with pytest.raises(
+        ValueError, match=r"prompt 1 of mine \(.*\) needs 19 tokens \+ 9 new ones; the model's context is 20"
+    ):
         check_lengths(short, [prompts], [], 9)
     check_lengths(tiny_chat_model(tmp_path, context=60), [prompts], [], 9)
     texts = [Row(tuple(range(9, 27)), 8)]
-    with pytest.raises(ValueError, match=r"prompt 0 needs 18 tokens \+ 3 new ones; the model's context is 20"):
+    with pytest.raises(
+        ValueError, match=r"prompt 1 of the passages to read needs 18 tokens \+ 3 new ones; the model's context is 20"
+    ):
         check_lengths(short, [], texts, 1)

@@ -265,12 +265,53 @@ EXTRAS = {
     "unsloth_fixed": True,
     "unsloth_version": "2024.9",
     "use_cache": False,
+    "architectures": ["LLaMAForCausalLM"],
+    "attn_implementation": "sdpa",
+    "bad_words_ids": None,
+    "do_sample": False,
+    "hidden_dropout": 0.0,
+    "num_labels": 2,
+    "sliding_window": None,
+    "top_k": 50,
+    "use_sliding_window": False,
+    "whatever_comes": None,
 }
 
 
 @pytest.mark.parametrize("name", EXTRAS)
 def test_harmless_extras_are_accepted(name):
     assert config_from_hf(LLAMA31 | {name: EXTRAS[name]}) == LLAMA31_READ
+
+
+@pytest.mark.parametrize("quiet", [{"layer_types": ["full_attention"] * 2}, {"quantization_config": {}}])
+def test_values_that_change_nothing_are_accepted(quiet):
+    assert config_from_hf(TINY | quiet) == config_from_hf(TINY)
+
+
+def test_a_mistral_model_without_biases_may_say_so():
+    mistral = TINY | {"model_type": "mistral", "num_key_value_heads": 2}
+    assert config_from_hf(mistral | {"attention_bias": False, "mlp_bias": False}) == config_from_hf(mistral)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"hidden_size": "64"}, "hidden_size='64'; a whole number above 0 is expected"),
+        ({"vocab_size": 2**40}, "vocab_size=1099511627776; a whole number"),
+        ({"num_hidden_layers": 5000}, "num_hidden_layers=5000; a whole number up to 4096"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan; a number above 0"),
+        ({"rope_theta": -1.0}, "rope_theta=-1.0"),
+        ({"attention_bias": "no"}, "attention_bias='no'; true or false"),
+        ({"architectures": "LlamaForCausalLM"}, "architectures='LlamaForCausalLM'; a list of texts"),
+        ({"rope_scaling": ["linear"]}, r"rope_scaling=\['linear'\]; an object"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, r"rope_type=\['linear'\]; a text"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor='2'; a number"),
+        ({"num_attention_heads": True}, "num_attention_heads=True"),
+    ],
+)
+def test_values_of_another_kind_are_named(given, words):
+    with pytest.raises(ValueError, match=words):
+        config_from_hf(TINY | given)
 
 
 LINEAR = {"rope_type": "linear", "factor": 2.0}
@@ -298,6 +339,7 @@ LINEAR = {"rope_type": "linear", "factor": 2.0}
         ({"rope_parameters": LINEAR | {"beta_fast": 32}}, ["beta_fast", "'linear'"]),
         ({"rope_parameters": LINEAR | {"partial_rotary_factor": 0.25}}, ["partial_rotary_factor"]),
         ({"rope_parameters": {"rope_type": "linear"}}, ["'linear'", "factor"]),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": None}}, ["'yarn'", "factor"]),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}}, ["high_freq_factor"]),
         ({"num_key_value_heads": 3}, ["4 attention heads", "3 key/value heads"]),
         ({"head_dim": 7}, ["head_dim", "7", "even"]),

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsafe.prompts import files
-from jaxsafe.prompts.files import KNOWN, read_rows
+from jaxsafe.prompts.files import read_rows
+from jaxsafe.prompts.published import KNOWN
 from jaxsafe.prompts.sets import BUILTIN, Columns, PromptSet, check_disjoint, load_file, load_prompts, normalised
 
 DATA = Path(__file__).parents[2] / "../shared/data"
@@ -228,7 +229,9 @@ def test_an_unreachable_hub_names_the_way_out(monkeypatch):
         load_prompts("xstest")
     assert "Paul/XSTest/xstest_prompts.csv could not be fetched (ConnectionError)" in str(error.value)
     assert "path=" in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(FileNotFoundError, match=r"oktest \(split test\) is not on the Hugging Face hub; .*path="):
+    with pytest.raises(
+        FileNotFoundError, match=r"oktest \(split test\) is not fetched from the Hugging Face hub; .*path="
+    ):
         load_prompts("oktest")
 
 
@@ -348,7 +351,7 @@ BAD = [
     ("a.txt", b"\n\n", "holds no prompts"),
     ("a.csv", b"prompt,x\nhi,1\n ,2\n", r"a\.csv, row 2: the prompt in column 'prompt' is blank"),
     ("a.txt", b"hi\n\nyou\n", r"a\.txt, row 2: the prompt in column 'text' is blank"),
-    ("a.json", b'[{"prompt": ["a", "b"]}]', "row 1: column 'prompt' holds list, which is not a text"),
+    ("a.json", b'[{"prompt": ["a", "b"]}]', "row 1: 'prompt' holds a list of 2, where one text"),
     ("a.json", b'[{"prompt": null}]', "row 1: the prompt in column 'prompt' is blank"),
     ("a.csv", b"prompt\nhi, you\n", r"a\.csv, row 1: more cells than the 1 columns of the header"),
     ("a.csv", b'prompt\nhi\n"you\nand me\n', r"a\.csv, line 4: unexpected end of data"),

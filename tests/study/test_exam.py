@@ -398,7 +398,10 @@ def test_a_prompt_beyond_the_context_is_refused_before_any_work(model, tmp_path,
     settings = (SETTINGS[0], long) if where else SETTINGS[:1]
     prompts = (long_set(fits if where else fits + 1), MIXED)
     study = Study(tmp_path, model, exams.quick_exam(model, prompts=prompts, settings=settings))
-    with pytest.raises(ValueError, match=r"prompt 2 needs \d+ tokens \+ 5 new ones; the model's context is 160 tokens"):
+    with pytest.raises(
+        ValueError,
+        match=r"prompt 3 of bad under '\w+' \('.*why\? .*'\) needs \d+ tokens \+ 5 new ones; .* context is 160 tokens",
+    ):
         study.check()
     assert not (tmp_path / "store").exists()
     Study(tmp_path, model, exams.quick_exam(model, prompts=(long_set(fits), MIXED))).check()
@@ -407,7 +410,9 @@ def test_a_prompt_beyond_the_context_is_refused_before_any_work(model, tmp_path,
 def test_a_text_beyond_the_context_is_refused_before_any_work(model, tmp_path, monkeypatch):
     refuse_work(monkeypatch)
     texts = tuple(text_rows(model, (TEXTS[0], "bread " * 200)))
-    with pytest.raises(ValueError, match=r"prompt 1 needs \d+ tokens; the model's context is 160 tokens"):
+    with pytest.raises(
+        ValueError, match=r"prompt 2 of the passages to read needs \d+ tokens; the model's context is 160 tokens"
+    ):
         Study(tmp_path, model, exams.quick_exam(model, texts=texts)).check()
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import subprocess
 
 import exams
@@ -12,6 +13,7 @@ from exams import BAD, MIXED, SETTINGS
 from tiny import tiny_chat_model
 
 import jaxsafe
+from jaxsafe.chat.tokenizer import Tokenizer
 from jaxsafe.evaluation.settings import attack_success
 from jaxsafe.evaluation.stats import clustered_rate, difference, mcnemar, rate
 from jaxsafe.prompts.sets import PromptSet
@@ -278,6 +280,8 @@ def test_records_of_model_and_data(model):
         "dtype": "float32",
         "layers": 3,
         "template_sha256": model.tokenizer.template_sha256,
+        "revision": None,
+        "adapter_sha256": None,
     }
     assert model_record(model.with_prompt(None, raw=True)).template_sha256 is None
     prompts = PromptSet("builtin:plain", ("a?",), (False,), ("",), "test")
@@ -286,3 +290,11 @@ def test_records_of_model_and_data(model):
         Data("bad", BAD.sha256, 3, None, "evaluation"),
         Data("mixed/test", MIXED.sha256, 3, "test", "calibration"),
     ]
+
+
+def test_the_commit_of_a_model_of_the_hub_is_recorded(model, tmp_path):
+    assert model_record(model).revision is None
+    snapshot = tmp_path / "snapshots" / ("a" * 40)
+    shutil.copytree(model.tokenizer.path, snapshot)
+    cached = dataclasses.replace(model, tokenizer=Tokenizer(snapshot))
+    assert model_record(cached).revision == "a" * 40

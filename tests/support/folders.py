@@ -24,3 +24,18 @@ def write_folder(folder, config, tensors=None, **attributes):
     (folder / "config.json").write_text(json.dumps(config_to_hf(config) | EXTRAS | attributes, indent=4))
     save_file(tensors or stored(config), folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+SAFETENSORS = {"float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "bfloat16": "BF16"}
+SAFETENSORS |= {"float16": "F16", "float32": "F32", "float64": "F64"}
+
+
+def write_safetensors(file, tensors):
+    """A safetensors file of arrays of any floating type, written by hand."""
+    header, place = {}, 0
+    for name, array in tensors.items():
+        kind = SAFETENSORS[str(array.dtype)]
+        header[name] = {"dtype": kind, "shape": array.shape, "data_offsets": [place, place := place + array.nbytes]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    file.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(a.tobytes() for a in tensors.values()))

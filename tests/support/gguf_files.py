@@ -6,12 +6,26 @@ import numpy as np
 TYPES = ["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1"]
 
 
-VOCAB, LAYERS, EMBED, MLP, HEADS, KV_HEADS, HEAD_DIM = 96, 2, 64, 96, 4, 2, 16
+VOCAB, LAYERS, EMBED, MLP, HEADS, KV_HEADS, HEAD_DIM = 288, 2, 64, 96, 4, 2, 16
 NAMES = {
     "model.embed_tokens.weight": ("token_embd.weight", (VOCAB, EMBED)),
     "model.norm.weight": ("output_norm.weight", (EMBED,)),
     "lm_head.weight": ("output.weight", (VOCAB, EMBED)),
 }
+
+for _i in range(LAYERS):
+    _hf, _gg = f"model.layers.{_i}", f"blk.{_i}"
+    NAMES |= {
+        f"{_hf}.input_layernorm.weight": (f"{_gg}.attn_norm.weight", (EMBED,)),
+        f"{_hf}.self_attn.q_proj.weight": (f"{_gg}.attn_q.weight", (HEADS * HEAD_DIM, EMBED)),
+        f"{_hf}.self_attn.k_proj.weight": (f"{_gg}.attn_k.weight", (KV_HEADS * HEAD_DIM, EMBED)),
+        f"{_hf}.self_attn.v_proj.weight": (f"{_gg}.attn_v.weight", (KV_HEADS * HEAD_DIM, EMBED)),
+        f"{_hf}.self_attn.o_proj.weight": (f"{_gg}.attn_output.weight", (EMBED, HEADS * HEAD_DIM)),
+        f"{_hf}.post_attention_layernorm.weight": (f"{_gg}.ffn_norm.weight", (EMBED,)),
+        f"{_hf}.mlp.gate_proj.weight": (f"{_gg}.ffn_gate.weight", (MLP, EMBED)),
+        f"{_hf}.mlp.up_proj.weight": (f"{_gg}.ffn_up.weight", (MLP, EMBED)),
+        f"{_hf}.mlp.down_proj.weight": (f"{_gg}.ffn_down.weight", (EMBED, MLP)),
+    }
 
 
 BIASES = {
