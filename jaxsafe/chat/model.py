@@ -101,9 +101,11 @@ class ChatModel:
     ) -> Iterator[tuple[Any, Tree]]:
         """`call(batch, indices)` over batches of `rows` on the devices, as (indices, result) of each finished one.
 
-        See `run_batches`. Raises ValueError for no rows and for one that, with `new_tokens`, exceeds the context.
+        See `run_batches`. Raises ValueError for no rows, for one that, with `new_tokens`, exceeds the context, and for
+        a token that the model lacks.
         """
         check_context(rows, self.config.context, new_tokens)
+        self.tokenizer.check_vocabulary((max(row.ids) for row in rows), self.config.vocab)
 
         def placed(batch: Batch, indices: np.ndarray) -> Tree:
             return call(put_rows(batch, self.mesh), indices)

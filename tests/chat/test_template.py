@@ -12,6 +12,7 @@ from jaxsafe.chat import template
 from jaxsafe.chat.model import load_chat_model
 from jaxsafe.chat.template import Renderer, shared_renderer
 from jaxsafe.chat.tokenizer import Tokenizer
+from jaxsafe.rows import Row
 
 MESSAGES = [{"role": "user", "content": "tell me a story \ud83d \U0001f600"}]
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -148,6 +149,8 @@ def test_a_token_that_the_model_lacks_is_refused_in_the_prompt_that_has_it(folde
     for ask in (chat, chat.with_prompt(raw=True)):
         with pytest.raises(ValueError, match="gives '<image_20>' the number 320"):
             ask.row("what is <image_20>?")
+    with pytest.raises(ValueError, match="gives '<image_20>' the number 320"):
+        chat.nll([Row((5, 320, 7), 0)])
 
 
 def test_an_end_that_the_model_lacks_is_refused(folder, tmp_path):
