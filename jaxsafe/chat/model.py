@@ -22,6 +22,7 @@ from jaxsafe.chat.answers import Answers, collected
 from jaxsafe.chat.steered import Steered
 from jaxsafe.chat.tokenizer import Tokenizer
 from jaxsafe.digest import digest
+from jaxsafe.io.gguf import open_gguf
 from jaxsafe.io.hub import open_model, resolve
 from jaxsafe.io.tensors import load_params
 from jaxsafe.kernels.generate import Generated, generate
@@ -266,7 +267,8 @@ def load_chat_model(
     path = resolve(name)
     tokenizer = Tokenizer(path, template, template_args)
     # What would be refused with every prompt is refused before the weights are read.
-    config, tensors = open_model(path, dtype)
+    # A GGUF file, which takes seconds to open, is opened once.
+    config, tensors = open_gguf(tokenizer.gguf, dtype) if tokenizer.gguf else open_model(path, dtype)
     probe = tokenizer.raw_row(PROBE) if raw else tokenizer.chat_row(PROBE, system)
     tokenizer.check_vocabulary((*probe.ids, *tokenizer.eos_ids), config.vocab)
     return ChatModel(str(name), config, load_params(config, tensors, mesh), tokenizer, mesh, system, raw)

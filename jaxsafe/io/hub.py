@@ -87,7 +87,7 @@ def load_hf(
 
 def open_model(path: pathlib.Path, dtype: str | None = None) -> tuple[ModelConfig, Table]:
     """The configuration and the tensors, not yet read, of a model folder or a GGUF file. Raises as `load_hf` does."""
-    return open_folder(path, dtype) if path.is_dir() else open_gguf(path, dtype)
+    return open_folder(path, dtype) if path.is_dir() else open_gguf(GgufFile(path), dtype)
 
 
 def _smollm2(allow_network: bool) -> pathlib.Path:
