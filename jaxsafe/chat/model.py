@@ -104,9 +104,11 @@ class ChatModel:
     ) -> Iterator[tuple[Any, Tree]]:
         """`call(batch, indices)` over batches of `rows` on the devices, as (indices, result) of each finished one.
 
-        See `run_batches`. Raises ValueError for no rows and for one that, with `new_tokens`, exceeds the context.
+        See `run_batches`. Raises ValueError for no rows, for one that, with `new_tokens`, exceeds the context, and for
+        a token that the model lacks.
         """
         check_context(rows, self.config.context, new_tokens)
+        self.tokenizer.check_vocabulary((max(row.ids) for row in rows), self.config.vocab)
 
         def placed(batch: Batch, indices: np.ndarray) -> Tree:
             return call(put_rows(batch, self.mesh), indices)
@@ -271,7 +273,8 @@ def load_chat_model(
     adapter = None if folder is None else read_adapter(folder)
     tokenizer = Tokenizer(path, template or adapter_template(path, folder), template_args)
     # What would be refused with every prompt is refused before the weights are read.
-    config, tensors = open_model(path, dtype, adapter)
+    # A GGUF file, which takes seconds to open, is opened once.
+    config, tensors = open_model(tokenizer.gguf or path, dtype, adapter)
     probe = tokenizer.raw_row(PROBE) if raw else tokenizer.chat_row(PROBE, system)
     tokenizer.check_vocabulary((*probe.ids, *tokenizer.eos_ids), config.vocab)
     params, digest_of = load_params(config, tensors, mesh), None if adapter is None else adapter.sha256

@@ -37,13 +37,12 @@ class Renderer:
         request = json.dumps({"template": template, "messages": list(messages), "args": dict(args)})
         with self._lock:
             process = self._running()
-            assert process.stdin is not None and process.stdout is not None
             try:
-                process.stdin.write(request + "\n")
-                process.stdin.flush()
-                line = process.stdout.readline()
-            except BrokenPipeError:
-                line = ""
+                line = _exchange(process, request)
+            except BaseException:
+                process.kill()  # the answer that is still to come is nobody's
+                process.wait()
+                raise
             if not line:
                 raise ValueError(_end(process.wait()))
         answer = json.loads(line)
@@ -68,6 +67,17 @@ class Renderer:
 def shared_renderer() -> Renderer:
     """The renderer of this process: what it answers does not depend on what it was asked before."""
     return Renderer()
+
+
+def _exchange(process: subprocess.Popen[str], request: str) -> str:
+    """The line that answers the line `request`; empty where the process has ended."""
+    assert process.stdin is not None and process.stdout is not None
+    try:
+        process.stdin.write(request + "\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        return ""
+    return process.stdout.readline()
 
 
 def _end(status: int) -> str:

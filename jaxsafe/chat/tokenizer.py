@@ -57,8 +57,8 @@ class Tokenizer:
         """The `transformers` tokenizer. Raises FileNotFoundError where there is none, and ValueError for a torn one."""
         shared_renderer().start()  # while this process opens the tokenizer and reads the weights
         folder = pathlib.Path(self.path)
-        if self._gguf is not None:
-            return self._gguf.tokenizer()
+        if self.gguf is not None:
+            return self.gguf.tokenizer()
         if not folder.is_dir():
             raise FileNotFoundError(f"no tokenizer at {folder}: not a folder; give a Hugging Face model folder")
         if not (folder / "tokenizer.json").is_file():
@@ -77,7 +77,8 @@ class Tokenizer:
                 raise
 
     @functools.cached_property
-    def _gguf(self) -> GgufFile | None:
+    def gguf(self) -> GgufFile | None:
+        """The GGUF file; None of a folder. Raises as `GgufFile` does."""
         return GgufFile(self.path) if pathlib.Path(self.path).is_file() else None
 
     @functools.cached_property
@@ -86,7 +87,7 @@ class Tokenizer:
 
         Raises ValueError for ids that are none.
         """
-        ends = {self.hf.eos_token_id, *(self._gguf.ends if self._gguf else ())}
+        ends = {self.hf.eos_token_id, *(self.gguf.ends if self.gguf else ())}
         for name in ("generation_config.json", "config.json"):
             file = pathlib.Path(self.path) / name
             ids = read_json(file).get("eos_token_id") if file.is_file() else None

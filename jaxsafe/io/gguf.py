@@ -325,9 +325,8 @@ class GgufFile:
         }
 
 
-def open_gguf(path: str | os.PathLike, dtype: str | None = None) -> tuple[ModelConfig, Table]:
-    """The configuration and the tensors of a GGUF file. Raises as `GgufFile` does."""
-    file = GgufFile(path)
+def open_gguf(file: GgufFile, dtype: str | None = None) -> tuple[ModelConfig, Table]:
+    """The configuration and the tensors of a GGUF file. Raises as `GgufFile.config` does."""
     config = file.config(dtype)
     return config, Table(config, file)
 

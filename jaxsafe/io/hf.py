@@ -112,7 +112,7 @@ def gguf_to_hf(path: str | os.PathLike, folder: str | os.PathLike, dtype: str | 
 
     `dtype` is as in `GgufFile.config`. The folder appears whole or not at all. Raises as `GgufFile` and `save_hf` do.
     """
-    config, tensors = open_gguf(path, dtype)
+    config, tensors = open_gguf(GgufFile(path), dtype)
     return save_hf(folder, config, load_params(config, tensors), like=path)
 
 

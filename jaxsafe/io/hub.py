@@ -117,10 +117,13 @@ def load_hf(name: Named, dtype: str | None = None, mesh: Mesh | None = None) -> 
 
 
 def open_model(
-    path: pathlib.Path, dtype: str | None = None, adapter: Adapter | None = None
+    source: pathlib.Path | GgufFile, dtype: str | None = None, adapter: Adapter | None = None
 ) -> tuple[ModelConfig, TensorSource]:
     """The configuration and the tensors, not yet read, of a model folder or a GGUF file. Raises as `load_hf` does."""
-    config, tensors = open_folder(path, dtype) if path.is_dir() else open_gguf(path, dtype)
+    if isinstance(source, GgufFile):
+        config, tensors = open_gguf(source, dtype)
+    else:
+        config, tensors = open_folder(source, dtype) if source.is_dir() else open_gguf(GgufFile(source), dtype)
     return config, tensors if adapter is None else Merged(config, tensors, adapter)
 
 

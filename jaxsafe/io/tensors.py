@@ -51,15 +51,15 @@ def load_params(config: ModelConfig, source: TensorSource, mesh: Mesh | None = N
 
 def check_names(config: ModelConfig, source: TensorSource) -> None:
     """Raises ValueError unless `source` holds the tensors of `config`, all of them, with their shapes."""
-    expected, found = hf_shapes(config), source.shapes()
+    expected, found, family = hf_shapes(config), source.shapes(), config.family
     missing = sorted(expected.keys() - found.keys())
     if missing:
-        raise ValueError(f"{source.where} lacks {len(missing)} tensors of this model, first {missing[0]!r}")
+        raise ValueError(f"{source.where} lacks {len(missing)} tensors of a {family} model, first {missing[0]!r}")
     extra = {name for name in found.keys() - expected.keys() if not name.endswith(DERIVED)}
     if config.tied:
         extra -= {"lm_head.weight"}
     if extra:
-        raise ValueError(f"{source.where} has {len(extra)} tensors that this model lacks, first {min(extra)!r}")
+        raise ValueError(f"{source.where} has {len(extra)} tensors that a {family} model lacks, first {min(extra)!r}")
     for name, shape in expected.items():
         if tuple(found[name]) != shape:
             raise ValueError(f"{source.where}: {name} has shape {list(found[name])}; the config asks {list(shape)}")

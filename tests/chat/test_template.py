@@ -8,9 +8,11 @@ import pytest
 from folders import write_folder
 from tiny import TEMPLATE, tiny_config, tiny_tokenizer
 
+from jaxsafe.chat import template
 from jaxsafe.chat.model import load_chat_model
 from jaxsafe.chat.template import Renderer, shared_renderer
 from jaxsafe.chat.tokenizer import Tokenizer
+from jaxsafe.rows import Row
 
 MESSAGES = [{"role": "user", "content": "tell me a story \ud83d \U0001f600"}]
 LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
@@ -24,14 +26,14 @@ def folder(tmp_path_factory):
     return made
 
 
-def refused(template, *words):
+def refused(source, *words):
     with pytest.raises(ValueError) as error:
-        shared_renderer().render(template, MESSAGES, {})
+        shared_renderer().render(source, MESSAGES, {})
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value), error.value
 
 
 @pytest.mark.parametrize(
-    ("template", "words"),
+    ("source", "words"),
     [
         ("{{ 'a' * 10**10 }}", ["MemoryError"]),
         ("{{ 'a' * 5000000 }}", ["writes 5000000 characters"]),
@@ -43,8 +45,8 @@ def refused(template, *words):
         ("{% for m in messages %}", ["Unexpected end of template"]),
     ],
 )
-def test_what_is_no_plain_template_is_refused_in_one_line(template, words):
-    refused(template, *words)
+def test_what_is_no_plain_template_is_refused_in_one_line(source, words):
+    refused(source, *words)
 
 
 def test_after_a_template_that_was_ended_others_are_rendered():
@@ -52,6 +54,21 @@ def test_after_a_template_that_was_ended_others_are_rendered():
     with pytest.raises(ValueError, match="more than 2 seconds for one conversation"):
         renderer.render(LOOP, MESSAGES, {})
     assert renderer.render("{{ messages[0]['content'] }}", MESSAGES, {}) == MESSAGES[0]["content"]
+
+
+def test_an_answer_that_nobody_waited_for_is_not_the_next_ones(monkeypatch):
+    renderer = Renderer()
+
+    def interrupted(process, request):
+        process.stdin.write(request + "\n")
+        process.stdin.flush()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(template, "_exchange", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            renderer.render("the first", MESSAGES, {})
+    assert renderer.render("the second", MESSAGES, {}) == "the second"
 
 
 def test_every_thread_is_answered_what_it_asked():
@@ -132,6 +149,8 @@ def test_a_token_that_the_model_lacks_is_refused_in_the_prompt_that_has_it(folde
     for ask in (chat, chat.with_prompt(raw=True)):
         with pytest.raises(ValueError, match="gives '<image_20>' the number 320"):
             ask.row("what is <image_20>?")
+    with pytest.raises(ValueError, match="gives '<image_20>' the number 320"):
+        chat.nll([Row((5, 320, 7), 0)])
 
 
 def test_an_end_that_the_model_lacks_is_refused(folder, tmp_path):

@@ -12,11 +12,12 @@ from mutations import bytes_mutated, json_bytes, json_mutated
 from tiny import tiny_config, tiny_tokenizer
 
 from jaxsafe.chat.model import load_chat_model
+from jaxsafe.chat.tokenizer import Tokenizer
 from jaxsafe.io.hf import save_hf
 from jaxsafe.io.hub import load_hf
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
-SHORT = 150
+SHORT = 120
 """Changes of each file that are tried in a usual run."""
 JSON = [
     "config.json",
@@ -55,17 +56,26 @@ def asked(path: pathlib.Path) -> None:
     """Loads the model at `path`, asks it and reads an answer."""
     chat = load_chat_model(path)
     chat.rows(["Why? <|end|> 12"])
-    chat.tokenizer.decode([[5, 9, 40]], [3])
+    read(path)
 
 
-# What a file is read for: the weights alone where the tokenizer does not see it.
-READERS = {"model-00001.safetensors": (load_hf,), "model.safetensors.index.json": (load_hf,)}
+def read(path: pathlib.Path) -> None:
+    """Opens the tokenizer at `path`, asks by it and reads an answer."""
+    tokenizer = Tokenizer(path)
+    tokenizer.rows(["Why? <|end|> 12"], responses=["Because."])
+    tokenizer.decode([[5, 9, 40]], [3])
+    tokenizer.check_vocabulary(tokenizer.eos_ids, 300)
 
 
-def told_in_one_line(read, path, said):
+# What each file is read for.
+READERS = dict.fromkeys(BYTES, read) | {"config.json": asked, "model.gguf": asked}
+READERS |= {"model-00001.safetensors": load_hf, "model.safetensors.index.json": load_hf}
+
+
+def told_in_one_line(reader, path, said):
     """Whether the model loads; where it does not, by one line that names the file."""
     try:
-        read(path)
+        reader(path)
         return True
     except (ValueError, OSError) as error:
         line = str(error)
@@ -82,8 +92,7 @@ def tried(folder, name, content, said):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            path = file if name == "model.gguf" else folder
-            return all(told_in_one_line(read, path, said) for read in READERS.get(name, (asked,)))
+            return told_in_one_line(READERS[name], file if name == "model.gguf" else folder, said)
     finally:
         file.write_bytes(before)
 

@@ -181,12 +181,12 @@ def test_a_missing_bias_is_named(tmp_path):
 @pytest.mark.parametrize("name", ["model.layers.0.self_attn.q_norm.weight", "model.layers.3.mlp.up_proj.weight"])
 def test_an_unknown_tensor_is_named(name, tmp_path):
     tensors = stored(HALF) | {name: np.zeros(16, ml_dtypes.bfloat16)}
-    refused(write_folder(tmp_path / "m", HALF, tensors), tmp_path / "m", "1 tensors that this model lacks", name)
+    refused(write_folder(tmp_path / "m", HALF, tensors), tmp_path / "m", "1 tensors that a llama model lacks", name)
 
 
 def test_a_bias_that_the_config_does_not_announce_is_refused(tmp_path):
     tensors = stored(dataclasses.replace(HALF, qkv_bias=True, o_bias=True))
-    refused(write_folder(tmp_path / "m", HALF, tensors), "12 tensors that this model lacks", "k_proj.bias")
+    refused(write_folder(tmp_path / "m", HALF, tensors), "12 tensors that a llama model lacks", "k_proj.bias")
 
 
 def test_derived_buffers_and_a_tied_head_are_no_strangers(tmp_path):
