@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jaxsafe.io.atomic import new_file
@@ -26,6 +26,7 @@ from jaxsafe.model.weights import (
     nest,
     partition_spec,
 )
+from jaxsafe.reading import reading
 
 ABOUT_SCORES = ("kind", "model", "data", "n", "loss", "positions")
 """What metadata of scores must say: their kind, the model's fingerprint, the data, samples, loss and positions."""
@@ -123,18 +124,15 @@ def _open(path: str | os.PathLike, kind: str) -> Iterator[tuple[Callable[[str], 
     """(reader of a tensor by name, {name: shape of its matrix}, metadata) of a file that holds `kind`."""
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"no {kind} at {path}")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            about = _about(file.metadata() or {})
-            if about["kind"] != kind:
-                raise ValueError(f"{path} holds {about['kind']}, not {kind}")
-            shapes = {name: tuple(shape) for name, shape in about["shapes"].items()}
-            if shapes.keys() != set(file.keys()):
-                odd = min(shapes.keys() ^ set(file.keys()))
-                raise ValueError(f"{path}: its tensors are not those that its metadata names, first {odd!r}")
-            yield file.get_tensor, shapes, about["metadata"]
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file: {error}") from None
+    with reading(path, "is not a whole safetensors file"), safe_open(path, framework="numpy") as file:
+        about = _about(file.metadata() or {})
+        if about["kind"] != kind:
+            raise ValueError(f"{path} holds {about['kind']}, not {kind}")
+        shapes = {name: tuple(shape) for name, shape in about["shapes"].items()}
+        if shapes.keys() != set(file.keys()):
+            odd = min(shapes.keys() ^ set(file.keys()))
+            raise ValueError(f"{path}: its tensors are not those that its metadata names, first {odd!r}")
+        yield file.get_tensor, shapes, about["metadata"]
 
 
 def _about(metadata: Mapping[str, str]) -> dict[str, Any]:

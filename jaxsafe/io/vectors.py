@@ -26,6 +26,8 @@ FIELDS = {
     "affirmative": np.int32,
 }
 """The arrays of a `Steering` and their dtypes in a file."""
+LARGEST = 1e18
+"""Numbers of a control vector are smaller: squares of larger ones would be infinite in float32."""
 SAME = 0.005
 """The distance up to which weights are those of one model: three times that of rounding to bfloat16."""
 
@@ -139,8 +141,10 @@ def load_control_vector(path: str | os.PathLike, layers: int, embed: int) -> np.
                 shape = tensor.data.shape
                 raise ValueError(f"{path}: {tensor.name} of {shape} does not fit {layers} blocks of {embed}")
             out[int(number[1])] = tensor.data
-    if not np.isfinite(out).all() or not out.any():
-        raise ValueError(f"{path} holds {'no direction' if not out.any() else 'numbers that are not finite'}")
+    if not (np.abs(out) < LARGEST).all() or not out.any():
+        raise ValueError(
+            f"{path} holds {'no direction' if not out.any() else f'numbers that are not below {LARGEST:g}'}"
+        )
     return out
 
 

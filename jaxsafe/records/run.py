@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import msgspec
 
+from jaxsafe.reading import reading
+
 SCHEMA = 3
 
 Json = Any
@@ -276,13 +278,11 @@ def read_run(folder: str | os.PathLike) -> Run:
     path = pathlib.Path(folder) / "run.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; give the folder of a finished run")
-    try:
+    with reading(path, "is no run"):
         schema = msgspec.json.decode(path.read_bytes(), type=dict).get("schema")
         if schema != SCHEMA:
             raise ValueError(f"{path} has schema {schema!r}; this version reads schema {SCHEMA}: run it anew")
         return msgspec.json.decode(path.read_bytes(), type=Run)
-    except msgspec.DecodeError as error:
-        raise ValueError(f"{path} is no run: {error}") from None
 
 
 def read_samples(folder: str | os.PathLike) -> list[Sample]:
@@ -292,10 +292,8 @@ def read_samples(folder: str | os.PathLike) -> list[Sample]:
         return []
     decoder, found = msgspec.json.Decoder(Sample), []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        try:
+        with reading(f"{path}, line {number},", "is no sample"):
             found += [decoder.decode(line)] if line.strip() else []
-        except msgspec.DecodeError as error:
-            raise ValueError(f"{path}, line {number}, is no sample: {error}") from None
     return found
 
 
