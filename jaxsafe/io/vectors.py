@@ -141,10 +141,10 @@ def load_control_vector(path: str | os.PathLike, layers: int, embed: int) -> np.
                 shape = tensor.data.shape
                 raise ValueError(f"{path}: {tensor.name} of {shape} does not fit {layers} blocks of {embed}")
             out[int(number[1])] = tensor.data
-    if not (np.abs(out) < LARGEST).all() or not out.any():
-        raise ValueError(
-            f"{path} holds {'no direction' if not out.any() else f'numbers that are not below {LARGEST:g}'}"
-        )
+    if not out.any():
+        raise ValueError(f"{path} holds no direction")
+    if not (np.abs(out) < LARGEST).all():
+        raise ValueError(f"{path} holds numbers that are not finite, or not below {LARGEST:g}")
     return out
 
 
