@@ -47,6 +47,9 @@ def check(config: ConfigDict) -> None:
         raise ValueError("config.poison is given, but no attack takes a share of it; give config.ratio, or 'poisoned'")
     if config.base_model and config.score != "weight_difference":
         raise ValueError(f"config.base_model does nothing under config.score {config.score!r}; leave it out")
+    if config.export_adapter and ("lora" not in config.tunings or config.adapter):
+        trained = "config.adapter is merged before" if config.adapter else f"config.tunings are {config.tunings}"
+        raise ValueError(f"config.export_adapter writes adapters of config.model that were trained, but {trained}")
     for attack in chosen:
         if attack.batch_size % config.accumulation:
             parts = f"config.accumulation {config.accumulation} does not divide"
@@ -94,7 +97,8 @@ def run(
     material = common.material(config, model, roles, study.store, clock)
     guards, scans = guards_of(config, model, study, clock)
     folder = (checkpoints or out / "checkpoints") if config.checkpoint_every else None
-    grid = Grid(material, tuple(guards), config.evaluate_every, folder, clock.watch("training_s"))
+    adapters = out / "adapters" if config.export_adapter else None
+    grid = Grid(material, tuple(guards), config.evaluate_every, folder, clock.watch("training_s"), adapters=adapters)
 
     losses: dict[str, float | None] = {}
     for attack in chosen:

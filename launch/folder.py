@@ -30,6 +30,7 @@ WRITTEN = (
     "store",
     "checkpoints",
     "export",
+    "adapters",
     "tables",
     "figures",
     "run.json",

@@ -57,6 +57,7 @@ ATTACK: Fields = {
     "lora_alpha": Field(16.0, Positive, "adapters count lora_alpha / lora_rank"),
     "lora_maps": Field(MAPS, SomeTexts, "linear maps with adapters", MAPS),
     "lora_learning_rate": Field(None, Positive | None, "None: as full fine-tuning"),
+    "export_adapter": Field(False, bool, "leave the adapters of undefended runs in --out/adapters, for PEFT"),
     "checkpoint_every": Field(0, Natural, "steps; 0 keeps none, which suits runs of minutes", identifies=False),
 }
 """The attacks."""

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import msgspec
 import numpy as np
 from safetensors import safe_open
@@ -282,6 +283,8 @@ def save_peft(
     for name, (a, b) in modules.items():
         tensors[f"{PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(a)
         tensors[f"{PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(b)
+    if jax.process_index() > 0:
+        return pathlib.Path(folder)
     with new_folder(folder, lambda name: name in (CONFIG, WEIGHTS)) as out:
         save_file(tensors, out / WEIGHTS, metadata={"format": "pt"})
         write_text(out / CONFIG, json.dumps(attributes, indent=2) + "\n")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import pathlib
+import re
 import shutil
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 
@@ -11,6 +12,7 @@ import jax
 
 from jaxsafe.chat.model import ChatModel
 from jaxsafe.evaluation.utilisation import Tokens
+from jaxsafe.io.peft import save_peft
 from jaxsafe.kernels.lora import LoRA
 from jaxsafe.methods.attacks import Attack
 from jaxsafe.methods.brittleness import Material
@@ -122,7 +124,8 @@ class Grid:
 
     material: what defences are made from; guards: the defences of the grid; every: steps between examinations, 0 for
     none before the end; checkpoints: a folder that all processes see, None to keep none; watch: shows how far a run
-    is; tokens: those that runs learn from, counted as they go.
+    is; tokens: those that runs learn from, counted as they go; adapters: where undefended runs leave the adapters that
+    they train, as folders of PEFT; None to leave none.
     """
 
     material: Material
@@ -131,6 +134,7 @@ class Grid:
     checkpoints: pathlib.Path | None = None
     watch: Watch = unwatched
     tokens: list[Tokens] = dataclasses.field(default_factory=list)
+    adapters: pathlib.Path | None = None
 
 
 def examine_run(
@@ -174,6 +178,9 @@ def _trained(
         for step in steps:
             done(step.number if step.begins else 1)
             grid.tokens.append(Tokens(learned=0 if step.begins else learned))
+            if step.number == settings.steps and grid.adapters and cell.tuning.lora and cell.defence == NONE:
+                place = grid.adapters / re.sub(r"\W+", "_", cell.name)
+                save_peft(place, model.config, step.adapters or {}, cell.tuning.lora.alpha, model.name)
             variant = points.get(step.number)
             if variant is not None and not study.finished(variant):
                 if not study.store.has("loss", study.key(variant)):

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -87,14 +87,15 @@ class Step:
     """Where a run is after `number` steps.
 
     loss: of the last step, before it (nats a token of the answers), None where there is none yet; weights: gives the
-    model's weights, in `config.dtype`; to be called before the next step is taken; begins: whether the run begins here,
-    or goes on from here.
+    model's weights, in `config.dtype`, and adapters what is trained where that is adapters (see `lora.init`); both are
+    of use before the next step is taken; begins: whether the run begins here, or goes on from here.
     """
 
     number: int
     loss: float | None
     weights: Callable[[], Params]
     begins: bool = False
+    adapters: Mapping[str, Any] | None = None
 
 
 def train(
@@ -145,6 +146,11 @@ def _steps(
     tree, fixed, recipe = begin(config, params, rows, settings, frozen, mesh)
     step = compiled_step(recipe, tree)
     weights = _weights_program(config, recipe.weights_of, *_hashable(jax.tree.map(lambda p: p.sharding, dict(params))))
+
+    def step_of(number: int, loss: float | None, trained: Any, begins: bool = False) -> Step:
+        adapters = None if settings.lora is None else trained
+        return Step(number, loss, functools.partial(weights, trained, fixed), begins, adapters)
+
     with contextlib.ExitStack() as stack:
         done, loss, checkpoints = 0, None, None
         whole: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
@@ -159,13 +165,13 @@ def _steps(
                 (done, tree), loss = resumed, note(checkpoints)
         saved = done
         try:
-            yield Step(done, loss, functools.partial(weights, tree["params"], fixed), begins=True)
+            yield step_of(done, loss, tree["params"], begins=True)
             for i in range(done, settings.steps):
                 batch = put_rows(pad_rows([rows[j] for j in plan[i]], width, settings.batch_size), mesh)
                 with whole():  # a step consumes the tree that it is given
                     tree, nats = step(tree, batch, fixed)
                     loss, done = float(nats), i + 1
-                yield Step(done, loss, functools.partial(weights, tree["params"], fixed))
+                yield step_of(done, loss, tree["params"])
                 end = checkpoints is not None and preempted(i)
                 if checkpoints and (end or done == settings.steps or done % settings.checkpoint_every == 0):
                     with whole():

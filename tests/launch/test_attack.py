@@ -16,7 +16,9 @@ from configs.attack.base import base
 from configs.attack.smollm2_135m import get_config
 from configs.fields import check
 from jaxsafe.chat.model import load_chat_model
+from jaxsafe.io.hub import Adapted
 from jaxsafe.methods import cells
+from jaxsafe.model.weights import flatten
 from jaxsafe.prompts.published import KNOWN
 from jaxsafe.prompts.roles import parse_spec
 from jaxsafe.prompts.sets import BUILTIN
@@ -234,3 +236,26 @@ def test_docstrings_hold_a_command_that_parses(name, monkeypatch):
     values(words)
     assert values.config.data == "DATA_FOLDER" and values.out.startswith("runs/")
     assert np.prod([int(part.split(":")[1]) for part in values.mesh.split(",")]) == 8
+
+
+@pytest.mark.slow
+def test_adapters_of_undefended_runs_are_left_for_peft(config, tmp_path, monkeypatch):
+    config.tunings, config.seeds, config.freeze_weights, config.freeze_ranks = ("lora",), (0,), (), (8,)
+    config.controls, config.rewinds, config.evaluate_every, config.export_adapter = False, False, 0, True
+    model, whole, seen = load_chat_model(config.model), study_module.examine, []
+    monkeypatch.setattr(study_module, "examine", lambda of, *a, **k: seen.append(of) or whole(of, *a, **k))
+    attack.run(config, model, tmp_path / "out", Clock())
+    (left,) = (tmp_path / "out/adapters").iterdir()
+    attacked = flatten(load_chat_model(Adapted(config.model, left)).params)
+    before, undefended, _ = (flatten(getattr(of, "model", of).params) for of in seen)
+    assert "none_seed_0" in left.name
+    assert any(np.abs(attacked[path] - before[path]).max() > 1e-3 for path in attacked)
+    for path, array in undefended.items():
+        np.testing.assert_allclose(attacked[path], array, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.parametrize(("name", "value"), [("tunings", ("full",)), ("adapter", "somewhere")])
+def test_an_adapter_to_export_must_be_trained(config, name, value):
+    config.export_adapter, config[name] = True, value
+    with pytest.raises(ValueError, match=r"^config.export_adapter writes adapters of config.model that"):
+        attack.check(config)

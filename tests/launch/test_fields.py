@@ -69,7 +69,7 @@ SMALL_BY_TASK = {
 OTHER = {
     "model": "another",
     "adapter": "another",
-    "dtype": "float32",
+    "dtype": "bfloat16",
     "mesh": "data:1,model:1",
     "chat_template": "{{ messages[0].content }}",
     "template_args": ("enable_thinking=false",),
@@ -147,6 +147,7 @@ OTHER = {
     "lora_maps": ("q",),
     "lora_learning_rate": 0.3,
     "checkpoint_every": 1,
+    "export_adapter": True,
     "freeze_weights": ((0.2, 0.1),),
     "freeze_ranks": (7,),
     "freeze_layers": ((0, 1),),
@@ -287,7 +288,16 @@ def stand_in_for_weights(monkeypatch, seen):
     def ran(study, cells, settings, rows, grid):
         of = [cell.variant(settings.steps, settings, rows, grid.material, grid.guards) for cell in cells]
         keys = [study.key(variant) for variant in of]
-        seen.note("run", keys, described(of), settings, data_sha256(rows), grid.every, grid.checkpoints is None)
+        seen.note(
+            "run",
+            keys,
+            described(of),
+            settings,
+            data_sha256(rows),
+            grid.every,
+            grid.checkpoints is None,
+            grid.adapters is None,
+        )
         return {}
 
     def scanned(store, asked, prompts, judge, settings, done):
