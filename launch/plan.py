@@ -58,7 +58,7 @@ def model_config(name: str, config: str) -> ModelConfig:
     if path.suffix == ".py" or ".py:" in config:
         chosen = settings.load(config)
         found = of_model(chosen.model)
-        return dataclasses.replace(found, dtype=chosen.dtype or found.dtype)
+        return dataclasses.replace(found, dtype=found.dtype if chosen.dtype in (None, "auto") else chosen.dtype)
     return read_config(path, "bfloat16")
 
 

@@ -213,7 +213,7 @@ def test_lengths_of_a_mesh_need_no_devices():
         ("scans/llama2_13b_chat", "llama2-13b", "bfloat16"),
         ("brittleness/llama31_8b_instruct", "llama3.1-8b", "bfloat16"),
         ("scans/mistral_7b_instruct", "mistral-7b-v0.2", "bfloat16"),
-        ("scans/smollm2_135m", "smollm2-135m", "float32"),
+        ("scans/smollm2_135m", "smollm2-135m", "bfloat16"),
     ],
 )
 def test_a_launch_configuration_names_a_preset(config, name, dtype):
