@@ -2,7 +2,9 @@
 
 import copy
 import json
+import pathlib
 import random
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 VALUES = (
@@ -83,6 +85,29 @@ def json_mutated(obj: Any, seed: int) -> Any:
 def json_bytes(obj: Any) -> bytes:
     """`obj` as a JSON file, NaN, infinities and lone surrogates as Python writes them."""
     return json.dumps(obj).encode()
+
+
+def read_or_named(reader: Callable[[Any], Any], path: pathlib.Path, named: pathlib.Path, said: str) -> bool:
+    """Whether `reader` reads what is at `path`; where it does not, one line holds `named`."""
+    try:
+        reader(path)
+        return True
+    except (ValueError, OSError) as error:
+        line = str(error)
+        assert "\n" not in line and len(line) < 700, (said, line)
+        assert str(named) in line, (said, line)
+        return False
+
+
+def try_seed(
+    folder: pathlib.Path, names: Iterable[str], of_json: Container[str], tried: Callable[..., bool], seed: int
+) -> None:
+    """Every file of `folder` with the changes of `seed`: of its bytes, and of its values where it is JSON."""
+    for name in names:
+        data = (folder / name).read_bytes()
+        tried(folder, name, bytes_mutated(data, seed), f"{name}, bytes {seed}")
+        if name in of_json:
+            tried(folder, name, json_bytes(json_mutated(json.loads(data), seed)), f"{name}, values {seed}")
 
 
 def _filling(rng: random.Random, length: int) -> bytes:
