@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,6 +20,8 @@ class Answers:
     lengths: int32 [n] how many tokens an answer has before its end-of-text token
     scores:  float32 [n] what a steering rule makes of each prompt; None without a rule
     gates:   float32 [n] what each prompt takes of the rule's edits, such as +1 and -1; None without a rule
+    harmful: bool [n] which prompts the rule takes for harmful; None without a rule
+    passes:  int32 [n] how often each prompt was answered; None where once
     read:    how many prompt tokens were run for these answers; where several rules share a prefill, the answers under
              the first rule count them
     """
@@ -29,6 +31,8 @@ class Answers:
     lengths: Int[np.ndarray, " n"]
     scores: Float[np.ndarray, " n"] | None = None
     gates: Float[np.ndarray, "n ..."] | None = None
+    harmful: Bool[np.ndarray, " n"] | None = None
+    passes: Int[np.ndarray, " n"] | None = None
     read: int = 0
 
     @property
@@ -52,5 +56,5 @@ def collected(pieces: Iterable[tuple[Any, Answers]]) -> Answers:
         return None if arrays[0] is None else np.concatenate(arrays)[order]
 
     texts = [text for part in parts for text in part.texts]
-    arrays = {name: joined(name) for name in ("tokens", "lengths", "scores", "gates")}
+    arrays = {name: joined(name) for name in ("tokens", "lengths", "scores", "gates", "harmful", "passes")}
     return Answers(tuple(texts[i] for i in order), read=sum(part.read for part in parts), **arrays)

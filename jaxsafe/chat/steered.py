@@ -4,14 +4,16 @@ n prompts or rows, B batch, A tokens of the affirmative
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
 from jaxsafe.chat.answers import Answers, collected
+from jaxsafe.chat.mending import Hand, Mending
 from jaxsafe.kernels.generate import Generated
 from jaxsafe.kernels.sampling import Decoding, drawing, row_seeds
 from jaxsafe.kernels.steering import (
@@ -26,22 +28,36 @@ from jaxsafe.kernels.steering import (
 )
 from jaxsafe.parallel import fetch, put_rows
 from jaxsafe.progress import Progress, silent
-from jaxsafe.rows import Batch, Row, Tree, answer_slots, bucket, reported
+from jaxsafe.rows import Batch, Row, Tree, answer_slots, bucket, reported, row_bucket
 
 if TYPE_CHECKING:
     from jaxsafe.chat.model import ChatModel
 
 
+FEWEST = 8
+"""Fewer rows are not answered again by themselves: each number of rows is a program of its own."""
+
+
+class Found(NamedTuple):
+    """Answers to a batch, and what a rule makes of its prompts; see `Answers`."""
+
+    generated: Generated
+    score: Any = None
+    gate: Any = None
+    harmful: Any = None
+    passes: Any = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Steered:
-    """A model under each of some steering rules; None is the model itself.
+    """A model under each of some steering rules; None is the model itself, `Mending` answers again what is refused.
 
     One pass over the prompts, which no rule steers, serves all rules; without any rule the model answers as it does by
     itself. Raises ValueError for no rules, and for rules whose affirmatives differ.
     """
 
     model: "ChatModel"
-    rules: tuple[Rule | None, ...]
+    rules: tuple[Rule | Mending | None, ...]
 
     def __post_init__(self) -> None:
         if not self.rules:
@@ -74,22 +90,26 @@ class Steered:
                 by_rule(len(indices) * len(self.rules))
                 yield indices, (own, *[dataclasses.replace(own, read=0)] * (len(self.rules) - 1))
             return
+        texts = [prompt if isinstance(prompt, str) else "" for prompt in prompts for _ in range(decoding.samples)]
         rows, decoding = model.asked(prompts, decoding)
         numbers = row_seeds(rows)
         slots = max(decoding.max_new_tokens, self._affirmative_tokens)
 
         def call(batch: Batch, indices: np.ndarray) -> Tree:
-            again = 1 + answer_slots(rows, indices)
-            draw = drawing(decoding, numbers[indices])
-            prefilled = self._prefill(batch, slots)
+            hand = Hand(batch, self._prefill(batch, slots), drawing(decoding, numbers[indices]))
+            behind = 1 + answer_slots(rows, indices)
+            prompted = [texts[i] for i in indices if i >= 0]
+            unsteered = functools.cache(lambda: self._answered(None, hand, behind))
 
-            def under(rule: Rule | None) -> tuple:
-                decision = self._decision(rule, prefilled.states, batch)
-                start = (model.config, model.params, batch, prefilled.cache)
-                generated = steered_answers(*start, self._edits(decision), draw, again)
+            def under(rule: Rule | Mending | None) -> Found:
                 # One rule at a time: many at once would be minutes in which nothing is finished or interrupted.
-                found = fetch((generated, None, None) if rule is None else (generated, decision.score, decision.gate))
-                by_rule(int((indices >= 0).sum()))
+                if rule is None:
+                    found = unsteered()
+                elif isinstance(rule, Mending):
+                    found = self._mended(rule, unsteered(), hand, behind, prompted)
+                else:
+                    found = self._answered(rule, hand, behind)
+                by_rule(len(prompted))
                 return found
 
             return tuple(map(under, self.rules))
@@ -99,8 +119,14 @@ class Steered:
             yield (
                 indices,
                 tuple(
-                    dataclasses.replace(model.decoded(generated, 0 if place else read), scores=scores, gates=gates)
-                    for place, (generated, scores, gates) in enumerate(results)
+                    dataclasses.replace(
+                        model.decoded(found.generated, 0 if place else read),
+                        scores=found.score,
+                        gates=found.gate,
+                        harmful=found.harmful,
+                        passes=found.passes,
+                    )
+                    for place, found in enumerate(results)
                 ),
             )
 
@@ -129,13 +155,17 @@ class Steered:
         slots = self._affirmative_tokens
 
         def call(batch: Batch, indices: np.ndarray) -> Tree:
-            again = min(bucket(1 + answer_slots(rows, indices)), batch.tokens.shape[1])
+            last = min(bucket(1 + answer_slots(rows, indices)), batch.tokens.shape[1])
             prefilled = self._prefill(batch, slots)
             start = (model.config, model.params, batch, prefilled.cache)
-            return tuple(
-                steered_nll(*start, self._edits(self._decision(rule, prefilled.states, batch)), again)
-                for rule in self.rules
-            )
+
+            def under(rule: Rule | Mending | None) -> Tree:
+                # A text that is read is no refusal, so that there is nothing to mend.
+                acting = None if isinstance(rule, Mending) else rule
+                edits = self._edits(self._decision(acting, prefilled.states, batch))
+                return steered_nll(*start, edits, self._again(acting, batch, last))
+
+            return tuple(map(under, self.rules))
 
         return model.map(call, rows, batch_size, done, slots)
 
@@ -150,13 +180,14 @@ class Steered:
         slots = max(new, self._affirmative_tokens)
 
         def call(batch: Batch, indices: np.ndarray) -> Tree:
-            again = 1 + answer_slots(rows, indices)
+            acting = [None if isinstance(rule, Mending) else rule for rule in self.rules]
+            again = max(self._again(rule, batch, 1 + answer_slots(rows, indices)) for rule in acting)
             lengths = answers.lengths[indices] * (indices >= 0)
             given = put_rows(Generated(answers.tokens[indices], lengths.astype(np.int32)), model.mesh)
             prefilled = self._prefill(batch, slots)
             start = (model.config, model.params, batch, prefilled.cache)
             plain = self._edits(self._decision(None, prefilled.states, batch))
-            decisions = [self._decision(rule, prefilled.states, batch) for rule in self.rules]
+            decisions = [self._decision(rule, prefilled.states, batch) for rule in acting]
             return tuple(fetch(answer_divergence(*start, (plain, self._edits(d)), given, again)[0]) for d in decisions)
 
         return np.stack(model.map(call, rows, batch_size, done, slots))
@@ -176,12 +207,64 @@ class Steered:
 
     def _prefill(self, batch: Batch, slots: int) -> Any:
         affirmative = next(map(jnp.asarray, self._affirmatives()), None)
-        return prefill_and_read(self.model.config, self.model.params, batch, affirmative, slots, self.model.edits)
+        mean = any(rule.reads_mean for rule in self.rules if rule is not None)
+        start = (self.model.config, self.model.params, batch)
+        return prefill_and_read(*start, affirmative, slots, self.model.edits, mean)
+
+    def _again(self, rule: Rule | None, batch: Batch, behind: int) -> int:
+        """How many last slots are run again under `rule`: those `behind` the instruction's end, or all."""
+        return batch.tokens.shape[1] if self._acting(rule).reaches_prompt else behind
 
     def _decision(self, rule: Rule | None, states: PromptStates, batch: Batch) -> Decision:
         """What `rule` makes of the prompts; for None, the edits of another rule at no strength: the same program."""
-        acting = rule if rule is not None else next(other for other in self.rules if other is not None)
-        return decide(acting, states, batch, jnp.float32(rule is not None))
+        return decide(self._acting(rule), states, batch, jnp.float32(rule is not None))
+
+    def _acting(self, rule: Rule | None) -> Rule:
+        if rule is not None:
+            return rule
+        other = next(other for other in self.rules if other is not None)
+        return other.rules[0] if isinstance(other, Mending) else other
+
+    def _answered(self, rule: Rule | None, hand: Hand, behind: int) -> Found:
+        """The answers under `rule`; instructions end at most `behind` slots before the end of the prompts."""
+        model, batch = self.model, hand.batch
+        decision = self._decision(rule, hand.prefilled.states, batch)
+        start = (model.config, model.params, batch, hand.prefilled.cache)
+        again = self._again(rule, batch, behind)
+        found = Found(steered_answers(*start, self._edits(decision), hand.drawing, again))
+        if rule is not None:
+            found = found._replace(score=decision.score, gate=decision.gate, harmful=decision.harmful)
+        return fetch(found)
+
+    def _mended(self, mending: Mending, first: Found, hand: Hand, behind: int, prompts: Sequence[str]) -> Found:
+        """The `first` answers, those replaced that refuse `prompts` and no longer do under a rule that acts on them."""
+        batch, model = hand.batch, self.model
+        decisions = [self._decision(rule, hand.prefilled.states, batch) for rule in mending.rules]
+        verdict, *_ = verdicts = [fetch((d.score, d.gate, d.harmful)) for d in decisions]
+        tokens, lengths = (np.array(a) for a in (first.generated.tokens, first.generated.lengths))
+        passes = np.ones(len(lengths), np.int32)
+
+        def refusing(rows: Sequence[int], generated: Generated) -> list[bool]:
+            texts = model.decoded(generated).texts[: len(rows)]
+            return [bool(r) for r in mending.judge.refused([prompts[row] for row in rows], texts)]
+
+        everything = range(len(prompts))
+        left = [row for row, refused in zip(everything, refusing(everything, first.generated), strict=True) if refused]
+        for rule, (_, gate, _) in zip(mending.rules, verdicts, strict=True):
+            rows = [row for row in left if gate[row] != 0]
+            if not rows:
+                continue
+            count = row_bucket(max(len(rows), FEWEST), len(lengths), model.row_multiple)
+            few = hand.rows(np.array(rows + rows[:1] * (count - len(rows))))
+            again = self._answered(rule, few, behind).generated
+            passes[rows] += 1
+            mended = [i for i, refused in enumerate(refusing(rows, again)) if not refused]
+            for i in mended:
+                tokens[rows[i]], lengths[rows[i]] = again.tokens[i], again.lengths[i]
+            left = [row for row in left if row not in {rows[i] for i in mended}]
+        answers: Any = first.generated
+        score, gate, harmful = verdict
+        return Found(answers.replace(tokens=tokens, lengths=lengths), score, gate, harmful, passes)
 
     def _edits(self, decision: Decision) -> dict[str, Any]:
         """The edits of a decision and those of the model. Raises ValueError where both edit one tap."""

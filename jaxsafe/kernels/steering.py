@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsafe.kernels.forward import Given, extended, final_states, prompt_inputs
 from jaxsafe.kernels.generate import Generated, Prompted, decode
@@ -20,7 +20,7 @@ from jaxsafe.kernels.likelihood import nll_after
 from jaxsafe.kernels.sampling import Drawing
 from jaxsafe.model.attention import Slots, positions_of
 from jaxsafe.model.config import ModelConfig
-from jaxsafe.model.taps import At, at, collection, edit, readings
+from jaxsafe.model.taps import At, AtAndMean, Reducer, at, collection, edit, readings
 from jaxsafe.model.transformer import Cache, Params, Transformer, unembed, unembedding, variables
 from jaxsafe.rows import Batch
 
@@ -31,10 +31,12 @@ class PromptStates:
 
     at_end: [L, B, D] the residual stream after each block at the instruction's end
     change: float32 [L, B, D] h(instruction's end) - h(affirmative); None where no affirmative was run
+    mean:   float32 [L, B, D] the mean of the stream over the whole prompt; None where no rule reads it
     """
 
     at_end: Float[Array, "L B D"]
-    change: Float[Array, "L B D"] | None
+    change: Float[Array, "L B D"] | None = None
+    mean: Float[Array, "L B D"] | None = None
 
 
 @flax.struct.dataclass
@@ -46,11 +48,15 @@ class Prefilled:
 
 
 class Rule(Protocol):
-    """How a model is steered, prompt by prompt: a pytree of arrays, so that other numbers are no other program."""
+    """How a model is steered, prompt by prompt: a pytree of arrays, so that other numbers are no other program.
 
-    @property
-    def affirmative(self) -> Int[Array, " A"] | None:
-        """The tokens whose residual stream the rule reads behind the instruction's end; None where it reads none."""
+    affirmative: the tokens whose residual stream it reads behind the instruction's end; None where it reads none
+    reads_mean: whether it reads `PromptStates.mean`; reaches_prompt: whether it edits before the instruction's end
+    """
+
+    affirmative: Any = None
+    reads_mean: Any = False
+    reaches_prompt: Any = False
 
     def score(self, states: PromptStates) -> Float[Array, " B"]:
         """What the rule makes of each prompt, as one number."""
@@ -58,21 +64,26 @@ class Rule(Protocol):
     def gate(self, states: PromptStates) -> Float[Array, "B ..."]:
         """What each row takes of the edits: 1 whole, 0 nothing, -1 the opposite; [B, n] for n edits of their own."""
 
+    def harmful(self, gate: Float[Array, "B ..."]) -> Bool[Array, " B"]:
+        """The prompts that are taken for harmful: those that a remedy for over-refusal does not act on."""
+        return ~(gate.reshape(len(gate), -1) != 0).any(axis=1)
+
     def edits(self, gate: Float[Array, "B ..."], start: Int[Array, " B"]) -> dict[str, Any]:
-        """{tap: edit} from position `start` on; the identity where `gate` is 0."""
+        """{tap: edit} of rows whose instructions end at the positions `start`; the identity where `gate` is 0."""
 
 
 @flax.struct.dataclass
 class Decision:
-    """What a rule makes of a batch of prompts: its score and its gate of each, and the edits that follow."""
+    """What a rule makes of a batch of prompts: score, gate and verdict of each, and the edits that follow."""
 
     score: Float[Array, " B"]
     gate: Float[Array, "B ..."]
+    harmful: Bool[Array, " B"]
     edits: dict[str, Any]
 
 
 @flax.struct.dataclass
-class Steering:
+class Steering(Rule):
     """The rule of SCANS: a prompt is taken for harmful or not, and the model steered toward refusal or away from it.
 
     directions:  float32 [L, D] unit refusal directions v
@@ -103,6 +114,10 @@ class Steering:
         """`sign` of the prompts' scores."""
         return self.sign(self.score(states))
 
+    def harmful(self, gate: Float[Array, " B"]) -> Bool[Array, " B"]:
+        """Those that are steered toward refusal."""
+        return gate > 0
+
     def edits(self, gate: Float[Array, " B"], start: Int[Array, " B"]) -> dict[str, Any]:
         """gate * strength * v added to the residual stream from position `start` on."""
         return {"resid": edit(add=self.strength[:, None] * self.directions, gate=gate, start=start)}
@@ -131,7 +146,7 @@ def start_positions(batch: Batch) -> Int[Array, " B"]:
     return jnp.take_along_axis(positions_of(jnp.asarray(batch.valid)), ends[:, None], axis=1)[:, 0]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "slots"))
+@functools.partial(jax.jit, static_argnames=("config", "slots", "mean"))
 def prefill_and_read(
     config: ModelConfig,
     params: Params,
@@ -139,35 +154,41 @@ def prefill_and_read(
     affirmative: Int[Array, " A"] | None,
     slots: int,
     edits: Any = None,
+    mean: bool = False,
 ) -> Prefilled:
     """One pass over the prompts, then one over the affirmative behind each instruction end, where there is one.
 
     The cache has T + `slots` (static, at least A) slots, of which the first T hold the prompts. The others are free:
-    what decoding sees of them it has written before. `edits` are those that the model always has.
+    what decoding sees of them it has written before. `edits` are those that the model always has. With `mean`
+    (static) the mean of each prompt's states is read, for which no tokens are shared.
     """
     B, T = batch.tokens.shape
+    batch = batch.replace(shared=0) if mean else batch  # type: ignore[attr-defined]
     model = Transformer(config)
 
-    def run(given: Given, read: Int[Array, "B 1"]) -> tuple[Cache, Float[Array, "L B D"]]:
-        collections = variables(params, edits) | {"reducers": collection({"resid": At(read)}, "reduce")}
+    def run(given: Given, reduce: Reducer) -> tuple[Cache, Float[Array, "L B P D"]]:
+        collections = variables(params, edits) | {"reducers": collection({"resid": reduce}, "reduce")}
         options: dict[str, Any] = {"capture_intermediates": at("resid"), "mutable": ["intermediates"]}
         (_, cache), state = model.apply(collections, *given, last=0, **options)
-        return cache, readings(state["intermediates"])["resid"][:, :, 0]
+        return cache, readings(state["intermediates"])["resid"]
 
     given = prompt_inputs(config, params, batch, slots, edits)
     first = T - given[0].shape[1]
-    cache, at_end = run(given, jnp.asarray(batch.instruction_end)[:, None] - first)
+    prompt = batch.valid & (jnp.arange(T)[None] <= batch.instruction_end[:, None])
+    ends = jnp.asarray(batch.instruction_end)[:, None] - first
+    cache, read = run(given, AtAndMean(ends, prompt) if mean else At(ends))
+    at_end, means = read[:, :, 0], read[:, :, 1].astype(jnp.float32) if mean else None
     cache = extended(cache, T + slots)
     if affirmative is None:
-        return Prefilled(cache, PromptStates(at_end, None))
+        return Prefilled(cache, PromptStates(at_end, None, means))
 
     # The affirmative follows the instruction end; tokens that a row has behind it (a begun answer) are not seen.
     A = affirmative.shape[0]
-    prompt = batch.valid & (jnp.arange(T)[None] <= batch.instruction_end[:, None])
     seen = jnp.concatenate([prompt, jnp.ones((B, slots), bool)], axis=1)
     tokens = jnp.broadcast_to(affirmative[None], (B, A))
-    cache, at_affirmative = run((tokens, Slots(seen, T), cache), jnp.full((B, 1), A - 1))
-    return Prefilled(cache, PromptStates(at_end, at_end.astype(jnp.float32) - at_affirmative.astype(jnp.float32)))
+    cache, behind = run((tokens, Slots(seen, T), cache), At(jnp.full((B, 1), A - 1)))
+    change = at_end.astype(jnp.float32) - behind[:, :, 0].astype(jnp.float32)
+    return Prefilled(cache, PromptStates(at_end, change, means))
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -184,7 +205,7 @@ def anchor_states(
 def decide(rule: Any, states: PromptStates, batch: Batch, share: Float[Array, ""]) -> Decision:
     """What `rule`, a `Rule`, makes of prompts; its edits are `share` of what its gates say, so 0 leaves all alone."""
     gate = rule.gate(states)
-    return Decision(rule.score(states), gate, rule.edits(gate * share, start_positions(batch)))
+    return Decision(rule.score(states), gate, rule.harmful(gate), rule.edits(gate * share, start_positions(batch)))
 
 
 def rerun(batch: Batch, cache: Cache, tokens: Int[Array, "B X"], again: int) -> Given:

@@ -13,7 +13,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 TAPS = ("attn_in", "q", "k", "v", "heads", "o", "attn_out", "mlp_in", "mlp_hidden", "down", "mlp_out", "resid")
 """Taps inside every block: normed input of attention; outputs of the maps q, k and v, features of all heads in a row,
@@ -30,26 +30,61 @@ MODULES = {name: f"{name}_tap" if name in ("embed", "q", "k", "v", "o", "down") 
 
 @flax.struct.dataclass
 class Edit:
-    """x <- x + gate * (add - (x . ablate) ablate) at positions >= start. Zero vectors are the identity.
+    """x <- x + gate * (add - (x . ablate) ablate) at positions start <= p < stop. Zero vectors are the identity.
 
     Fields hold one entry a layer (one in all at "embed" and "final"); a tap sees its own, without the leading L.
       add:    [L, F] vector added, its strength included
       ablate: [L, F] unit direction removed, or zero
       gate:   [L, B] or [L, 1] what each row takes of the edit: 1 whole, 0 nothing, -1 the opposite
       start:  [L, B] or [L, 1] first position (counted without padding) that is edited
+      stop:   [L, B] or [L, 1] the first one behind these; None edits all from `start` on
+      above:  [L] ablation is one-sided: of x . ablate only what exceeds this is removed; None removes all
+      read:   [L, F] the gate is multiplied by x . read, x being the row's state at position stop - 1, as earlier layers
+              left it; a pass that does not hold this position is not edited. None leaves the gate alone
     """
 
     add: Float[Array, "*L F"]
     ablate: Float[Array, "*L F"]
     gate: Float[Array, "*L rows"]
     start: Int[Array, "*L rows"]
+    stop: Int[Array, "*L rows"] | None = None
+    above: Float[Array, "*L"] | None = None
+    read: Float[Array, "*L F"] | None = None
 
     def __call__(self, x: Float[Array, "B T F"], positions: Int[Array, "B T"]) -> Float[Array, "B T F"]:
         """`x` as a tap passes it on."""
         r = self.ablate.astype(x.dtype)
-        change = self.add.astype(x.dtype)[None, None] - (x @ r)[..., None] * r[None, None]
-        gate = jnp.where(positions >= self.start[:, None], self.gate[:, None], 0)
+        along = x @ r
+        if self.above is not None:
+            along = jax.nn.relu(along - self.above.astype(x.dtype))
+        change = self.add.astype(x.dtype)[None, None] - along[..., None] * r[None, None]
+        edited = positions >= self.start[:, None]
+        if self.stop is not None:
+            edited &= positions < self.stop[:, None]
+        gate = jnp.where(edited, self._gate(x, positions)[:, None], 0)
         return x + gate[..., None].astype(x.dtype) * change
+
+    def _gate(self, x: Float[Array, "B T F"], positions: Int[Array, "B T"]) -> Float[Array, " rows"]:
+        if self.read is None:
+            return self.gate
+        assert self.stop is not None
+        here = positions == self.stop[:, None] - 1
+        last = x.shape[1] - 1 - jnp.argmax(here[:, ::-1], axis=1)  # padding in front may count as a position, too
+        state = jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0].astype(jnp.float32)
+        reading = jnp.sum(state * self.read[None], axis=-1)
+        return self.gate * jnp.where(here.any(axis=1), reading, 0)
+
+
+@flax.struct.dataclass
+class Both:
+    """Two edits of one tap, one after the other."""
+
+    first: Edit
+    second: Edit
+
+    def __call__(self, x: Float[Array, "B T F"], positions: Int[Array, "B T"]) -> Float[Array, "B T F"]:
+        """`x` as a tap passes it on."""
+        return self.second(self.first(x, positions), positions)
 
 
 def edit(
@@ -57,13 +92,18 @@ def edit(
     ablate: Float[Array, "L F"] | None = None,
     gate: Float[Array, " B"] | float = 1.0,
     start: Int[Array, " B"] | int = 0,
+    stop: Int[Array, " B"] | None = None,
+    above: Float[Array, " L"] | None = None,
+    read: Float[Array, "L F"] | None = None,
 ) -> Edit:
     """An `Edit` of every layer, from the parts that are wanted.
 
-    Raises ValueError when neither `add` nor `ablate` is given.
+    Raises ValueError when neither `add` nor `ablate` is given, and for `read` without `stop`.
     """
     if add is None and ablate is None:
         raise ValueError("an edit needs add or ablate, a [layers, features] array; both are None")
+    if read is not None and stop is None:
+        raise ValueError("an edit that reads its gate needs stop, the position behind the one that is read")
     shape_like = add if add is not None else ablate
     assert shape_like is not None
     layers = shape_like.shape[0]
@@ -78,6 +118,9 @@ def edit(
         ablate=jnp.asarray(zero if ablate is None else ablate),
         gate=per_layer(gate, jnp.float32),
         start=per_layer(start, jnp.int32),
+        stop=None if stop is None else per_layer(stop, jnp.int32),
+        above=None if above is None else jnp.asarray(above, jnp.float32),
+        read=None if read is None else jnp.asarray(read, jnp.float32),
     )
 
 
@@ -89,6 +132,21 @@ class At:
 
     def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B P F"]:
         return jnp.take_along_axis(x, self.slots[..., None], axis=1)
+
+
+@flax.struct.dataclass
+class AtAndMean:
+    """Reads the given slots, and behind them the mean over the slots that are `counted`."""
+
+    slots: Int[Array, "B P"]
+    counted: Bool[Array, "B T"]
+
+    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B P+1 F"]:
+        weight = self.counted.astype(jnp.float32)
+        weight /= jnp.maximum(weight.sum(1, keepdims=True), 1)
+        mean = jnp.einsum("btf,bt->bf", x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
+        read = jnp.take_along_axis(x, self.slots[..., None], axis=1).astype(jnp.float32)
+        return jnp.concatenate([read, mean[:, None]], axis=1)
 
 
 @flax.struct.dataclass

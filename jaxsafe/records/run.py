@@ -66,7 +66,8 @@ class Sample:
     set, kind, harmful: of the prompt, "" and None where there is none; setting: how it was asked; refused: the verdict
     of the judge of refusals alone, None where it cannot score the answer; suffix, sample: which of several answers to
     the prompt; score, steered_as_harmful: what a steering rule reads at the prompt and decides by it; nats: a token of
-    the answer under the unedited model, None where it was not read; broken: whether the answer is (see `BrokenJudge`).
+    the answer under the unedited model, None where it was not read; broken: whether the answer is (see `BrokenJudge`);
+    passes: how often the prompt was answered, more than once where a refusal was mended.
     """
 
     variant: str
@@ -83,6 +84,7 @@ class Sample:
     steered_as_harmful: bool | None = None
     nats: float | None = None
     broken: bool = False
+    passes: int = 1
 
     @property
     def outcome(self) -> Outcome | None:

@@ -188,11 +188,15 @@ def examine(
 
 
 class Answer(NamedTuple):
-    """An answer, and what a steering rule reads at its prompt and decides by it, None without a rule."""
+    """An answer, and what a steering rule reads at its prompt and decides by it, None without a rule.
+
+    passes: how often the prompt was answered.
+    """
 
     text: str
     score: float | None
     steered_as_harmful: bool | None
+    passes: int = 1
 
 
 class Place(NamedTuple):
@@ -246,7 +250,8 @@ def _by_rule(answers: Sequence[Answers], row: int) -> list[Answer]:
         Answer(
             each.texts[row],
             None if each.scores is None else float(each.scores[row]),
-            None if each.gates is None else bool(each.gates[row] > 0),
+            None if each.harmful is None else bool(each.harmful[row]),
+            1 if each.passes is None else int(each.passes[row]),
         )
         for each in answers
     ]
@@ -277,6 +282,7 @@ def _samples(
             answer.steered_as_harmful,
             nats[i],
             broken[i],
+            answer.passes,
         )
         for i, answer in enumerate(answers)
     ]

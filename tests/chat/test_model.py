@@ -67,11 +67,10 @@ def steering_for(model, seed=0, **changes):
 
 
 @flax.struct.dataclass
-class Ablation:
+class Ablation(Rule):
     """Takes a direction out of the stream of every prompt, and reads none."""
 
     direction: jax.Array
-    affirmative = None
 
     def score(self, states: PromptStates):
         return jnp.zeros(states.at_end.shape[1])
