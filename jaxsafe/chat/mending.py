@@ -23,8 +23,13 @@ from jaxsafe.rows import Batch
 class Refusals(Protocol):
     """Tells refusals, as judges do."""
 
-    name: str
-    version: str
+    @property
+    def name(self) -> str:
+        """Of the rule."""
+
+    @property
+    def version(self) -> str:
+        """Of the rule."""
 
     def refused(self, prompts: Sequence[str], answers: Sequence[str]) -> list[bool | None]:
         """For each answer to a prompt whether it refuses; None where it cannot be told."""

@@ -17,6 +17,7 @@ from jaxsafe.kernels.likelihood import answer_nll
 from jaxsafe.kernels.sampling import Decoding, drawing, row_seeds
 from jaxsafe.kernels.steering import (
     PromptStates,
+    Rule,
     Steering,
     decide,
     prefill_and_read,

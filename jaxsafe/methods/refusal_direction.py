@@ -1,0 +1,139 @@
+"""The refusal direction (Arditi et al., arXiv 2406.11717) and the false-refusal vector (Wang et al., arXiv 2410.03415).
+
+Candidates are differences of mean states after every block (the last fifth left out) at every position behind the
+instruction's own words. One is chosen on further prompts: the one whose ablation leaves the least refusal of harmful
+prompts ("bypass"), among those that make safe prompts refused where they are added ("induce") and whose ablation moves
+the first token of safe answers by little (KL). Each is ablated at everything that writes to the residual stream.
+
+n prompts, L layers, P positions, D embed, C candidates
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from jaxsafe.chat.model import ChatModel
+from jaxsafe.kernels.forward import capture
+from jaxsafe.kernels.refusal import CandidateScores, score_candidates
+from jaxsafe.methods.evidence import Evidence, unit_rows
+from jaxsafe.model.taps import At
+from jaxsafe.progress import Progress, silent
+from jaxsafe.rows import Batch, Row
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """Which candidates are allowed: published limits. kl: nats, at most; induced: log-odds, at least."""
+
+    kl: float = 0.1
+    induced: float = 0.0
+    last_share: float = 0.2
+    validation: int = 32
+    batch_size: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Direction:
+    """A candidate that was chosen: unit `vector` float32 [D], after which block, how far from the prompt's end.
+
+    bypass, induce: mean refusal log-odds of harmful prompts without it and of safe prompts with it; kl: nats.
+    """
+
+    vector: np.ndarray
+    layer: int
+    position: int
+    bypass: float
+    induce: float
+    kl: float
+
+
+def template_positions(rows: Sequence[Row]) -> int:
+    """P: how many tokens up to the instruction's end are the same in all rows, at least 1."""
+    ends = [row.ids[row.instruction_end :: -1] for row in rows]
+    alike = itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*ends, strict=False))
+    return max(1, sum(1 for _ in alike))
+
+
+def end_states(
+    model: ChatModel, prompts: Sequence[str], positions: int, batch_size: int, done: Progress = silent
+) -> Float[np.ndarray, "n P L D"]:
+    """The stream after each block at the last `positions` positions of the prompts, the very last one first."""
+
+    @jax.jit
+    def read(params: Any, batch: Batch) -> Any:
+        slots = batch.instruction_end[:, None] - jnp.arange(positions)[None]
+        states = capture(
+            model.config, params, batch.tokens, batch.valid, edits=model.edits, reduce={"resid": At(slots)}
+        )
+        return jnp.moveaxis(states["resid"], 0, 2).astype(jnp.float32)
+
+    return model.map(lambda batch, indices: read(model.params, batch), model.rows(prompts), batch_size, done)
+
+
+def refusal_tokens(evidence: Evidence, share: float = 0.05) -> tuple[int, ...]:
+    """The tokens that refusals of the model begin with, each at least `share` of them and more often than answers do.
+
+    The paper names them by hand for each model. Raises ValueError where there is no such token.
+    """
+    begun = evidence.lengths > 0
+    first = {refused: evidence.tokens[begun & (evidence.refused == refused), 0] for refused in (True, False)}
+
+    def frequency(token: int, refused: bool) -> float:
+        return float((first[refused] == token).mean()) if len(first[refused]) else 0.0
+
+    found = [int(t) for t in np.unique(first[True]) if frequency(t, True) >= max(share, 2 * frequency(t, False))]
+    if not found:
+        raise ValueError("refusals of this model begin with no token of their own; its refusal cannot be scored by one")
+    return tuple(found)
+
+
+def false_refusal(
+    candidates: Float[np.ndarray, "P L D"], harmful: Float[np.ndarray, "P L D"], share: float = 1.0
+) -> Float[np.ndarray, "P L D"]:
+    """Directions of false refusal without `share` of their parts along the directions of harmful prompts.
+
+    v_or - share (v_or . v_harm / |v_harm|^2) v_harm, float32.
+    """
+    along = np.sum(candidates * harmful, -1, keepdims=True) / np.maximum(np.sum(harmful**2, -1, keepdims=True), 1e-12)
+    return (candidates - share * along * harmful).astype(np.float32)
+
+
+def choose_direction(
+    model: ChatModel,
+    candidates: Float[np.ndarray, "P L D"],
+    harmful: Sequence[str],
+    safe: Sequence[str],
+    refusal: Sequence[int],
+    search: Search = Search(),
+    done: Progress = silent,
+) -> Direction:
+    """The candidate of the least bypass among those that `search` allows; `harmful` and `safe` are prompts to try.
+
+    Where none is allowed, the one of the least KL. `done` is called with numbers of prompts.
+    """
+    layers = range(int(model.config.layers * (1 - search.last_share)))
+    places = [(p, layer) for p in range(len(candidates)) for layer in layers]
+    vectors = jnp.asarray(np.stack([candidates[place] for place in places]))
+    numbers = jnp.asarray([layer for _, layer in places], jnp.int32)
+    tokens = jnp.asarray(refusal, jnp.int32)
+
+    def call(batch: Batch, indices: np.ndarray) -> Any:
+        scores = score_candidates(model.config, model.params, batch, vectors, numbers, tokens)
+        return CandidateScores(*(a.T for a in scores))
+
+    def scores_of(prompts: Sequence[str]) -> CandidateScores:
+        return model.map(call, model.rows(prompts[: search.validation]), search.batch_size, done)
+
+    of_harmful, of_safe = scores_of(harmful), scores_of(safe)
+    bypass, induce, kl = of_harmful.ablated.mean(0), of_safe.added.mean(0), of_safe.kl.mean(0)
+    allowed = np.flatnonzero((kl <= search.kl) & (induce >= search.induced))
+    best = int(allowed[np.argmin(bypass[allowed])]) if len(allowed) else int(np.argmin(kl))
+    position, layer = places[best]
+    vector = unit_rows(candidates[position, layer][None])[0]
+    return Direction(vector, layer, position, float(bypass[best]), float(induce[best]), float(kl[best]))
