@@ -28,7 +28,8 @@ from jaxsafe.kernels.gates import Gate, Open
 from jaxsafe.kernels.steering import Rule
 from jaxsafe.methods import adasteer as ada
 from jaxsafe.methods import alphasteer as alpha
-from jaxsafe.methods import cast, gate_fits, mending_choice, refusal_direction
+from jaxsafe.methods import cast, gate_fits, mending_choice
+from jaxsafe.methods import refusal_direction as refused
 from jaxsafe.methods.dose import benign_answers, divergences_of, strength_of_kl
 from jaxsafe.methods.evidence import Evidence, unit_rows
 from jaxsafe.methods.gate_fits import Fitted
@@ -114,28 +115,23 @@ class Bench:
         """The direction of false refusal, orthogonal to that of harmful prompts."""
 
         def candidates(harmful: np.ndarray, safe: np.ndarray, pseudo: np.ndarray) -> np.ndarray:
-            return refusal_direction.false_refusal(pseudo.mean(0) - safe.mean(0), harmful.mean(0) - safe.mean(0))
+            return refused.false_refusal(pseudo.mean(0) - safe.mean(0), harmful.mean(0) - safe.mean(0))
 
         return self._direction(candidates, 0.2)
 
     def _direction(self, candidates: Callable[..., np.ndarray], kl: float) -> Direction:
         """The best of `candidates(states of harmful, safe answered and safe refused prompts)`, each [n, P, L, D]."""
-        e, search = self.evidence, refusal_direction.Search(kl=kl)
+        e, search = self.evidence, refused.Search(kl=kl)
         kinds = [e.harmful & e.refused, ~e.harmful & ~e.refused, ~e.harmful & e.refused]
         prompts = [[p for p, chosen in zip(e.prompts, kind, strict=True) if chosen] for kind in kinds]
         rows = self.model.rows(e.prompts)
-        positions = refusal_direction.template_positions(rows)
+        positions = refused.template_positions(rows)
         # Every second prompt makes the candidates, the others choose among them.
-        made = [
-            refusal_direction.end_states(self.model, side[::2] or side, positions, search.batch_size)
-            for side in prompts
-        ]
+        made = [refused.end_states(self.model, side[::2] or side, positions, search.batch_size) for side in prompts]
         harmful, safe = prompts[0][1::2], prompts[1][1::2]
         with self.watch("candidates for a direction", 2 * min(search.validation, len(harmful), len(safe))) as done:
-            tokens = refusal_direction.refusal_tokens(e)
-            return refusal_direction.choose_direction(
-                self.model, candidates(*made), harmful, safe, tokens, search, done
-            )
+            tokens = refused.refusal_tokens(e)
+            return refused.choose_direction(self.model, candidates(*made), harmful, safe, tokens, search, done)
 
     def away(self, strength: float, directions: np.ndarray | None = None, span: str | None = None) -> Add:
         """What steers away from refusal: -strength |state| along `directions` in the steered blocks."""
@@ -265,9 +261,7 @@ def _gated(
     return Made(rule, control, Remedy(name, source, about, bench.gate.report.name, strength, kl))
 
 
-def _ablated(
-    bench: Bench, name: str, source: str, found: refusal_direction.Direction, gate: Gate, is_gated: bool | None
-) -> Made:
+def _ablated(bench: Bench, name: str, source: str, found: refused.Direction, gate: Gate, is_gated: bool | None) -> Made:
     rule, control = (Gated(gate, bench.ablate(v, "all")) for v in (found.vector, bench.random[found.layer]))
     about = (
         f"direction after block {found.layer}, {found.position} tokens before the prompt's end; everywhere; refusal "
