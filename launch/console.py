@@ -12,6 +12,7 @@ from .interruption import end_at_once
 TASKS = {
     "quickstart": "all of it on a small model that fits any machine",
     "scans": "steer a chat model so that it refuses what is harmful and answers what only looks so (SCANS)",
+    "overrefusal": "put every remedy for over-refusal side by side, each with a control of its size",
     "brittleness": "find and remove the weights and ranks that carry a chat model's safety",
     "attack": "fine-tune safety away, with and without defences",
     "plan": "will a job fit, and how fast can it be, before there is a machine for it",

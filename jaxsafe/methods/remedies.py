@@ -25,7 +25,7 @@ from jaxsafe.io.store import Store
 from jaxsafe.kernels.ablation import written_directions
 from jaxsafe.kernels.actions import Ablate, Action, Add, Clamp, Gated, named_span
 from jaxsafe.kernels.gates import Gate, Open
-from jaxsafe.kernels.steering import Rule
+from jaxsafe.kernels.steering import Rule, Steering
 from jaxsafe.methods import adasteer as ada
 from jaxsafe.methods import alphasteer as alpha
 from jaxsafe.methods import cast, gate_fits, mending_choice
@@ -37,6 +37,7 @@ from jaxsafe.methods.mending_choice import Trial
 from jaxsafe.methods.refusal_direction import Direction
 from jaxsafe.model.layers import LayerRange
 from jaxsafe.progress import Watch, unwatched
+from jaxsafe.prompts.sets import PromptSet
 from jaxsafe.records.overrefusal import Mended, Remedy
 from jaxsafe.records.run import Json
 
@@ -59,6 +60,9 @@ class Fit:
     strengths: tuple[float, ...] = (0.02, 0.03, 0.05)
     published: str = ""
     seed: int = 0
+
+
+DEFAULTS = Fit()
 
 
 class Made(NamedTuple):
@@ -168,6 +172,17 @@ def identity(rule: Rule | Mending) -> Json:
     return [str(jax.tree.structure(rule)), arrays_sha256(leaves)]
 
 
+def as_sets(evidence: Evidence) -> tuple[PromptSet, ...]:
+    """The prompts of `evidence` as one labelled set."""
+    labels = tuple(map(bool, evidence.harmful))
+    return (PromptSet("calibration", evidence.prompts, labels, ("",) * len(evidence)),)
+
+
+def random_scans(steering: Steering, random: Float[np.ndarray, "L D"]) -> Steering:
+    """The steering of SCANS along random directions."""
+    return steering.replace(directions=jnp.asarray(random))  # type: ignore[attr-defined]
+
+
 def steer(bench: Bench) -> Made:
     """Steering away from refusal behind the gate, as strong as `fit.kl` allows."""
     strength = bench.strength(lambda s: Gated(Open(), bench.away(s)))
@@ -261,7 +276,7 @@ def _gated(
     return Made(rule, control, Remedy(name, source, about, bench.gate.report.name, strength, kl))
 
 
-def _ablated(bench: Bench, name: str, source: str, found: refused.Direction, gate: Gate, is_gated: bool | None) -> Made:
+def _ablated(bench: Bench, name: str, source: str, found: Direction, gate: Gate, is_gated: bool = False) -> Made:
     rule, control = (Gated(gate, bench.ablate(v, "all")) for v in (found.vector, bench.random[found.layer]))
     about = (
         f"direction after block {found.layer}, {found.position} tokens before the prompt's end; everywhere; refusal "

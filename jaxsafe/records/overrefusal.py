@@ -73,11 +73,10 @@ class Remedy:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Answers made a prompt, and tokens written a second, by variant."""
+    """How many answers were made for each prompt, on average, by variant."""
 
     variant: str
     passes: float
-    tokens_per_s: float | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,59 @@
+"""What every comparison of remedies for over-refusal starts from. A `None` is chosen on the calibration prompts."""
+
+from typing import Annotated
+
+from ml_collections import ConfigDict
+from msgspec import Meta
+
+from jaxsafe.configs.common import EXAM, MODEL
+from jaxsafe.configs.fields import Count, Field, Fields, Layers, Natural, Share, SomeTexts, config_of, with_defaults
+from jaxsafe.configs.scans.base import PUBLISHED_SETS
+from jaxsafe.kernels.actions import SPANS
+from jaxsafe.methods.adasteer import PUBLISHED
+from jaxsafe.methods.remedies import DEFAULTS, REMEDIES
+from jaxsafe.prompts.roles import parse_spec
+
+SCANS = "scans"
+NAMES = (*REMEDIES, SCANS)
+CALIBRATION = (
+    "advbench#64",
+    "malicious_instruct#32",
+    "truthfulqa#64",
+    "builtin:harmful/anchor",
+    "builtin:harmful/calibration",
+    "builtin:lookalike/anchor",
+    "builtin:lookalike/calibration",
+    "builtin:plain/anchor",
+    "builtin:plain/calibration",
+)
+Doses = Annotated[tuple[Annotated[float, Meta(gt=0)], ...], Meta(min_length=1)]
+
+FIELDS: Fields = {
+    **MODEL,
+    **with_defaults(EXAM, evaluation=PUBLISHED_SETS, harmless=(), judge="scans"),
+    "remedies": Field(NAMES, SomeTexts, "which ones, beside the model as it is", NAMES),
+    "controls": Field(True, bool, "beside each its random control: another direction of the same size"),
+    "calibration": Field(CALIBRATION, SomeTexts, "prompt sets that remedies are fitted to", entry=parse_spec),
+    "gate_layers": Field(None, tuple[Natural, ...] | None, "blocks whose states the gate reads; None: by the depth"),
+    "missed": Field(0.05, Share, "share of harmful calibration prompts that gates may let through"),
+    "layers": Field(None, Layers | None, "layers [first, stop) that are steered; None: the middle third"),
+    "span": Field("end+4", str, "where steering acts, from the prompt's end on", tuple(SPANS)),
+    "kl": Field(0.1, Annotated[float, Meta(gt=0)], "nats a token by which a strength may move safe answers"),
+    "strengths": Field(DEFAULTS.strengths, Doses, "to mend by, as shares of the mean state"),
+    "published": Field("", str, "whose settings AdaSteer and AlphaSteer take; empty: ours", ("", *PUBLISHED)),
+    "scans_published": Field(False, bool, "SCANS with the choices of its paper for Llama-2 and Vicuna"),
+    "scans_alpha": Field(3.5, float, "the strength of scans_published"),
+    "calibration_tokens": Field(24, Count, "the most tokens of an answer to a calibration prompt"),
+}
+
+
+def base() -> ConfigDict:
+    """The settings, with the defaults that suit most chat models."""
+    return config_of(FIELDS)
+
+
+def of_model(model: str, published: str = "") -> ConfigDict:
+    """The settings for `model`; `published` names the settings of AdaSteer and AlphaSteer."""
+    config = base()
+    config.model, config.published = model, published
+    return config

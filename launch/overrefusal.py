@@ -1,0 +1,167 @@
+"""Remedies for over-refusal side by side on any supported chat model: one table, each with a control of its size.
+
+python -m launch.overrefusal --config=configs/overrefusal/llama31_8b_instruct.py --out=runs/llama31 \
+--config.data=DATA_FOLDER --config.remedies="('mend', 'scans')"
+"""
+
+import pathlib
+from contextlib import AbstractContextManager
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from jaxsafe.chat.mending import Mending
+from jaxsafe.chat.model import ChatModel
+from jaxsafe.configs.overrefusal.base import FIELDS, SCANS
+from jaxsafe.evaluation.judges.keyword import judge
+from jaxsafe.kernels.sampling import Decoding
+from jaxsafe.kernels.steering import Rule
+from jaxsafe.methods import remedies
+from jaxsafe.methods.evidence import evidence_once
+from jaxsafe.methods.mending_choice import Trial
+from jaxsafe.methods.remedies import Bench, Fit, Made
+from jaxsafe.methods.scans_calibration import Calibration, OpenChoice
+from jaxsafe.methods.scans_preparation import prepare_scans
+from jaxsafe.model.layers import LayerRange
+from jaxsafe.progress import Progress
+from jaxsafe.prompts.roles import Roles, assign_roles, labelled
+from jaxsafe.records.overrefusal import Cost, Details, Mended, Remedy
+from jaxsafe.records.run import Run, Variant
+from jaxsafe.records.scans import Choice
+from jaxsafe.study.study import Study
+
+from . import command, common, folder
+from .progress import Clock
+from .settings import Experiment
+
+PLAIN = "as it is"
+Rules = dict[str, tuple[Variant, Rule | Mending | None]]
+
+
+def check(config: ConfigDict) -> None:
+    """Raises ValueError for settings that contradict each other, FileNotFoundError for what is not there."""
+    common.check(config)
+    harmful = labelled(roles_of(config)["calibration"])[1]
+    if len(set(harmful)) < 2:
+        raise ValueError(
+            f"config.calibration needs harmful and safe prompts; all of its {len(harmful)} are of one kind"
+        )
+
+
+def roles_of(config: ConfigDict, extra: tuple = ()) -> Roles:
+    """The prompt sets of the config, each prompt in one role."""
+    evaluate = {name: config[name] for name in ("evaluation", "harmless")}
+    prepare = {"calibration": config.calibration}
+    return assign_roles(prepare, evaluate, config.data or None, extra, config.seed)
+
+
+def results(config: ConfigDict) -> int:
+    """How many results the experiment has: the model as it is, each remedy, and each control."""
+    return 1 + len(config.remedies) * (2 if config.controls else 1)
+
+
+def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, clock: Clock) -> Run:
+    """The whole experiment; what it finds is in `out` and in the returned record."""
+    harmless = tuple(prompts.labelled(False) for prompts in roles["harmless"])
+    exam = common.exam(config, model, (*roles["evaluation"], *harmless), common.settings(config), read="halves")
+    study = Study(out, model, exam, clock.watch("exam_s"))
+    study.check()
+    bench = bench_of(config, roles, study, clock)
+
+    made: list[Made] = []
+    mended: Mended | None = None
+    for name in config.remedies:
+        if name == "mend":
+            found, mended = remedies.mend(bench)
+            made.append(found)
+        else:
+            made.append(steered_by_scans(config, bench) if name == SCANS else remedies.REMEDIES[name](bench))
+
+    rules = rules_of(config, made)
+    variants, steerings = zip(*rules.values(), strict=True)
+    study.examine_together(list(variants), lambda: model.steered(steerings))
+    costs = tuple(Cost(name, passes(study, name)) for name in rules)
+    gates = (bench.gate.report,) if any(each.remedy.gate == bench.gate.report.name for each in made) else ()
+    text = config.text or "built-in prose"
+    return common.finish(
+        study, "overrefusal", config, roles, clock, Details(gates, tuple(m.remedy for m in made), costs, text, mended)
+    )
+
+
+def bench_of(config: ConfigDict, roles: Roles, study: Study, clock: Clock) -> Bench:
+    """What remedies are fitted with, from the calibration prompts."""
+    told, decoding = judge(config.judge), Decoding(config.calibration_tokens, seed=config.seed)
+    sets = roles["calibration"]
+    with clock.watch("evidence_s")("calibration prompts", 2 * sum(map(len, sets))) as done:
+        asked = decoding, config.batch_size
+        evidence = evidence_once(study.store, study.model, sets, told, asked, done)
+    fit = Fit(
+        config.gate_layers,
+        None if config.layers is None else LayerRange.parse(config.layers, "config.layers"),
+        config.missed,
+        config.kl,
+        config.span,
+        tuple(config.strengths),
+        config.published,
+        config.seed,
+    )
+    trial = Trial(told, Decoding(config.max_new_tokens, seed=config.seed), batch_size=config.batch_size)
+    return Bench(study.model, evidence, study.store, trial, fit, clock.watch("fit_s"))
+
+
+def steered_by_scans(config: ConfigDict, bench: Bench) -> Made:
+    """SCANS as published, or calibrated on the same prompts; its control has random directions."""
+    e = bench.evidence
+
+    def watch(what: str, total: int) -> AbstractContextManager[Progress]:
+        return bench.watch(f"SCANS, {what}", total)
+
+    anchors = remedies.as_sets(e)
+    choice: Choice | OpenChoice = OpenChoice(strengths=(0.01, 0.02, 0.03))
+    if config.scans_published:
+        choice = Choice(LayerRange(10, 32), LayerRange(10, 20), 0.75, config.scans_alpha)
+    calibration = Calibration(
+        e.prompts,
+        tuple(map(bool, e.harmful)),
+        bench.trial.judge,
+        Decoding(config.calibration_tokens, seed=config.seed),
+        config.batch_size,
+    )
+    prepared = prepare_scans(bench.model, anchors, calibration, choice, bench.store, watch, config.batch_size)
+    control = remedies.random_scans(prepared.steering, bench.random)
+    strength = prepared.choice.alpha_rel or prepared.choice.alpha
+    remedy = Remedy(SCANS, "arXiv 2408.11491", str(prepared.choice), "transition score of SCANS", strength)
+    return Made(prepared.steering, control, remedy)
+
+
+def rules_of(config: ConfigDict, made: list[Made]) -> Rules:
+    """{name: (variant, rule)} of the model as it is, of every remedy, and of every control behind it."""
+    rules: Rules = {PLAIN: (Variant(PLAIN), None)}
+    for rule, control, remedy in made:
+        random = None if control is None or not config.controls else f"{remedy.name}, random direction"
+        about = {"is": remedy.about}
+        rules[remedy.name] = Variant(remedy.name, remedies.identity(rule), PLAIN, random, about=about), rule
+        if random is not None and control is not None:
+            rules[random] = Variant(random, remedies.identity(control), PLAIN, about={"control": True}), control
+    return rules
+
+
+def passes(study: Study, name: str) -> float:
+    """How often a prompt was answered under a variant, on average."""
+    samples = study.examined[name].samples
+    return sum(sample.passes for sample in samples) / max(1, len(samples))
+
+
+def main() -> None:
+    """Reads the flags and runs the experiment."""
+    config = command.config()
+    with common.held(OUT.value, folder.identity("overrefusal", FIELDS, config), results(config)) as (out, clock):
+        roles, model = roles_of(config), common.load(config, clock)
+        common.show(run(config, model, roles, out, clock), out)
+
+
+if __name__ == "__main__":
+    OUT = flags.DEFINE_string(
+        "out", "runs/overrefusal", "folder for the results; an interrupted run goes on from there"
+    )
+    command.run(main, Experiment("configs/overrefusal/smollm2_135m.py", FIELDS, check))
