@@ -51,7 +51,7 @@ def check(config: ConfigDict) -> None:
 def roles_of(config: ConfigDict, extra: tuple = ()) -> Roles:
     """The prompt sets of the config, each prompt in one role."""
     evaluate = {name: config[name] for name in ("evaluation", "harmless")}
-    prepare = {"calibration": config.calibration}
+    prepare = {name: config[name] for name in ("anchors", "calibration")}
     return assign_roles(prepare, evaluate, config.data or None, extra, config.seed)
 
 
@@ -75,7 +75,7 @@ def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, c
             found, mended = remedies.mend(bench)
             made.append(found)
         else:
-            made.append(steered_by_scans(config, bench) if name == SCANS else remedies.REMEDIES[name](bench))
+            made.append(steered_by_scans(config, bench, roles) if name == SCANS else remedies.REMEDIES[name](bench))
 
     rules = rules_of(config, made)
     variants, steerings = zip(*rules.values(), strict=True)
@@ -89,9 +89,9 @@ def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, c
 
 
 def bench_of(config: ConfigDict, roles: Roles, study: Study, clock: Clock) -> Bench:
-    """What remedies are fitted with, from the calibration prompts."""
+    """What remedies are fitted with, from anchors and calibration prompts."""
     told, decoding = judge(config.judge), Decoding(config.calibration_tokens, seed=config.seed)
-    sets = roles["calibration"]
+    sets = (*roles["anchors"], *roles["calibration"])
     with clock.watch("evidence_s")("calibration prompts", 2 * sum(map(len, sets))) as done:
         asked = decoding, config.batch_size
         evidence = evidence_once(study.store, study.model, sets, told, asked, done)
@@ -105,29 +105,26 @@ def bench_of(config: ConfigDict, roles: Roles, study: Study, clock: Clock) -> Be
         config.published,
         config.seed,
     )
-    trial = Trial(told, Decoding(config.max_new_tokens, seed=config.seed), batch_size=config.batch_size)
+    trial = Trial(told, decoding, batch_size=config.batch_size)
     return Bench(study.model, evidence, study.store, trial, fit, clock.watch("fit_s"))
 
 
-def steered_by_scans(config: ConfigDict, bench: Bench) -> Made:
-    """SCANS as published, or calibrated on the same prompts; its control has random directions."""
-    e = bench.evidence
+def steered_by_scans(config: ConfigDict, bench: Bench, roles: Roles) -> Made:
+    """SCANS as published, or calibrated; its control has random directions."""
 
     def watch(what: str, total: int) -> AbstractContextManager[Progress]:
         return bench.watch(f"SCANS, {what}", total)
 
-    anchors = remedies.as_sets(e)
     choice: Choice | OpenChoice = OpenChoice(strengths=(0.01, 0.02, 0.03))
     if config.scans_published:
         choice = Choice(LayerRange(10, 32), LayerRange(10, 20), 0.75, config.scans_alpha)
-    calibration = Calibration(
-        e.prompts,
-        tuple(map(bool, e.harmful)),
-        bench.trial.judge,
-        Decoding(config.calibration_tokens, seed=config.seed),
-        config.batch_size,
+    calibration = Calibration.of(
+        roles["calibration"],
+        judge=bench.trial.judge,
+        decoding=bench.trial.decoding,
+        batch_size=config.batch_size,
     )
-    prepared = prepare_scans(bench.model, anchors, calibration, choice, bench.store, watch, config.batch_size)
+    prepared = prepare_scans(bench.model, roles["anchors"], calibration, choice, bench.store, watch, config.batch_size)
     control = remedies.random_scans(prepared.steering, bench.random)
     strength = prepared.choice.alpha_rel or prepared.choice.alpha
     remedy = Remedy(SCANS, "arXiv 2408.11491", str(prepared.choice), "transition score of SCANS", strength)

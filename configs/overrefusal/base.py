@@ -15,15 +15,13 @@ from jaxsafe.prompts.roles import parse_spec
 
 SCANS = "scans"
 NAMES = (*REMEDIES, SCANS)
+ANCHORS = ("advbench#48", "malicious_instruct#16", "truthfulqa#32", "builtin:lookalike/anchor", "builtin:plain/anchor")
 CALIBRATION = (
-    "advbench#64",
-    "malicious_instruct#32",
-    "truthfulqa#64",
-    "builtin:harmful/anchor",
+    "advbench#48",
+    "malicious_instruct#16",
+    "truthfulqa#32",
     "builtin:harmful/calibration",
-    "builtin:lookalike/anchor",
     "builtin:lookalike/calibration",
-    "builtin:plain/anchor",
     "builtin:plain/calibration",
 )
 Doses = Annotated[tuple[Annotated[float, Meta(gt=0)], ...], Meta(min_length=1)]
@@ -33,7 +31,8 @@ FIELDS: Fields = {
     **with_defaults(EXAM, evaluation=PUBLISHED_SETS, harmless=(), judge="scans"),
     "remedies": Field(NAMES, SomeTexts, "which ones, beside the model as it is", NAMES),
     "controls": Field(True, bool, "beside each its random control: another direction of the same size"),
-    "calibration": Field(CALIBRATION, SomeTexts, "prompt sets that remedies are fitted to", entry=parse_spec),
+    "anchors": Field(ANCHORS, SomeTexts, "prompt sets that directions are made from", entry=parse_spec),
+    "calibration": Field(CALIBRATION, SomeTexts, "prompt sets that remedies are fitted to besides", entry=parse_spec),
     "gate_layers": Field(None, tuple[Natural, ...] | None, "blocks whose states the gate reads; None: by the depth"),
     "missed": Field(0.05, Share, "share of harmful calibration prompts that gates may let through"),
     "layers": Field(None, Layers | None, "layers [first, stop) that are steered; None: the middle third"),

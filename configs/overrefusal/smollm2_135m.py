@@ -18,12 +18,10 @@ def get_config() -> ConfigDict:
     """The settings of the quickstart."""
     config = base()
     config.model = "smollm2-135m-instruct"
+    config.anchors = ("builtin:harmful/anchor", "builtin:lookalike/anchor", "builtin:plain/anchor")
     config.calibration = (
-        "builtin:harmful/anchor",
         "builtin:harmful/calibration",
-        "builtin:lookalike/anchor",
         "builtin:lookalike/calibration",
-        "builtin:plain/anchor",
         "builtin:plain/calibration",
     )
     config.evaluation = ("builtin:lookalike/test", "builtin:harmful/test", "builtin:plain/test")

@@ -1,8 +1,9 @@
-"""Which rule to answer refusals again by: chosen on safe calibration prompts that are refused behind an open gate.
+"""Which rules to answer refusals again by: chosen on safe calibration prompts that are refused behind an open gate.
 
-Each candidate answers these prompts; an answer counts where it complies and is whole. Rates of candidates that differ
-by less than the prompts drawn let tell are equal: of those within one standard error of the best, the one whose answers
-the unedited model finds the most probable is taken. It is followed by the one that mends the most of what it leaves.
+Each candidate answers these prompts; an answer counts where it complies and is whole. A chain is a first rule, and a
+second one for what the first leaves refused. Shares of chains that differ by less than the prompts drawn let tell are
+equal: of those within one standard error of the best, the chain is taken whose answers the unedited model finds the
+most probable. How often other draws of prompts choose the same is part of the record.
 
 n prompts, C candidates
 """
@@ -27,7 +28,8 @@ from jaxsafe.records.overrefusal import Tried
 from jaxsafe.records.run import from_json, plain
 from jaxsafe.rows import data_sha256
 
-RESAMPLES = 1000
+RESAMPLES = 200
+"""Draws of the prompts with replacement in which a chain is chosen again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,41 +76,41 @@ def _tried(
         refused, nats = trial.judge.refused(prompts, each), [likelihood.mean for likelihood in likely]
         broken = trial.broken.broken(each, refused, nats)
         complied = tuple(r is False and not b for r, b in zip(refused, broken, strict=True))
-        of_complied = [n for n, c in zip(nats, complied, strict=True) if c and n is not None]
-        found.append(Tried(name, complied, float(np.mean(of_complied)) if of_complied else None, sum(broken)))
+        found.append(Tried(name, complied, tuple(nats), sum(broken)))
     return found
 
 
-def within_one_error(complied: Bool[np.ndarray, "C n"], seed: int = 0) -> tuple[Bool[np.ndarray, " C"], np.ndarray]:
-    """The candidates whose share is within one standard error of the best, and how often each is best in resamples.
+def best_chain(complied: Bool[np.ndarray, "C n"], nats: Float[np.ndarray, "C n"]) -> tuple[int, int]:
+    """The numbers of the first and the second rule, the same one twice where one is enough.
 
-    The error is that of the difference to the best on the same prompts, over `RESAMPLES` draws of prompts with
-    replacement.
+    Of chains whose answers comply as often as the best chain's, within one standard error of the difference on the
+    same prompts, the one of the fewest mean nats a token; of equal ones the single rule, then the earlier one.
     """
-    n = complied.shape[1]
-    draws = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
-    shares: Float[np.ndarray, "C draws"] = complied[:, draws].mean(-1)
-    best = int(np.argmax(complied.mean(1)))
-    error = (shares - shares[best]).std(1)
-    wins = (shares == shares.max(0)) / (shares == shares.max(0)).sum(0)
-    return complied.mean(1) >= complied[best].mean() - error - 1e-12, wins.mean(1)
+    C, n = complied.shape
+    mended = complied[:, None] | complied[None]
+    own = np.where(complied[:, None], nats[:, None], nats[None])
+    share = mended.mean(-1)
+    best = np.unravel_index(np.argmax(share), share.shape)
+    behind = mended[best].astype(float) - mended
+    error = behind.std(-1) / np.sqrt(n)
+    mean = np.where(mended, own, 0).sum(-1) / np.maximum(mended.sum(-1), 1)
+    alike = (behind.mean(-1) <= error + 1e-12) & mended.any(-1)
+    single = np.eye(C, dtype=bool)
+    order = sorted(np.argwhere(alike).tolist(), key=lambda pair: (round(mean[*pair], 6), not single[*pair], pair))
+    return order[0][0], order[0][1]
 
 
-def choose(tried: Sequence[Tried], seed: int = 0) -> tuple[list[int], np.ndarray]:
-    """The numbers of the rules to mend by, one or two, and how often each candidate is best in resamples.
+def choose(tried: Sequence[Tried], seed: int = 0) -> tuple[tuple[int, ...], float]:
+    """The numbers of the rules to mend by, one or two, and the share of resamples that choose the same.
 
     Raises ValueError where no candidate mends anything.
     """
     complied = np.array([each.complied for each in tried], bool)
     if not complied.any():
         raise ValueError("no rule makes the model answer a refused calibration prompt whole; give stronger ones")
-    alike, wins = within_one_error(complied, seed)
-
-    def gentleness(number: int) -> tuple[float, float]:
-        nats = tried[number].nats
-        return (np.inf if nats is None else nats, -float(complied[number].mean()))
-
-    first = min(np.flatnonzero(alike & complied.any(1)).tolist(), key=gentleness)
-    gained = (complied & ~complied[first]).sum(1)
-    second = int(np.argmax(gained))
-    return ([first, second] if gained[second] else [first]), wins
+    nats = np.array([[np.inf if value is None else value for value in each.nats] for each in tried])
+    nats = np.where(complied, nats, 0.0)
+    chosen, n = best_chain(complied, nats), complied.shape[1]
+    draws = np.random.default_rng(seed).integers(0, n, (RESAMPLES, n))
+    again = [best_chain(complied[:, draw], nats[:, draw]) for draw in draws if complied[:, draw].any()]
+    return tuple(dict.fromkeys(chosen)), sum(pair == chosen for pair in again) / len(again)

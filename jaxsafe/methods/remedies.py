@@ -37,7 +37,6 @@ from jaxsafe.methods.mending_choice import Trial
 from jaxsafe.methods.refusal_direction import Direction
 from jaxsafe.model.layers import LayerRange
 from jaxsafe.progress import Watch, unwatched
-from jaxsafe.prompts.sets import PromptSet
 from jaxsafe.records.overrefusal import Mended, Remedy
 from jaxsafe.records.run import Json
 
@@ -63,6 +62,8 @@ class Fit:
 
 
 DEFAULTS = Fit()
+MOST = 48
+"""So many refused prompts are enough to choose rules to mend by."""
 
 
 class Made(NamedTuple):
@@ -170,12 +171,6 @@ def identity(rule: Rule | Mending) -> Json:
         return ["mending", [identity(each) for each in rule.rules], rule.judge.name, rule.judge.version]
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(rule)]
     return [str(jax.tree.structure(rule)), arrays_sha256(leaves)]
-
-
-def as_sets(evidence: Evidence) -> tuple[PromptSet, ...]:
-    """The prompts of `evidence` as one labelled set."""
-    labels = tuple(map(bool, evidence.harmful))
-    return (PromptSet("calibration", evidence.prompts, labels, ("",) * len(evidence)),)
 
 
 def random_scans(steering: Steering, random: Float[np.ndarray, "L D"]) -> Steering:
@@ -288,20 +283,14 @@ def _ablated(bench: Bench, name: str, source: str, found: Direction, gate: Gate,
 
 
 def candidates(bench: Bench, directions: np.ndarray | None = None) -> dict[str, Action]:
-    """What refusals may be answered again by: additions of several strengths and spans, clamping, ablation."""
+    """What refusals may be answered again by: additions of several strengths and spans, and clamping."""
     v = bench.evidence.direction if directions is None else directions
-    middle = v[(bench.layers.first + bench.layers.stop) // 2]
     adds = {
         f"away {strength:g} at {span}": bench.away(strength, v, span)
         for span in ("end", "end+4", "answer")
         for strength in bench.fit.strengths
     }
-    return adds | {
-        "clamp at end": bench.clamp(v),
-        "clamp at end+4": bench.clamp(v, span="end+4"),
-        "ablation at end+4": bench.ablate(middle, "end+4"),
-        "ablation at answer": bench.ablate(middle, "answer"),
-    }
+    return adds | {"clamp at end+4": bench.clamp(v, span="end+4")}
 
 
 def mend(bench: Bench) -> tuple[Made, Mended]:
@@ -312,20 +301,21 @@ def mend(bench: Bench) -> tuple[Made, Mended]:
     e, gate, judge = bench.evidence, bench.gate.gate, bench.trial.judge
     opened = gate_fits.score_of(gate, e) < bench.gate.report.threshold
     prompts = [p for p, chosen in zip(e.prompts, opened & e.refused & ~e.harmful, strict=True) if chosen]
+    prompts = [prompts[i] for i in np.linspace(0, len(prompts) - 1, min(MOST, len(prompts))).astype(int)]
     if not prompts:
         raise ValueError("the model refuses no safe calibration prompt that the gate lets through: nothing to mend")
     actions, of_control = candidates(bench), candidates(bench, bench.random)
     rules = {name: Gated(gate, action) for name, action in actions.items()}
     with bench.watch("rules to mend by", len(prompts)) as done:
         tried = mending_choice.try_once(bench.store, bench.model, rules, prompts, bench.trial, done)
-    numbers, wins = mending_choice.choose(tried, bench.fit.seed)
+    numbers, stability = mending_choice.choose(tried, bench.fit.seed)
     names = tuple(tried[number].name for number in numbers)
     rule, control = (
         Mending(tuple(Gated(gate, chosen[name]) for name in names), judge) for chosen in (actions, of_control)
     )
     about = f"refusals answered again by {', then by '.join(names)}; blocks {bench.layers}"
     remedy = Remedy("mend", "ours", about, bench.gate.report.name, None, bench.kl(Gated(Open(), actions[names[0]])))
-    return Made(rule, control, remedy), Mended(tried, tuple(map(float, wins)), names)
+    return Made(rule, control, remedy), Mended(tried, names, stability)
 
 
 REMEDIES: Mapping[str, Callable[[Bench], Made]] = {

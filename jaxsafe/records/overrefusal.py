@@ -35,24 +35,35 @@ class GateReport:
 class Tried:
     """What comes of refused calibration prompts when they are answered again under a candidate.
 
-    complied: by prompt whether the answer complies and is whole; nats: a token of these answers under the unedited
-    model, None where there is none; broken: how many answers are.
+    complied: by prompt whether the answer complies and is whole; nats: a token of each answer under the unedited
+    model, None for a blank one; broken: how many answers are.
     """
 
     name: str
     complied: tuple[bool, ...]
-    nats: float | None
+    nats: tuple[float | None, ...]
     broken: int
+
+    @property
+    def share(self) -> float:
+        """The share of prompts that are mended."""
+        return sum(self.complied) / max(1, len(self.complied))
+
+    @property
+    def mean_nats(self) -> float | None:
+        """Nats a token of the answers that comply, on average; None where there are none."""
+        own = [n for n, c in zip(self.nats, self.complied, strict=True) if c and n is not None]
+        return sum(own) / len(own) if own else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Mended:
-    """How the rules to mend by were chosen: `chosen` names them in their order, `wins` is how often each candidate is
-    the best of resampled prompts."""
+    """How the rules to mend by were chosen: `chosen` names them in their order; stability: the share of resamples of
+    the prompts that choose the same."""
 
     tried: tuple[Tried, ...]
-    wins: tuple[float, ...]
     chosen: tuple[str, ...]
+    stability: float
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from jaxsafe.io.atomic import new_file, write_text
 from jaxsafe.records.run import Run, Sample, read_run, read_samples
-from jaxsafe.report import attack, brittleness, scans, sections, tables
+from jaxsafe.report import attack, brittleness, overrefusal, scans, sections, tables
 from jaxsafe.report.answers import VERDICTS, judgement, reading, side_by_side, verdict
 from jaxsafe.report.own import Own
 from jaxsafe.report.page import page, words
@@ -89,5 +89,10 @@ def _any_task(run: Run) -> Own:
     return Own(f"{words(run.task).capitalize()} on", "Variants of one model put to one exam", sections.headlined(run))
 
 
-TASKS: Mapping[str, Callable[[Run], Own]] = {"scans": scans.own, "brittleness": brittleness.own, "attack": attack.own}
+TASKS: Mapping[str, Callable[[Run], Own]] = {
+    "scans": scans.own,
+    "overrefusal": overrefusal.own,
+    "brittleness": brittleness.own,
+    "attack": attack.own,
+}
 """Task of a run -> what its page has of its own."""
