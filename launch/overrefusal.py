@@ -116,8 +116,9 @@ def steered_by_scans(config: ConfigDict, bench: Bench, roles: Roles) -> Made:
         return bench.watch(f"SCANS, {what}", total)
 
     choice: Choice | OpenChoice = OpenChoice(strengths=(0.01, 0.02, 0.03))
-    if config.scans_published:
-        choice = Choice(LayerRange(10, 32), LayerRange(10, 20), 0.75, config.scans_alpha)
+    if config.scans_choice is not None:
+        scored, layers, threshold, alpha = config.scans_choice
+        choice = Choice(LayerRange(*scored), LayerRange(*layers), threshold, alpha)
     calibration = Calibration.of(
         roles["calibration"],
         judge=bench.trial.judge,

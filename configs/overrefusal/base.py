@@ -6,8 +6,19 @@ from ml_collections import ConfigDict
 from msgspec import Meta
 
 from jaxsafe.configs.common import EXAM, MODEL
-from jaxsafe.configs.fields import Count, Field, Fields, Layers, Natural, Share, SomeTexts, config_of, with_defaults
-from jaxsafe.configs.scans.base import PUBLISHED_SETS
+from jaxsafe.configs.fields import (
+    Count,
+    Field,
+    Fields,
+    Layers,
+    Natural,
+    NotNegative,
+    Share,
+    SomeTexts,
+    config_of,
+    with_defaults,
+)
+from jaxsafe.configs.scans.base import PUBLISHED_SETS, Cosine
 from jaxsafe.kernels.actions import SPANS
 from jaxsafe.methods.adasteer import PUBLISHED
 from jaxsafe.methods.remedies import DEFAULTS, REMEDIES
@@ -40,8 +51,11 @@ FIELDS: Fields = {
     "kl": Field(0.1, Annotated[float, Meta(gt=0)], "nats a token by which a strength may move safe answers"),
     "strengths": Field(DEFAULTS.strengths, Doses, "to mend by, as shares of the mean state"),
     "published": Field("", str, "whose settings AdaSteer and AlphaSteer take; empty: ours", ("", *PUBLISHED)),
-    "scans_published": Field(False, bool, "SCANS with the choices of its paper for Llama-2 and Vicuna"),
-    "scans_alpha": Field(3.5, float, "the strength of scans_published"),
+    "scans_choice": Field(
+        None,
+        tuple[Layers, Layers, Cosine, NotNegative] | None,
+        "SCANS's scored and steered layers, threshold and alpha; None: chosen on the calibration prompts",
+    ),
     "calibration_tokens": Field(24, Count, "the most tokens of an answer to a calibration prompt"),
 }
 
