@@ -3,7 +3,11 @@
     python -m launch.quickstart
 
 fetches SmolLM2-135M-Instruct, safety-tunes it until it refuses too much, measures refusals of look-alike, harmful and
-plain prompts, mends it by SCANS with calibration, measures again, and writes a report.
+plain prompts, answers again what is refused without need, measures again, and writes a report.
+
+    python -m launch.quickstart --task=scans
+
+mends it by SCANS with calibration instead.
 
     python -m launch.quickstart --task=brittleness
 
@@ -27,16 +31,17 @@ from jaxsafe.chat.model import ChatModel, load_chat_model
 from jaxsafe.configs.attack import smollm2_135m as attack_config
 from jaxsafe.configs.brittleness import smollm2_135m as brittleness_config
 from jaxsafe.configs.fields import check
+from jaxsafe.configs.overrefusal import smollm2_135m as overrefusal_config
 from jaxsafe.configs.scans import smollm2_135m as scans_config
 from jaxsafe.devices import multiplies_bfloat16
 from jaxsafe.evaluation.utilisation import Tokens
 from jaxsafe.io.hf import save_hf
 from jaxsafe.io.hub import cache_dir, resolve
-from jaxsafe.methods.safety_tuning import TuningSettings, builtin_refusals, safety_tune, tuning_rows
+from jaxsafe.methods.safety_tuning import FAIR, TuningSettings, builtin_refusals, safety_tune, tuning_rows
 from jaxsafe.prompts.published import KNOWN
 from jaxsafe.prompts.sets import PromptSet, load_file, load_prompts
 
-from . import attack, brittleness, command, common, folder, scans
+from . import attack, brittleness, command, common, folder, overrefusal, scans
 from .progress import Clock
 
 BASE = "smollm2-135m-instruct"
@@ -48,8 +53,20 @@ SmolLM2-135M-Instruct after {steps} steps of safety tuning with jaxsafe: {harmfu
 short refusals, {benign} benign ones with the model's own answers. It refuses harmful requests, and refuses too
 much besides; made to study exaggerated safety, not to be deployed.
 """
-CONFIGS = {"scans": scans_config, "brittleness": brittleness_config, "attack": attack_config}
-EXPERIMENTS = {"scans": scans, "brittleness": brittleness, "attack": attack}
+CONFIGS = {
+    "overrefusal": overrefusal_config,
+    "scans": scans_config,
+    "brittleness": brittleness_config,
+    "attack": attack_config,
+}
+OF_PROMPTS = {"overrefusal": overrefusal, "scans": scans}
+"""The tasks that measure further prompts, too (--eval_data)."""
+OF_WEIGHTS = {"brittleness": brittleness, "attack": attack}
+EXPERIMENTS = {**OF_PROMPTS, **OF_WEIGHTS}
+TUNINGS = {"overrefusal": FAIR, "scans": TuningSettings(), "brittleness": TuningSettings(), "attack": TuningSettings()}
+"""The safety tuning that a task begins with."""
+SMALL = 40
+"""So many prompts of each set are used with --size=small."""
 
 
 def tuned_model(settings: TuningSettings, dtype: str, clock: Clock) -> ChatModel:
@@ -110,22 +127,25 @@ def evaluation_sets(data: str) -> list[PromptSet]:
     return found
 
 
-def run_scans(config: ConfigDict, out: pathlib.Path, clock: Clock) -> None:
-    """SCANS on the tuned model, and on the sets of --eval_data."""
-    roles = scans.roles_of(config, evaluation_sets(EVAL_DATA.value) if EVAL_DATA.value else [])
-    model = tuned_model(TuningSettings(seed=SEED.value), config.dtype, clock)
-    config.model = str(model.tokenizer.path)
-    scans.show(scans.run(config, model, roles, out, clock), out)
+def small(config: ConfigDict) -> None:
+    """Makes a config of prompt sets one of `SMALL` prompts a set."""
+    for name in ("anchors", "calibration", "evaluation"):
+        config[name] = tuple(f"{text.partition('#')[0]}#{SMALL}" for text in config[name])
+    config.passages = 8
 
 
 def run(config: ConfigDict, out: pathlib.Path, clock: Clock) -> None:
-    """The task on the tuned model."""
-    if TASK.value == "scans":
-        run_scans(config, out, clock)
+    """The task on the tuned model, and on the sets of --eval_data."""
+    extra = evaluation_sets(EVAL_DATA.value) if EVAL_DATA.value else []
+    roles = OF_PROMPTS[TASK.value].roles_of(config, extra) if TASK.value in OF_PROMPTS else {}
+    model = tuned_model(dataclasses.replace(TUNINGS[TASK.value], seed=SEED.value), config.dtype, clock)
+    config.model = str(model.tokenizer.path)
+    if TASK.value == "overrefusal":
+        common.show(overrefusal.run(config, model, roles, out, clock), out)
+    elif TASK.value == "scans":
+        scans.show(scans.run(config, model, roles, out, clock), out)
     else:
-        model = tuned_model(TuningSettings(seed=SEED.value), config.dtype, clock)
-        config.model = str(model.tokenizer.path)
-        common.show(EXPERIMENTS[TASK.value].run(config, model, out, clock), out)
+        common.show(OF_WEIGHTS[TASK.value].run(config, model, out, clock), out)
     command.console.print(f"the safety-tuned model: {config.model}", soft_wrap=True)
     command.console.print(f"models and compiled programs: {cache_size(cache_dir())}", soft_wrap=True)
 
@@ -138,13 +158,17 @@ def cache_size(cache: pathlib.Path) -> str:
 
 def main() -> None:
     """Reads the flags and runs the task."""
-    out = OUT.value or f"runs/{TASK.value if TASK.value != 'scans' else 'quickstart'}"
+    out = OUT.value or f"runs/{TASK.value if TASK.value != 'overrefusal' else 'quickstart'}"
     if flags.FLAGS["mesh"].value:
-        raise ValueError("the quickstart runs on one device; --mesh belongs to launch.scans, .brittleness and .attack")
-    if EVAL_DATA.value and TASK.value != "scans":
-        raise ValueError(f"--eval_data belongs to --task=scans; use launch.{TASK.value} with --config.evaluation")
+        raise ValueError("the quickstart runs on one device; --mesh belongs to the launch script of each task")
+    for name, given in (("eval_data", EVAL_DATA.value), ("size", SIZE.value == "small")):
+        if given and TASK.value not in OF_PROMPTS:
+            raise ValueError(f"--{name} belongs to {' and '.join(OF_PROMPTS)}; use launch.{TASK.value} with --config")
     experiment, config = EXPERIMENTS[TASK.value], CONFIGS[TASK.value].get_config()
-    config.seed, config.dtype = SEED.value, DTYPE.value
+    config.seed = SEED.value
+    config.dtype = DTYPE.value or ("auto" if TASK.value == "overrefusal" else "float32")
+    if SIZE.value == "small":
+        small(config)
     if config.dtype == "auto":  # the weights are quantised: they have no dtype of their own
         config.dtype = "bfloat16" if multiplies_bfloat16() else "float32"
     check(experiment.FIELDS, config)
@@ -157,11 +181,15 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    TASK = flags.DEFINE_enum("task", "scans", sorted(CONFIGS), "what to do with the safety-tuned model")
+    TASK = flags.DEFINE_enum("task", "overrefusal", sorted(CONFIGS), "what to do with the safety-tuned model")
     OUT = flags.DEFINE_string("out", "", "folder for the results, from which an interrupted run goes on")
     SEED = flags.DEFINE_integer("seed", 0, "seed of the tuning and of everything drawn")
+    SIZE = flags.DEFINE_enum("size", "whole", ["whole", "small"], f"small: {SMALL} prompts of each set")
     DTYPE = flags.DEFINE_enum(
-        "dtype", "float32", ["auto", "float32", "bfloat16"], "auto: bfloat16 where the devices multiply it natively"
+        "dtype",
+        None,
+        ["auto", "float32", "bfloat16"],
+        "auto: bfloat16 where the devices multiply it natively; by default auto for overrefusal, else float32",
     )
     EVAL_DATA = flags.DEFINE_string("eval_data", "", "folder with the published XSTest and OKTest files, or one file")
     command.run(main)

@@ -21,11 +21,12 @@ from jaxsafe.configs.fields import (
 from jaxsafe.configs.scans.base import PUBLISHED_SETS, Cosine
 from jaxsafe.kernels.actions import SPANS
 from jaxsafe.methods.adasteer import PUBLISHED
+from jaxsafe.methods.decoders import DECODERS
 from jaxsafe.methods.remedies import DEFAULTS, REMEDIES
 from jaxsafe.prompts.roles import parse_spec
 
 SCANS = "scans"
-NAMES = (*REMEDIES, SCANS)
+NAMES = (*REMEDIES, SCANS, *DECODERS)
 ANCHORS = ("advbench#48", "malicious_instruct#16", "truthfulqa#32", "builtin:lookalike/anchor", "builtin:plain/anchor")
 CALIBRATION = (
     "advbench#48",

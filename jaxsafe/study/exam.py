@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxsafe.chat.answers import Answers
+from jaxsafe.chat.examinee import Examinee
 from jaxsafe.chat.model import ChatModel, System
-from jaxsafe.chat.steered import Steered
 from jaxsafe.evaluation.judges.broken import BrokenJudge
 from jaxsafe.evaluation.judges.judge import Judge
 from jaxsafe.evaluation.judges.keyword import judge
@@ -146,7 +146,7 @@ class Findings:
 
 
 def examine(
-    examinee: Steered,
+    examinee: Examinee,
     reference: ChatModel,
     exam: Exam,
     names: Sequence[str],
@@ -225,7 +225,7 @@ def _places(log: Log | None, questions: int) -> list[Place]:
 
 
 def _answered(
-    examinee: Steered, question: Question, exam: Exam, place: Place, done: Progress
+    examinee: Examinee, question: Question, exam: Exam, place: Place, done: Progress
 ) -> tuple[list[list[Answer]], Tokens]:
     """The answers to `question`, [answer][rule], and the tokens that they take; those that are kept take none."""
     texts, width, taken = question.texts, question.setting.samples, [Tokens()]

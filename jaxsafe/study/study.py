@@ -6,8 +6,8 @@ import os
 import pathlib
 from collections.abc import Callable, Sequence
 
+from jaxsafe.chat.examinee import Examinee
 from jaxsafe.chat.model import ChatModel
-from jaxsafe.chat.steered import Steered
 from jaxsafe.digest import digest
 from jaxsafe.evaluation.utilisation import Tokens
 from jaxsafe.io.store import Store
@@ -75,11 +75,11 @@ class Study:
         """The digest of all that the result of `variant` follows from."""
         return digest(self._follows(variant))
 
-    def examine(self, variant: Variant, make: ChatModel | Callable[[], ChatModel]) -> Result:
+    def examine(self, variant: Variant, make: ChatModel | Callable[[], ChatModel | Examinee]) -> Result:
         """The result of `variant`: the stored one, or that of the model, which is made only if it is needed."""
         return self.examine_together([variant], lambda: _steered(make))[0]
 
-    def examine_together(self, variants: Sequence[Variant], make: Callable[[], Steered]) -> list[Result]:
+    def examine_together(self, variants: Sequence[Variant], make: Callable[[], Examinee]) -> list[Result]:
         """The results of variants that are steerings of one model, whose answers come from one prefill.
 
         Raises ValueError where a name was given to another variant before.
@@ -94,7 +94,7 @@ class Study:
             self.finished(variant)
         return [self.examined[variant.name].result for variant in variants]
 
-    def _make(self, variants: Sequence[Variant], examinee: Steered) -> None:
+    def _make(self, variants: Sequence[Variant], examinee: Examinee) -> None:
         names = [variant.name for variant in variants]
         together = [self._follows(variant) for variant in variants]
         log = self.store.log("answers", together)
@@ -117,8 +117,9 @@ class Kept:
     samples: tuple[Sample, ...]
 
 
-def _steered(make: ChatModel | Callable[[], ChatModel]) -> Steered:
-    return (make if isinstance(make, ChatModel) else make()).steered([None])
+def _steered(make: ChatModel | Callable[[], ChatModel | Examinee]) -> Examinee:
+    made = make if isinstance(make, ChatModel) else make()
+    return made.steered([None]) if isinstance(made, ChatModel) else made
 
 
 def _result(variant: Variant, key: str, found: Findings) -> Result:
