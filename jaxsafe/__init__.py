@@ -13,6 +13,7 @@ if not (pathlib.Path(__file__).parent / "launch").is_dir():
 # What type checkers read; the test of the public names holds it against the table below.
 if TYPE_CHECKING:
     from jaxsafe.chat.answers import Answers as Answers
+    from jaxsafe.chat.mending import Mending as Mending
     from jaxsafe.chat.model import ChatModel as ChatModel
     from jaxsafe.chat.model import load_chat_model as load_chat_model
     from jaxsafe.chat.steered import Steered as Steered
@@ -39,6 +40,11 @@ if TYPE_CHECKING:
     from jaxsafe.io.vectors import save_steering as save_steering
     from jaxsafe.kernels.ablation import ablation as ablation
     from jaxsafe.kernels.ablation import orthogonalised as orthogonalised
+    from jaxsafe.kernels.actions import Ablate as Ablate
+    from jaxsafe.kernels.actions import Add as Add
+    from jaxsafe.kernels.actions import Clamp as Clamp
+    from jaxsafe.kernels.actions import Gated as Gated
+    from jaxsafe.kernels.actions import named_span as named_span
     from jaxsafe.kernels.forward import capture as capture
     from jaxsafe.kernels.freezing import freeze as freeze
     from jaxsafe.kernels.freezing import outside as outside
@@ -70,7 +76,17 @@ if TYPE_CHECKING:
     from jaxsafe.methods.brittleness import Point as Point
     from jaxsafe.methods.brittleness import ScoreSettings as ScoreSettings
     from jaxsafe.methods.brittleness import edited as edited
+    from jaxsafe.methods.decoders import safe_decoding as safe_decoding
+    from jaxsafe.methods.decoders import self_cd as self_cd
     from jaxsafe.methods.defences import Keep as Keep
+    from jaxsafe.methods.evidence import Evidence as Evidence
+    from jaxsafe.methods.evidence import evidence_once as evidence_once
+    from jaxsafe.methods.gate_fits import fitted as fitted
+    from jaxsafe.methods.gate_fits import logistic as logistic
+    from jaxsafe.methods.gate_fits import projection as projection
+    from jaxsafe.methods.remedies import REMEDIES as REMEDIES
+    from jaxsafe.methods.remedies import Bench as Bench
+    from jaxsafe.methods.remedies import RemedyFit as RemedyFit
     from jaxsafe.methods.scans import Prepared as Prepared
     from jaxsafe.methods.scans import find_directions as find_directions
     from jaxsafe.methods.scans import steering_of as steering_of
@@ -174,6 +190,22 @@ _WHERE = {
     "steering_of": "jaxsafe.methods.scans",
     "prepare_scans": "jaxsafe.methods.scans_preparation",
     "Calibration": "jaxsafe.methods.scans_calibration",
+    "evidence_once": "jaxsafe.methods.evidence",
+    "Evidence": "jaxsafe.methods.evidence",
+    "fitted": "jaxsafe.methods.gate_fits",
+    "logistic": "jaxsafe.methods.gate_fits",
+    "projection": "jaxsafe.methods.gate_fits",
+    "Gated": "jaxsafe.kernels.actions",
+    "Add": "jaxsafe.kernels.actions",
+    "Ablate": "jaxsafe.kernels.actions",
+    "Clamp": "jaxsafe.kernels.actions",
+    "named_span": "jaxsafe.kernels.actions",
+    "Mending": "jaxsafe.chat.mending",
+    "Bench": "jaxsafe.methods.remedies",
+    "RemedyFit": "jaxsafe.methods.remedies",
+    "REMEDIES": "jaxsafe.methods.remedies",
+    "self_cd": "jaxsafe.methods.decoders",
+    "safe_decoding": "jaxsafe.methods.decoders",
     "OpenChoice": "jaxsafe.methods.scans_calibration",
     "Prepared": "jaxsafe.methods.scans",
     "Choice": "jaxsafe.records.scans",

@@ -22,7 +22,7 @@ from jaxsafe.methods import decoders, remedies
 from jaxsafe.methods.decoders import DECODERS
 from jaxsafe.methods.evidence import evidence_once
 from jaxsafe.methods.mending_choice import Trial
-from jaxsafe.methods.remedies import Bench, Fit, Made
+from jaxsafe.methods.remedies import Bench, Made, RemedyFit
 from jaxsafe.methods.scans_calibration import Calibration, OpenChoice
 from jaxsafe.methods.scans_preparation import prepare_scans
 from jaxsafe.model.layers import LayerRange
@@ -115,7 +115,7 @@ def bench_of(config: ConfigDict, roles: Roles, study: Study, clock: Clock) -> Be
     with clock.watch("evidence_s")("calibration prompts", 2 * sum(map(len, sets))) as done:
         asked = decoding, config.batch_size
         evidence = evidence_once(study.store, study.model, sets, told, asked, done)
-    fit = Fit(
+    fit = RemedyFit(
         config.gate_layers,
         None if config.layers is None else LayerRange.parse(config.layers, "config.layers"),
         config.missed,

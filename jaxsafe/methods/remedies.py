@@ -42,7 +42,7 @@ from jaxsafe.records.run import Json
 
 
 @dataclasses.dataclass(frozen=True)
-class Fit:
+class RemedyFit:
     """How remedies are fitted.
 
     gate_layers: blocks whose states the gate reads; layers: blocks that are steered (None: the middle third); missed:
@@ -61,7 +61,7 @@ class Fit:
     seed: int = 0
 
 
-DEFAULTS = Fit()
+DEFAULTS = RemedyFit()
 MOST = 48
 """So many refused prompts are enough to choose rules to mend by."""
 
@@ -82,7 +82,7 @@ class Bench:
     evidence: Evidence
     store: Store
     trial: Trial
-    fit: Fit = Fit()
+    fit: RemedyFit = RemedyFit()
     watch: Watch = unwatched
 
     @functools.cached_property
