@@ -38,23 +38,22 @@ from .progress import Clock
 from .settings import Experiment
 
 PLAIN = "as it is"
+PREPARE = ("anchors", "calibration")
 Rules = dict[str, tuple[Variant, Rule | Mending | None]]
 
 
 def check(config: ConfigDict) -> None:
     """Raises ValueError for settings that contradict each other, FileNotFoundError for what is not there."""
     common.check(config)
-    harmful = labelled(roles_of(config)["calibration"])[1]
-    if len(set(harmful)) < 2:
-        raise ValueError(
-            f"config.calibration needs harmful and safe prompts; all of its {len(harmful)} are of one kind"
-        )
+    for name, sets in roles_of(config).items():
+        if name in PREPARE and len(set(harmful := labelled(sets)[1])) < 2:
+            raise ValueError(f"config.{name} needs harmful and safe prompts; all {len(harmful)} are of one kind")
 
 
 def roles_of(config: ConfigDict, extra: tuple = ()) -> Roles:
     """The prompt sets of the config, each prompt in one role."""
     evaluate = {name: config[name] for name in ("evaluation", "harmless")}
-    prepare = {name: config[name] for name in ("anchors", "calibration")}
+    prepare = {name: config[name] for name in PREPARE}
     return assign_roles(prepare, evaluate, config.data or None, extra, config.seed)
 
 
@@ -86,7 +85,8 @@ def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, c
     study.examine_together(list(variants), lambda: model.steered(steerings))
     others = [name for name in config.remedies if name in DECODERS]
     for name in others:
-        study.examine(Variant(name, list(DECODERS[name]), PLAIN), functools.partial(decoder, name, bench))
+        follows = [name, DECODERS[name], bench.evidence.sha256]
+        study.examine(Variant(name, follows, PLAIN), functools.partial(decoder, name, bench))
     costs = tuple(Cost(name, passes(study, name)) for name in study.examined)
     gates = (bench.gate.report,) if any(each.remedy.gate == bench.gate.report.name for each in made) else ()
     text = config.text or "built-in prose"
@@ -179,7 +179,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    OUT = flags.DEFINE_string(
-        "out", "runs/overrefusal", "folder for the results; an interrupted run goes on from there"
-    )
+    OUT = flags.DEFINE_string("out", "runs/overrefusal", "folder for the results, from which a run goes on")
     command.run(main, Experiment("configs/overrefusal/smollm2_135m.py", FIELDS, check))

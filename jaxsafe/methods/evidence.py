@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from jaxsafe.chat.model import ChatModel
+from jaxsafe.digest import arrays_sha256, digest
 from jaxsafe.evaluation.judges.judge import Judge
 from jaxsafe.evaluation.samples import set_name
 from jaxsafe.io.store import TREE, Store, by_batch
@@ -64,6 +65,11 @@ class Evidence:
                 f"no {'harmful' if harmful else 'safe'} prompts{outcome} to learn a remedy from; give more"
             )
         return self.at_end[chosen]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of the prompts, their labels and what the model makes of them."""
+        return digest(self.prompts, self.harmful.tolist(), self.refused.tolist(), arrays_sha256([self.at_end]))
 
     @property
     def layers(self) -> int:

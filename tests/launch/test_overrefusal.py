@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 from families import FAMILY_MODELS
 from tiny import tiny_chat_model, tiny_config, tiny_params
@@ -19,6 +20,13 @@ from jaxsafe.rows import Row
 from jaxsafe.study.study import Study
 from launch.overrefusal import check, roles_of, run
 from launch.progress import Clock
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs_of_a_test():
+    """A run of every remedy compiles hundreds of programs."""
+    yield
+    jax.clear_caches()
 
 
 def taught(folder, config) -> ChatModel:
