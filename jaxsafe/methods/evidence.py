@@ -17,7 +17,7 @@ from jaxsafe.chat.model import ChatModel
 from jaxsafe.digest import arrays_sha256, digest
 from jaxsafe.evaluation.judges.judge import Judge
 from jaxsafe.evaluation.samples import set_name
-from jaxsafe.io.store import TREE, Store, by_batch
+from jaxsafe.io.store import TREE, Json, Store, by_batch
 from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.kernels.steering import prefill_and_read
 from jaxsafe.methods.scans import affirmative_ids
@@ -127,7 +127,11 @@ def evidence_once(
             found = zip(answers.texts, answers.ids, strict=True)
             yield [left[i] for i in indices], [[text, ids] for text, ids in found]
 
-    found = by_batch(len(prompts), make, store.log("evidence", answered), done)
+    def whole() -> Json:
+        return by_batch(len(prompts), make, store.log("evidence", answered), done)
+
+    found = store.once("evidence", answered, whole)
+    store.drop("evidence", answered, ".jsonl")
     tokens = np.zeros((len(prompts), decoding.max_new_tokens), np.int32)
     for row, (_, ids) in enumerate(found):
         tokens[row, : len(ids)] = ids
