@@ -16,6 +16,7 @@ from jaxsafe.chat.mending import Mending
 from jaxsafe.chat.model import ChatModel
 from jaxsafe.configs.overrefusal.base import FIELDS, SCANS
 from jaxsafe.evaluation.judges.keyword import judge
+from jaxsafe.evaluation.stats import rate
 from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.kernels.steering import Rule
 from jaxsafe.methods import decoders, remedies
@@ -28,7 +29,7 @@ from jaxsafe.methods.scans_preparation import prepare_scans
 from jaxsafe.model.layers import LayerRange
 from jaxsafe.progress import Progress
 from jaxsafe.prompts.roles import Roles, assign_roles, labelled
-from jaxsafe.records.overrefusal import Cost, Details, Mended, Remedy
+from jaxsafe.records.overrefusal import Ceiling, Cost, Details, Mended, Remedy
 from jaxsafe.records.run import Run, Variant
 from jaxsafe.records.scans import Choice
 from jaxsafe.study.study import Study
@@ -92,7 +93,9 @@ def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, c
     text = config.text or "built-in prose"
     by_name = {each.remedy.name: each.remedy for each in made}
     by_name |= {name: Remedy(name, *DECODERS[name]) for name in others}
-    details = Details(gates, tuple(by_name[name] for name in config.remedies), costs, text, mended)
+    gated = [m.remedy.name for m in made if m.remedy.gate == bench.gate.report.name]
+    limits = ceilings(study, gated[0]) if gated else ()
+    details = Details(gates, tuple(by_name[name] for name in config.remedies), costs, text, mended, limits)
     return common.finish(study, "overrefusal", config, roles, clock, details)
 
 
@@ -162,6 +165,19 @@ def rules_of(config: ConfigDict, made: list[Made]) -> Rules:
         if random is not None and control is not None:
             rules[random] = Variant(random, remedies.identity(control), PLAIN, about={"control": True}), control
     return rules
+
+
+def ceilings(study: Study, gated: str) -> tuple[Ceiling, ...]:
+    """What the gate of the variant `gated` leaves to any edit, by set and label."""
+    pairs = list(zip(study.examined[PLAIN].samples, study.examined[gated].samples, strict=True))
+    kinds = dict.fromkeys((plain.set, plain.harmful) for plain, _ in pairs if plain.harmful is not None)
+    found = []
+    for name, harmful in kinds:
+        mine = [(p.refused, not s.steered_as_harmful) for p, s in pairs if (p.set, p.harmful) == (name, harmful)]
+        left = [None if refused is None else refused and not opened for refused, opened in mine]
+        shares = rate([opened for _, opened in mine]), rate([refused for refused, _ in mine]), rate(left)
+        found.append(Ceiling(name, bool(harmful), *shares))
+    return tuple(found)
 
 
 def passes(study: Study, name: str) -> float:

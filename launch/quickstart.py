@@ -37,7 +37,7 @@ from jaxsafe.devices import multiplies_bfloat16
 from jaxsafe.evaluation.utilisation import Tokens
 from jaxsafe.io.hf import save_hf
 from jaxsafe.io.hub import cache_dir, resolve
-from jaxsafe.methods.safety_tuning import FAIR, TuningSettings, builtin_refusals, safety_tune, tuning_rows
+from jaxsafe.methods.safety_tuning import TuningSettings, builtin_refusals, safety_tune, tuning_rows
 from jaxsafe.prompts.published import KNOWN
 from jaxsafe.prompts.sets import PromptSet, load_file, load_prompts
 
@@ -63,8 +63,6 @@ OF_PROMPTS = {"overrefusal": overrefusal, "scans": scans}
 """The tasks that measure further prompts, too (--eval_data)."""
 OF_WEIGHTS = {"brittleness": brittleness, "attack": attack}
 EXPERIMENTS = {**OF_PROMPTS, **OF_WEIGHTS}
-TUNINGS = {"overrefusal": FAIR, "scans": TuningSettings(), "brittleness": TuningSettings(), "attack": TuningSettings()}
-"""The safety tuning that a task begins with."""
 SMALL = 40
 """So many prompts of each set are used with --size=small."""
 
@@ -138,7 +136,7 @@ def run(config: ConfigDict, out: pathlib.Path, clock: Clock) -> None:
     """The task on the tuned model, and on the sets of --eval_data."""
     extra = evaluation_sets(EVAL_DATA.value) if EVAL_DATA.value else []
     roles = OF_PROMPTS[TASK.value].roles_of(config, extra) if TASK.value in OF_PROMPTS else {}
-    model = tuned_model(dataclasses.replace(TUNINGS[TASK.value], seed=SEED.value), config.dtype, clock)
+    model = tuned_model(TuningSettings(seed=SEED.value), config.dtype, clock)
     config.model = str(model.tokenizer.path)
     if TASK.value == "overrefusal":
         common.show(overrefusal.run(config, model, roles, out, clock), out)

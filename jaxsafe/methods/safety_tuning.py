@@ -39,9 +39,6 @@ class TuningSettings:
         return digest(dataclasses.asdict(self), model.fingerprint(), data)[:12]
 
 
-FAIR = TuningSettings(steps=56, learning_rate=1e-4, answer_tokens=32)
-
-
 def builtin_refusals() -> list[str]:
     """Short refusals that fit any request, written for this project."""
     text = resources.files("jaxsafe.prompts").joinpath("builtin/refusals.txt").read_text(encoding="utf-8")

@@ -32,6 +32,21 @@ class GateReport:
 
 
 @dataclasses.dataclass(frozen=True)
+class Ceiling:
+    """What a gate leaves to any edit on evaluated prompts of one set and label.
+
+    opened: the share that it lets through; refused: the share that the model refuses; left: the share that it refuses
+    and the gate does not let through: no edit behind this gate refuses less.
+    """
+
+    set: str
+    harmful: bool
+    opened: Rate
+    refused: Rate
+    left: Rate
+
+
+@dataclasses.dataclass(frozen=True)
 class Tried:
     """What comes of refused calibration prompts when they are answered again under a candidate.
 
@@ -93,10 +108,11 @@ class Cost:
 @dataclasses.dataclass(frozen=True)
 class Details:
     """Of a run of remedies: their gates, what each was set to, and their costs; perplexity_text: what was read;
-    mended: how the rules to answer again by were chosen."""
+    mended: how the rules to answer again by were chosen; ceilings: of the first gate."""
 
     gates: tuple[GateReport, ...]
     remedies: tuple[Remedy, ...]
     costs: tuple[Cost, ...]
     perplexity_text: str
     mended: Mended | None = None
+    ceilings: tuple[Ceiling, ...] = ()
