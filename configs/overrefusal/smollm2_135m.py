@@ -2,21 +2,27 @@
 
     python -m launch.quickstart
 
-runs those named here on the model after safety tuning, and
+runs the one that works best there on the model after safety tuning, and
 
-    python -m launch.overrefusal --config=configs/overrefusal/smollm2_135m.py --out=runs/smollm2
+    python -m launch.overrefusal --config=configs/overrefusal/smollm2_135m.py:all --config.model=FOLDER
 
-on the model as it is shipped, which hardly refuses anything.
+all of them on the model in FOLDER, such as the safety-tuned one, whose folder the quickstart names at its end: the
+model as it is shipped hardly refuses anything.
 """
 
 from ml_collections import ConfigDict
 
-from jaxsafe.configs.overrefusal.base import base
+from jaxsafe.configs.overrefusal.base import NAMES, base
+
+VARIANTS = {"": ("mend",), "all": NAMES}
 
 
-def get_config() -> ConfigDict:
-    """The settings of the quickstart."""
+def get_config(variant: str = "") -> ConfigDict:
+    """The settings of the quickstart, or with "all" remedies. Raises ValueError for another variant."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant {variant!r} is not known; the variants are {list(VARIANTS)}")
     config = base()
+    config.remedies = VARIANTS[variant]
     config.model = "smollm2-135m-instruct"
     config.anchors = ("builtin:harmful/anchor", "builtin:lookalike/anchor", "builtin:plain/anchor")
     config.calibration = (
