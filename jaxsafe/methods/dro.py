@@ -50,7 +50,7 @@ class DRO:
 
     system: str = SAFETY_FIRST
     samples: int = 25
-    answer_tokens: int = 32
+    answer_tokens: int = 64
     components: int = 4
     weights: tuple[float, float] = WEIGHTS
     steps: int = 160
