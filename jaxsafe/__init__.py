@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from jaxsafe.io.masks import save_mask as save_mask
     from jaxsafe.io.masks import save_scores as save_scores
     from jaxsafe.io.peft import save_peft as save_peft
+    from jaxsafe.io.soft_prompts import load_soft_prompt as load_soft_prompt
+    from jaxsafe.io.soft_prompts import save_soft_prompt as save_soft_prompt
     from jaxsafe.io.store import Store as Store
     from jaxsafe.io.sums import sums_once as sums_once
     from jaxsafe.io.vectors import load_control_vector as load_control_vector
@@ -79,6 +81,7 @@ if TYPE_CHECKING:
     from jaxsafe.methods.decoders import safe_decoding as safe_decoding
     from jaxsafe.methods.decoders import self_cd as self_cd
     from jaxsafe.methods.defences import Keep as Keep
+    from jaxsafe.methods.dro import dro as dro
     from jaxsafe.methods.evidence import Evidence as Evidence
     from jaxsafe.methods.evidence import evidence_once as evidence_once
     from jaxsafe.methods.gate_fits import fitted as fitted
@@ -87,6 +90,7 @@ if TYPE_CHECKING:
     from jaxsafe.methods.remedies import REMEDIES as REMEDIES
     from jaxsafe.methods.remedies import Bench as Bench
     from jaxsafe.methods.remedies import RemedyFit as RemedyFit
+    from jaxsafe.methods.safe_align import safe_align as safe_align
     from jaxsafe.methods.scans import Prepared as Prepared
     from jaxsafe.methods.scans import find_directions as find_directions
     from jaxsafe.methods.scans import steering_of as steering_of
@@ -206,6 +210,8 @@ _WHERE = {
     "REMEDIES": "jaxsafe.methods.remedies",
     "self_cd": "jaxsafe.methods.decoders",
     "safe_decoding": "jaxsafe.methods.decoders",
+    "dro": "jaxsafe.methods.dro",
+    "safe_align": "jaxsafe.methods.safe_align",
     "OpenChoice": "jaxsafe.methods.scans_calibration",
     "Prepared": "jaxsafe.methods.scans",
     "Choice": "jaxsafe.records.scans",
@@ -214,6 +220,8 @@ _WHERE = {
     "load_vectors": "jaxsafe.io.vectors",
     "save_steering": "jaxsafe.io.vectors",
     "save_control_vector": "jaxsafe.io.vectors",
+    "save_soft_prompt": "jaxsafe.io.soft_prompts",
+    "load_soft_prompt": "jaxsafe.io.soft_prompts",
     "load_control_vector": "jaxsafe.io.vectors",
     "freeze": "jaxsafe.kernels.freezing",
     "outside": "jaxsafe.kernels.freezing",

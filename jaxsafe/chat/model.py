@@ -32,8 +32,7 @@ from jaxsafe.kernels.sketch import sketch
 from jaxsafe.kernels.steering import Rule
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.families import config_to_hf
-from jaxsafe.model.taps import Edit
-from jaxsafe.model.transformer import Params
+from jaxsafe.model.transformer import Edits, Params
 from jaxsafe.parallel import fetch, put_rows
 from jaxsafe.progress import Progress, silent
 from jaxsafe.rows import (
@@ -79,7 +78,7 @@ class ChatModel:
     mesh: Mesh | None = None
     system: str | None = None
     raw: bool = False
-    edits: Mapping[str, Edit] | None = None
+    edits: Edits = None
     adapter_sha256: str | None = None
 
     def row(self, prompt: str, answer: str = "", system: System = KEEP) -> Row:
@@ -185,7 +184,7 @@ class ChatModel:
         """The model with these weights."""
         return dataclasses.replace(self, params=params)
 
-    def with_edits(self, edits: Mapping[str, Edit] | None) -> "ChatModel":
+    def with_edits(self, edits: Edits) -> "ChatModel":
         """The model with these edits in place of its own."""
         return dataclasses.replace(self, edits=edits)
 

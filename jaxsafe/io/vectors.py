@@ -64,7 +64,7 @@ def load_steering(
             raise ValueError(f"{path} holds no steering vectors of this library (lacks {missing or 'metadata'})")
         _check_arrays(path, arrays)
         if origin is not None:
-            _check_origin(path, metadata, origin)
+            check_origin(path, metadata, origin)
     return Steering(**arrays), metadata
 
 
@@ -82,7 +82,8 @@ def _check_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> 
             raise ValueError(f"{path}: {name} holds numbers that are not finite")
 
 
-def _check_origin(path: str | os.PathLike, metadata: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+def check_origin(path: str | os.PathLike, metadata: Mapping[str, Any], origin: Mapping[str, Any]) -> None:
+    """Raises ValueError where the file at `path`, by its `metadata`, is of another model than that of `origin`."""
     made_for = metadata.get("origin")
     if not made_for:
         raise ValueError(

@@ -4,7 +4,6 @@ B batch, T prompt slots, S cache slots, V vocab
 """
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -17,8 +16,7 @@ from jaxsafe.kernels.forward import extended, prompt_inputs
 from jaxsafe.kernels.sampling import Decoding, Drawing, drawing, next_token, penalise, row_seeds
 from jaxsafe.model.attention import Slots
 from jaxsafe.model.config import ModelConfig
-from jaxsafe.model.taps import Edit
-from jaxsafe.model.transformer import Cache, Params, Transformer, variables
+from jaxsafe.model.transformer import Cache, Edits, Params, Transformer, variables
 from jaxsafe.parallel import fetch
 from jaxsafe.rows import Batch, Row
 
@@ -136,7 +134,7 @@ def generate(
     params: Params,
     batch: Batch,
     decoding: Decoding = Decoding(),
-    edits: Mapping[str, Edit] | None = None,
+    edits: Edits = None,
     row_numbers: Any = None,
 ) -> Generated:
     """One answer to each row of a left-padded `batch`; `decoding.samples` is not read.
