@@ -11,7 +11,6 @@ from contextlib import AbstractContextManager
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxsafe.chat.examinee import Examinee
 from jaxsafe.chat.mending import Mending
 from jaxsafe.chat.model import ChatModel
 from jaxsafe.configs.overrefusal.base import FIELDS, SCANS
@@ -19,8 +18,8 @@ from jaxsafe.evaluation.judges.keyword import judge
 from jaxsafe.evaluation.stats import rate
 from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.kernels.steering import Rule
-from jaxsafe.methods import decoders, remedies
-from jaxsafe.methods.decoders import DECODERS
+from jaxsafe.methods import remedies
+from jaxsafe.methods.baselines import BASELINES, baseline
 from jaxsafe.methods.evidence import evidence_once
 from jaxsafe.methods.mending_choice import Trial
 from jaxsafe.methods.remedies import Bench, Made, RemedyFit
@@ -60,7 +59,7 @@ def roles_of(config: ConfigDict, extra: tuple = ()) -> Roles:
 
 def results(config: ConfigDict) -> int:
     """How many results the experiment has: the model as it is, each remedy, and each control."""
-    steered = sum(name not in DECODERS for name in config.remedies)
+    steered = sum(name not in BASELINES for name in config.remedies)
     return 1 + len(config.remedies) + (steered if config.controls else 0)
 
 
@@ -78,37 +77,25 @@ def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, c
         if name == "mend":
             found, mended = remedies.mend(bench)
             made.append(found)
-        elif name not in DECODERS:
+        elif name not in BASELINES:
             made.append(steered_by_scans(config, bench, roles) if name == SCANS else remedies.REMEDIES[name](bench))
 
     rules = rules_of(config, made)
     variants, steerings = zip(*rules.values(), strict=True)
     study.examine_together(list(variants), lambda: model.steered(steerings))
-    others = [name for name in config.remedies if name in DECODERS]
+    others = [name for name in config.remedies if name in BASELINES]
     for name in others:
-        follows = [name, DECODERS[name], bench.evidence.sha256]
-        study.examine(Variant(name, follows, PLAIN), functools.partial(decoder, name, bench))
+        follows = [name, BASELINES[name], bench.evidence.sha256]
+        study.examine(Variant(name, follows, PLAIN), functools.partial(baseline, name, bench, config.dro_samples))
     costs = tuple(Cost(name, passes(study, name)) for name in study.examined)
     gates = (bench.gate.report,) if any(each.remedy.gate == bench.gate.report.name for each in made) else ()
     text = config.text or "built-in prose"
     by_name = {each.remedy.name: each.remedy for each in made}
-    by_name |= {name: Remedy(name, *DECODERS[name]) for name in others}
+    by_name |= {name: Remedy(name, *BASELINES[name]) for name in others}
     gated = [m.remedy.name for m in made if m.remedy.gate == bench.gate.report.name]
     limits = ceilings(study, gated[0]) if gated else ()
     details = Details(gates, tuple(by_name[name] for name in config.remedies), costs, text, mended, limits)
     return common.finish(study, "overrefusal", config, roles, clock, details)
-
-
-def decoder(name: str, bench: Bench) -> ChatModel | Examinee:
-    """What answers as the baseline of that name does."""
-    if name == "prompt":
-        return decoders.prompted(bench.model)
-    if name == "self_cd":
-        return decoders.self_cd(bench.model)
-    e = bench.evidence
-    harmful = [prompt for prompt, label in zip(e.prompts, e.harmful, strict=True) if label]
-    with bench.watch("SafeDecoding's expert", len(harmful)) as done:
-        return decoders.safe_decoding(bench.store, bench.model, harmful, bench.trial.judge, done=done)
 
 
 def bench_of(config: ConfigDict, roles: Roles, study: Study, clock: Clock) -> Bench:

@@ -21,12 +21,12 @@ from jaxsafe.configs.fields import (
 from jaxsafe.configs.scans.base import PUBLISHED_SETS, Cosine
 from jaxsafe.kernels.actions import SPANS
 from jaxsafe.methods.adasteer import PUBLISHED
-from jaxsafe.methods.decoders import DECODERS
+from jaxsafe.methods.baselines import BASELINES
 from jaxsafe.methods.remedies import DEFAULTS, REMEDIES
 from jaxsafe.prompts.roles import parse_spec
 
 SCANS = "scans"
-NAMES = (*REMEDIES, SCANS, *DECODERS)
+NAMES = (*REMEDIES, SCANS, *BASELINES)
 ANCHORS = ("advbench#48", "malicious_instruct#16", "truthfulqa#32", "builtin:lookalike/anchor", "builtin:plain/anchor")
 CALIBRATION = (
     "advbench#48",
@@ -57,6 +57,7 @@ FIELDS: Fields = {
         tuple[Layers, Layers, Cosine, NotNegative] | None,
         "SCANS's scored and steered layers, threshold and alpha; None: chosen on the calibration prompts",
     ),
+    "dro_samples": Field(25, Count, "answers to a calibration prompt that DRO samples"),
     "calibration_tokens": Field(24, Count, "the most tokens of an answer to a calibration prompt"),
 }
 

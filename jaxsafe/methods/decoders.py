@@ -34,14 +34,6 @@ HELPFUL_FIRST = (
 )
 
 
-DECODERS = {
-    "prompt": ("arXiv 2408.11491", f"system prompt, in our words: {HELPFUL_FIRST}"),
-    "self_cd": ("arXiv 2401.17633", f"strength 2.5; two passes a token; system prompt, in our words: {SAFETY_FIRST}"),
-    "safe_decoding": ("arXiv 2402.08983", "strength 3, first 2 tokens, 5 in common; two passes a token"),
-}
-"""Their names: source, and what they are set to."""
-
-
 def self_cd(model: ChatModel, strength: float = 2.5) -> Contrasted:
     """l_with - strength (l_with - l_without), `with` being the model under `SAFETY_FIRST`; 2.5 as in its script."""
     return Contrasted(model.with_prompt(SAFETY_FIRST), model, Difference(jnp.float32(strength)))

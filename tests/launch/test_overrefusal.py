@@ -10,7 +10,7 @@ from tiny import tiny_chat_model, tiny_config, tiny_params
 from configs.overrefusal.smollm2_135m import get_config
 from jaxsafe.chat.model import ChatModel
 from jaxsafe.configs.overrefusal.base import NAMES
-from jaxsafe.methods.decoders import DECODERS
+from jaxsafe.methods.baselines import BASELINES
 from jaxsafe.methods.trainer import FineTuning, train
 from jaxsafe.model.families import config_from_hf
 from jaxsafe.prompts.sets import load_prompts
@@ -50,7 +50,7 @@ def small_config(remedies):
     c.anchors = ("builtin:harmful/calibration#12", "builtin:lookalike/calibration#12")
     c.calibration = ("builtin:harmful/calibration#24", "builtin:lookalike/calibration#24")
     c.evaluation = ("builtin:lookalike/test#6", "builtin:harmful/test#6")
-    c.remedies, c.missed = remedies, 0.6
+    c.remedies, c.missed, c.dro_samples = remedies, 0.6, 2
     return c
 
 
@@ -62,8 +62,8 @@ def test_every_remedy_stands_beside_its_control(tmp_path):
     record = run(config, model, roles_of(config), tmp_path / "out", Clock())
     assert read_run(tmp_path / "out") == record
     variants = [row.group for row in record.table]
-    steered = [name for name in NAMES if name not in DECODERS]
-    assert variants == ["as it is", *(v for name in steered for v in (name, f"{name}, random direction")), *DECODERS]
+    steered = [name for name in NAMES if name not in BASELINES]
+    assert variants == ["as it is", *(v for name in steered for v in (name, f"{name}, random direction")), *BASELINES]
     assert all(row.control == f"{row.group}, random direction" for row in record.table if row.group in steered)
     details = from_json(record.details, Details)
     assert [remedy.name for remedy in details.remedies] == list(NAMES)
