@@ -4,6 +4,7 @@ B batch, T slots, R last slots, D embed, V vocab
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -64,19 +65,28 @@ def token_nll(
     At most [B, block, V] logits exist at a time, in the backward pass too.
     """
     head = unembedding(config, params)
-    B, R = target.shape
 
     def some(states: Float[Array, "B r D"], target: Int[Array, "B r"]) -> Float[Array, "B r"]:
         return cross_entropy(unembed(config, states, head), target)
+
+    return in_blocks(some, block, states, target)
+
+
+def in_blocks(function: Callable[..., Float[Array, "B r"]], block: int, *arrays: Array) -> Float[Array, "B R"]:
+    """`function` of `arrays` [B, R, ...], which maps each slot by itself, for `block` slots at a time.
+
+    What it holds inside exists for one block, in the backward pass too.
+    """
+    B, R = arrays[0].shape[:2]
 
     def blocks(a: Array) -> Array:
         padded = jnp.pad(a, [(0, 0), (0, -R % block), *[(0, 0)] * (a.ndim - 2)])
         return padded.reshape(B, -1, block, *a.shape[2:]).swapaxes(0, 1)
 
     if block >= R:
-        return some(states, target)
-    nll = jax.lax.map(lambda pair: jax.checkpoint(some)(*pair), (blocks(states), blocks(target)))
-    return nll.swapaxes(0, 1).reshape(B, -1)[:, :R]
+        return function(*arrays)
+    values = jax.lax.map(lambda part: jax.checkpoint(function)(*part), tuple(map(blocks, arrays)))
+    return values.swapaxes(0, 1).reshape(B, -1)[:, :R]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "block"))

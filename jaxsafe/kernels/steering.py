@@ -16,13 +16,16 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsafe.kernels.forward import Given, extended, final_states, prompt_inputs
 from jaxsafe.kernels.generate import Generated, Prompted, decode
-from jaxsafe.kernels.likelihood import nll_after
+from jaxsafe.kernels.likelihood import in_blocks, nll_after
 from jaxsafe.kernels.sampling import Drawing
 from jaxsafe.model.attention import Slots, positions_of
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.taps import At, AtAndMean, Reducer, at, collection, edit, readings
 from jaxsafe.model.transformer import Cache, Params, Transformer, unembed, unembedding, variables
 from jaxsafe.rows import Batch
+
+DIVERGENCE_BLOCK = 8
+"""The slots of which two distributions over the vocabulary exist at a time."""
 
 
 @flax.struct.dataclass
@@ -243,18 +246,21 @@ def answer_divergence(
 ) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
     """KL(p || q) of the next-token distributions along given answers, p and q being those under the two `edits`.
 
-    Its sum over the tokens of each row's answer (nats, float32), and their number. The cache needs as many free
+    Its sum over the tokens of each row's answer (nats, float32), and their number, from the distributions of
+    `DIVERGENCE_BLOCK` slots at a time. The cache needs as many free
     slots as the answers have tokens.
     """
     N = answers.tokens.shape[1]
     given = rerun(batch, cache, answers.tokens[:, :-1], again)
 
-    def log_probabilities(edits: Any) -> Float[Array, "B N V"]:
-        logits: Any = Transformer(config).apply(variables(params, edits), *given, last=N)[0]
-        return jax.nn.log_softmax(logits)
+    head = unembedding(config, params)
 
-    before, after = map(log_probabilities, edits)
-    kl = jnp.sum(jnp.exp(before) * (before - after), axis=-1)
+    def divergence(*states: Float[Array, "B r D"]) -> Float[Array, "B r"]:
+        before, after = (jax.nn.log_softmax(unembed(config, x, head)) for x in states)
+        return jnp.sum(jnp.exp(before) * (before - after), axis=-1)
+
+    states = [final_states(config, params, given, e)[:, -N:] for e in edits]
+    kl = in_blocks(divergence, DIVERGENCE_BLOCK, *states)
     counted = jnp.arange(N)[None] < answers.lengths[:, None]
     return jnp.sum(jnp.where(counted, kl, 0), axis=1), jnp.asarray(answers.lengths)
 
