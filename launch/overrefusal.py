@@ -112,6 +112,8 @@ def bench_of(config: ConfigDict, roles: Roles, study: Study, clock: Clock) -> Be
         config.kl,
         config.span,
         tuple(config.strengths),
+        config.candidate_prompts,
+        config.candidate_positions,
         config.published,
         config.seed,
     )

@@ -51,6 +51,8 @@ FIELDS: Fields = {
     "span": Field("end+4", str, "where steering acts, from the prompt's end on", tuple(SPANS)),
     "kl": Field(0.1, Annotated[float, Meta(gt=0)], "nats a token by which a strength may move safe answers"),
     "strengths": Field(DEFAULTS.strengths, Doses, "to mend by, as shares of the mean state"),
+    "candidate_prompts": Field(32, Count, "of each kind, on which candidates for a refusal direction are tried"),
+    "candidate_positions": Field(8, Count, "the most last positions of a prompt that candidates are taken from"),
     "published": Field("", str, "whose settings AdaSteer and AlphaSteer take; empty: ours", ("", *PUBLISHED)),
     "scans_choice": Field(
         None,

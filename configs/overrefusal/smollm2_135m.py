@@ -32,6 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.evaluation = ("builtin:lookalike/test", "builtin:harmful/test", "builtin:plain/test")
     config.calibration_tokens, config.dro_samples = 16, 4
+    config.candidate_prompts, config.candidate_positions = 8, 2
     config.max_new_tokens = 32
     config.batch_size = 100
     config.passages = 24

@@ -48,7 +48,8 @@ class RemedyFit:
     gate_layers: blocks whose states the gate reads; layers: blocks that are steered (None: the middle third); missed:
     share of harmful prompts that a gate may let through; kl: nats a token of the first tokens of safe answers, by
     which an edit moves them; span: where edits act; strengths: of candidates for mending, in mean lengths of the
-    states; published: "llama3.1-8b", ... for the settings that AdaSteer and AlphaSteer publish, "" for ours.
+    states; candidate_prompts, candidate_positions: on how many prompts of a kind candidates for a direction are tried,
+    and from how many last positions they are taken; published: "llama3.1-8b", ... for the settings that AdaSteer and AlphaSteer publish, "" for ours.
     """
 
     gate_layers: tuple[int, ...] | None = None
@@ -57,6 +58,8 @@ class RemedyFit:
     kl: float = 0.1
     span: str = "end+4"
     strengths: tuple[float, ...] = (0.02, 0.03, 0.05)
+    candidate_prompts: int = 32
+    candidate_positions: int = 8
     published: str = ""
     seed: int = 0
 
@@ -126,11 +129,11 @@ class Bench:
 
     def _direction(self, candidates: Callable[..., np.ndarray], kl: float) -> Direction:
         """The best of `candidates(states of harmful, safe answered and safe refused prompts)`, each [n, P, L, D]."""
-        e, search = self.evidence, refused.Search(kl=kl)
+        e, search = self.evidence, refused.Search(kl=kl, validation=self.fit.candidate_prompts)
         kinds = [e.harmful & e.refused, ~e.harmful & ~e.refused, ~e.harmful & e.refused]
         prompts = [[p for p, chosen in zip(e.prompts, kind, strict=True) if chosen] for kind in kinds]
         rows = self.model.rows(e.prompts)
-        positions = refused.template_positions(rows)
+        positions = min(refused.template_positions(rows), self.fit.candidate_positions)
         # Every second prompt makes the candidates, the others choose among them.
         made = [refused.end_states(self.model, side[::2] or side, positions, search.batch_size) for side in prompts]
         harmful, safe = prompts[0][1::2], prompts[1][1::2]
