@@ -49,7 +49,8 @@ class RemedyFit:
     share of harmful prompts that a gate may let through; kl: nats a token of the first tokens of safe answers, by
     which an edit moves them; span: where edits act; strengths: of candidates for mending, in mean lengths of the
     states; candidate_prompts, candidate_positions: on how many prompts of a kind candidates for a direction are tried,
-    and from how many last positions they are taken; published: "llama3.1-8b", ... for the settings that AdaSteer and AlphaSteer publish, "" for ours.
+    and from how many last positions they are taken; published: "llama3.1-8b", ... for the settings that AdaSteer and
+    AlphaSteer publish, "" for ours.
     """
 
     gate_layers: tuple[int, ...] | None = None
