@@ -2,13 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from jaxsafe.chat.answers import Answers
-from jaxsafe.chat.model import ChatModel
+from jaxsafe.chat.model import KEEP, ChatModel, System
 from jaxsafe.kernels.contrast import Contrast, contrasted_answers
 from jaxsafe.kernels.sampling import Decoding, drawing, row_seeds
 from jaxsafe.parallel import put_rows
@@ -35,9 +34,20 @@ class Contrasted:
         if self.model.edits or self.other.edits:
             raise ValueError("models with edits cannot be contrasted; bake the edits into the weights")
 
-    def with_prompt(self, *prompt: Any, **named: Any) -> "Contrasted":
-        """The same contrast, the main model asked in another way; see `ChatModel.with_prompt`."""
-        return dataclasses.replace(self, model=self.model.with_prompt(*prompt, **named))
+    def with_prompt(self, system: System = KEEP, raw: bool | None = None) -> "Contrasted":
+        """The same contrast asked in another way; see `ChatModel.with_prompt`.
+
+        Raises ValueError where the two are one model under two prompts and one of these would be replaced.
+        """
+        main, other = self.model.with_prompt(system, raw), self.other.with_prompt(system, raw)
+        if self.one_model and (main.system, main.raw) != (self.model.system, self.model.raw):
+            raise ValueError("a contrast of two prompts cannot be asked under a third; leave this setting out")
+        return self if self.one_model else dataclasses.replace(self, model=main, other=other)
+
+    @property
+    def one_model(self) -> bool:
+        """Whether both are the same weights under two prompts."""
+        return self.model.params is self.other.params
 
     def answer_batches(
         self, prompts: Sequence[str], decoding: Decoding = Decoding(), batch_size: int = 32
@@ -48,8 +58,7 @@ class Contrasted:
         others, _ = self.other.asked(prompts, decoding)
         check_context(others, model.config.context, decoding.max_new_tokens)
         numbers = row_seeds(rows)
-        same = self.model.params is self.other.params
-        params = (model.params,) if same else (model.params, self.other.params)
+        params = (model.params,) if self.one_model else (model.params, self.other.params)
 
         def call(batch: Batch, indices: np.ndarray) -> Tree:
             real = np.where(indices >= 0, indices, indices[0])  # what stands in the place of padding is left out

@@ -32,6 +32,7 @@ from jaxsafe.kernels.sketch import sketch
 from jaxsafe.kernels.steering import Rule
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.families import config_to_hf
+from jaxsafe.model.soft_prompt import SoftPrompt
 from jaxsafe.model.transformer import Edits, Params
 from jaxsafe.parallel import fetch, put_rows
 from jaxsafe.progress import Progress, silent
@@ -189,12 +190,19 @@ class ChatModel:
         return dataclasses.replace(self, edits=edits)
 
     def with_prompt(self, system: System = KEEP, raw: bool | None = None) -> "ChatModel":
-        """The model asked with this system prompt, and with or without the chat template."""
-        return dataclasses.replace(
+        """The model asked with this system prompt, and with or without the chat template.
+
+        Raises ValueError for another prompt where a soft prompt lies in the place of this one's tokens.
+        """
+        asked = dataclasses.replace(
             self,
             system=self.system if isinstance(system, Keep) else system,
             raw=self.raw if raw is None else raw,
         )
+        soft = isinstance((self.edits or {}).get("embed"), SoftPrompt)
+        if soft and (asked.system, asked.raw) != (self.system, self.raw):
+            raise ValueError("a soft prompt lies in the place of this system prompt's tokens; it goes with no other")
+        return asked
 
     def steered(self, rules: Sequence[Rule | None]) -> Steered:
         """The model under each of `rules`, all answering from one prefill; None is the model itself.

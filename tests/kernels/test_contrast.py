@@ -97,3 +97,15 @@ def test_what_cannot_be_contrasted_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match="models with edits"):
         shape = (model.config.layers, model.config.embed)
         Contrasted(model.with_edits({"resid": edit(add=jnp.zeros(shape))}), model, Difference(jnp.float32(1)))
+
+
+def test_another_prompt_reaches_both_models_or_is_refused(model):
+    expert = model.with_params(tiny_params(model.config, seed=4))
+    rule = Expert(jnp.float32(2.0), jnp.int32(3), jnp.int32(4))
+    asked = Contrasted(model, expert, rule).with_prompt(SAFE)
+    assert (asked.model.system, asked.other.system) == (SAFE, SAFE)
+    two = Contrasted(model.with_prompt(SAFE), model, Difference(jnp.float32(1)))
+    assert two.with_prompt().model.system == SAFE
+    for prompt in ({"system": "Be short."}, {"raw": True}):
+        with pytest.raises(ValueError, match="cannot be asked under a third"):
+            two.with_prompt(**prompt)

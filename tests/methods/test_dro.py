@@ -163,3 +163,11 @@ def test_the_trained_prompt_is_kept(model, tmp_path):
     assert (np.abs(vectors - embedded_system(model).vectors) > 1e-3).any()
     again = dro(store, plain, sets, Unasked(), settings)
     np.testing.assert_array_equal(again.edits["embed"].vectors, vectors)
+
+
+def test_a_soft_prompt_goes_with_no_other_system_prompt(model):
+    soft = model.with_edits({"embed": embedded_system(model)})
+    assert soft.with_prompt().system == SYSTEM
+    for prompt in ({"system": "Be short."}, {"raw": True}):
+        with pytest.raises(ValueError, match="goes with no other"):
+            soft.with_prompt(**prompt)
