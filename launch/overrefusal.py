@@ -20,6 +20,7 @@ from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.kernels.steering import Rule
 from jaxsafe.methods import remedies
 from jaxsafe.methods.baselines import BASELINES, baseline
+from jaxsafe.methods.dro import DRO
 from jaxsafe.methods.evidence import evidence_once
 from jaxsafe.methods.mending_choice import Trial
 from jaxsafe.methods.remedies import Bench, Made, RemedyFit
@@ -85,8 +86,9 @@ def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, c
     study.examine_together(list(variants), lambda: model.steered(steerings))
     others = [name for name in config.remedies if name in BASELINES]
     for name in others:
-        follows = [name, BASELINES[name], bench.evidence.sha256]
-        study.examine(Variant(name, follows, PLAIN), functools.partial(baseline, name, bench, config.dro_samples))
+        settings = DRO(samples=config.dro_samples, steps=config.dro_steps, answer_tokens=config.calibration_tokens)
+        follows = [name, BASELINES[name], bench.evidence.sha256, repr(settings) if name == "dro" else None]
+        study.examine(Variant(name, follows, PLAIN), functools.partial(baseline, name, bench, settings))
     costs = tuple(Cost(name, passes(study, name)) for name in study.examined)
     gates = (bench.gate.report,) if any(each.remedy.gate == bench.gate.report.name for each in made) else ()
     text = config.text or "built-in prose"

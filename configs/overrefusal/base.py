@@ -60,6 +60,7 @@ FIELDS: Fields = {
         "SCANS's scored and steered layers, threshold and alpha; None: chosen on the calibration prompts",
     ),
     "dro_samples": Field(25, Count, "answers to a calibration prompt that DRO samples"),
+    "dro_steps": Field(160, Count, "steps of 50 prompts that DRO is trained for"),
     "calibration_tokens": Field(24, Count, "the most tokens of an answer to a calibration prompt"),
 }
 

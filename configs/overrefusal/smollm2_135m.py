@@ -31,7 +31,8 @@ def get_config(variant: str = "") -> ConfigDict:
         "builtin:plain/calibration",
     )
     config.evaluation = ("builtin:lookalike/test", "builtin:harmful/test", "builtin:plain/test")
-    config.calibration_tokens, config.dro_samples = 16, 4
+    config.calibration_tokens = 16
+    config.dro_samples, config.dro_steps = 4, 20
     config.candidate_prompts, config.candidate_positions = 8, 2
     config.max_new_tokens = 32
     config.batch_size = 100

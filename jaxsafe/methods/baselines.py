@@ -12,6 +12,7 @@ from jaxsafe.prompts.sets import PromptSet
 
 OPENING = "Sure, here is how to do that."
 """The compliant answer of Safe-Align's pairs; theirs hold harmful ones."""
+PUBLISHED_DRO = DRO()
 BASELINES = {
     "prompt": ("arXiv 2408.11491", f"system prompt, in our words: {decoders.HELPFUL_FIRST}"),
     "self_cd": ("arXiv 2401.17633", f"strength 2.5; two passes a token; in our words: {decoders.SAFETY_FIRST}"),
@@ -22,8 +23,8 @@ BASELINES = {
 """Name: (source, what it is set to)."""
 
 
-def baseline(name: str, bench: Bench, samples: int = 25) -> ChatModel | Examinee:
-    """What answers as the baseline `name` does; DRO samples so many answers a prompt.
+def baseline(name: str, bench: Bench, settings: DRO = PUBLISHED_DRO) -> ChatModel | Examinee:
+    """What answers as the baseline `name` does; `settings` are those of DRO.
 
     Raises ValueError for an unknown name, and where the prompts do not hold what it is fitted to.
     """
@@ -40,7 +41,6 @@ def baseline(name: str, bench: Bench, samples: int = 25) -> ChatModel | Examinee
             case "dro":
                 labels, kinds = tuple(map(bool, e.harmful)), ("",) * len(e)
                 sets = [PromptSet("calibration", e.prompts, labels, kinds)]
-                settings = DRO(samples=samples, answer_tokens=bench.trial.decoding.max_new_tokens)
                 return dro(bench.store, model, sets, judge, settings, done)
             case "safe_align":
                 refused = [e.prompts[i] for i in np.flatnonzero(e.harmful & e.refused)]

@@ -10,27 +10,38 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from evidences import random_evidence
 from launches import write_pairs
 
 from configs.attack import base as attack_base
 from configs.brittleness import base as brittleness_base
+from configs.overrefusal import base as overrefusal_base
 from configs.scans import base as scans_base
 from jaxsafe.chat.model import load_chat_model
 from jaxsafe.digest import arrays_sha256
+from jaxsafe.kernels.actions import Add, Gated, named_span
+from jaxsafe.kernels.gates import Open
+from jaxsafe.methods import remedies, scans_calibration
 from jaxsafe.methods import scans as scans_method
-from jaxsafe.methods import scans_calibration
 from jaxsafe.methods.brittleness import Material
+from jaxsafe.methods.remedies import Made
 from jaxsafe.model.layers import LayerRange
 from jaxsafe.records.attack import LayerScan
+from jaxsafe.records.overrefusal import Mended, Remedy
 from jaxsafe.records.run import Result, Sample, plain
 from jaxsafe.records.scans import Choice, Strength
 from jaxsafe.rows import data_sha256
 from jaxsafe.study.study import Examined, Study
-from launch import attack, brittleness, command, common, scans
+from launch import attack, brittleness, command, common, overrefusal, scans
 from launch.progress import Clock
 
-BASES = {"scans": scans_base, "brittleness": brittleness_base, "attack": attack_base}
-SCRIPTS = {"scans": scans, "brittleness": brittleness, "attack": attack}
+BASES = {
+    "scans": scans_base,
+    "overrefusal": overrefusal_base,
+    "brittleness": brittleness_base,
+    "attack": attack_base,
+}
+SCRIPTS = {"scans": scans, "overrefusal": overrefusal, "brittleness": brittleness, "attack": attack}
 # What makes the base configs run on a tiny model and the built-in prompts.
 SMALL = {
     "model": "tiny",
@@ -43,6 +54,10 @@ SMALL = {
 }
 SMALL_BY_TASK = {
     "scans": {
+        "anchors": ("builtin:harmful/anchor#4", "builtin:plain/anchor#4"),
+        "calibration": ("builtin:harmful/calibration#4", "builtin:plain/calibration#4"),
+    },
+    "overrefusal": {
         "anchors": ("builtin:harmful/anchor#4", "builtin:plain/anchor#4"),
         "calibration": ("builtin:harmful/calibration#4", "builtin:plain/calibration#4"),
     },
@@ -102,6 +117,18 @@ OTHER = {
     "max_drop": 0.1,
     "threshold_by": "roc",
     "calibration_tokens": 5,
+    "remedies": ("mend",),
+    "gate_layers": (1,),
+    "missed": 0.1,
+    "span": "end",
+    "kl": 0.2,
+    "strengths": (0.1,),
+    "candidate_prompts": 3,
+    "candidate_positions": 3,
+    "published": "qwen2.5-7b",
+    "scans_choice": ((0, 2), (1, 2), 0.5, 1.0),
+    "dro_samples": 2,
+    "dro_steps": 3,
     "base_model": "another",
     "safety": ("builtin:harmful/train#9",),
     "utility": ("builtin:plain/train#9",),
@@ -159,6 +186,7 @@ OTHER = {
     "evaluate_every": 1,
 }
 BY_TASK = {("attack", "settings"): ("vanilla",), ("attack", "controls"): False, ("attack", "epochs"): 7}
+BY_TASK[("overrefusal", "controls")] = False
 BESIDE = {
     "data": {"evaluation": ("advbench#5",)},
     "suffixes": {"settings": ("vanilla", "suffix")},
@@ -235,7 +263,7 @@ def seen(model, monkeypatch):
     def together(study, variants, make):
         for variant in variants:
             examined(study, variant)
-        seen.note("rules", [rule and scans_method.identity(rule) for rule in make().rules])
+        seen.note("rules", [rule and remedies.identity(rule) for rule in make().rules])
 
     def finished(study, task, config, roles, clock, details=None):
         datasets = common.data_records(roles)
@@ -247,6 +275,7 @@ def seen(model, monkeypatch):
     monkeypatch.setattr(Study, "examine_together", together)
     monkeypatch.setattr(common, "finish", finished)
     stand_in_for_scans(monkeypatch, seen, model)
+    stand_in_for_remedies(monkeypatch, seen, model)
     stand_in_for_weights(monkeypatch, seen)
     return seen
 
@@ -277,6 +306,27 @@ def stand_in_for_scans(monkeypatch, seen, model):
     monkeypatch.setattr(scans_method, "directions_once", found)
     monkeypatch.setattr(scans_method, "reading_once", read)
     monkeypatch.setattr(scans_calibration, "choose_once", chosen)
+
+
+def stand_in_for_remedies(monkeypatch, seen, model):
+    L, D = model.config.layers, model.config.embed
+    evidence = random_evidence(layers=L, embed=D)
+
+    def gathered(store, asked, sets, judge, how, done):
+        seen.note("evidence", asked, [s.prompts for s in sets], judge, how)
+        return evidence
+
+    def fitted(name):
+        def make(bench):
+            seen.note("fit", name, bench.fit, bench.trial)
+            rule = Gated(Open(), Add(jnp.ones((L, D)), named_span("end")))
+            return Made(rule, rule, Remedy(name, "ours", "", bench.gate.report.name))
+
+        return make
+
+    monkeypatch.setattr(overrefusal, "evidence_once", gathered)
+    monkeypatch.setattr(remedies, "mend", lambda bench: (fitted("mend")(bench), Mended((), (), 1.0)))
+    monkeypatch.setattr(remedies, "REMEDIES", {name: fitted(name) for name in remedies.REMEDIES})
 
 
 def stand_in_for_weights(monkeypatch, seen):
@@ -334,8 +384,8 @@ def description(task, seen, out, changes):
     seen.calls.clear()
     try:
         model = common.load(config, Clock())
-        if task == "scans":
-            scans.run(config, model, scans.roles_of(config), out, Clock())
+        if task in ("scans", "overrefusal"):
+            SCRIPTS[task].run(config, model, SCRIPTS[task].roles_of(config), out, Clock())
         else:
             SCRIPTS[task].run(config, model, out, Clock())
     except (ValueError, FileNotFoundError) as error:

@@ -50,7 +50,7 @@ def small_config(remedies):
     c.anchors = ("builtin:harmful/calibration#12", "builtin:lookalike/calibration#12")
     c.calibration = ("builtin:harmful/calibration#24", "builtin:lookalike/calibration#24")
     c.evaluation = ("builtin:lookalike/test#6", "builtin:harmful/test#6")
-    c.remedies, c.missed, c.dro_samples = remedies, 0.6, 2
+    c.remedies, c.missed, c.dro_samples, c.dro_steps = remedies, 0.6, 2, 2
     return c
 
 
@@ -101,7 +101,7 @@ def test_an_interrupted_run_goes_on_to_the_same_results(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma2", "olmo2"])
+@pytest.mark.parametrize("name", ["qwen3", "gemma2", "olmo2"])
 def test_remedies_run_on_other_families(name, tmp_path):
     attributes = next(a for a in FAMILY_MODELS.values() if a["model_type"] == name)
     config = config_from_hf(attributes | {"vocab_size": 300, "max_position_embeddings": 600})
