@@ -103,13 +103,18 @@ def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, c
 def bench_of(config: ConfigDict, roles: Roles, study: Study, clock: Clock) -> Bench:
     """What remedies are fitted with, from anchors and calibration prompts."""
     told, decoding = judge(config.judge), Decoding(config.calibration_tokens, seed=config.seed)
+    layers = None if config.layers is None else LayerRange.parse(config.layers, "config.layers")
+    if layers is not None:
+        layers.within(study.model.config.layers)
+    if lacking := [n for n in config.gate_layers or () if n >= study.model.config.layers]:
+        raise ValueError(f"config.gate_layers {lacking[0]}: the model has blocks 0 to {study.model.config.layers - 1}")
     sets = (*roles["anchors"], *roles["calibration"])
     with clock.watch("evidence_s")("calibration prompts", 2 * sum(map(len, sets))) as done:
         asked = decoding, config.batch_size
         evidence = evidence_once(study.store, study.model, sets, told, asked, done)
     fit = RemedyFit(
         config.gate_layers,
-        None if config.layers is None else LayerRange.parse(config.layers, "config.layers"),
+        layers,
         config.missed,
         config.kl,
         config.span,

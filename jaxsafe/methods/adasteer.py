@@ -87,8 +87,11 @@ def adasteer(evidence: Evidence, alpha: Coefficient, beta: Coefficient) -> AdaSt
 
     Means of d_R are those of harmful prompts that are answered (100) and refused (0), and of d_H those of harmful (0)
     and of safe prompts that are refused (100). Where no harmful prompt is answered, safe answered ones take its place
-    (ours). Raises ValueError where no safe prompt is refused.
+    (ours). Raises ValueError where no safe prompt is refused, and for a layer that the model lacks.
     """
+    for layer in (alpha.layer, beta.layer):
+        if not 1 <= layer <= evidence.layers:
+            raise ValueError(f"AdaSteer reads layer {layer}; this model has layers 1 to {evidence.layers}")
     refused, pseudo = evidence.states(True, True), evidence.states(False, True)
     answers = evidence.harmful & ~evidence.refused
     answered = evidence.at_end[answers] if answers.any() else evidence.states(False, False)

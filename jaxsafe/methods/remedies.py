@@ -150,10 +150,9 @@ class Bench:
 
     def clamp(self, directions: np.ndarray | None = None, one_sided: bool = False, span: str = "end") -> Clamp:
         """What clamps the stream's part along `directions` to the mean of safe prompts that are answered."""
-        v = (self.evidence.direction if directions is None else directions) * self.layers.mask(self.evidence.layers)[
-            :, None
-        ]
-        level = np.einsum("nld,ld->l", self.evidence.states(False, False), v) / len(self.evidence.states(False, False))
+        steered, answered = self.layers.mask(self.evidence.layers), self.evidence.states(False, False)
+        v = (self.evidence.direction if directions is None else directions) * steered[:, None]
+        level = np.einsum("nld,ld->l", answered, v) / len(answered)
         return Clamp(jnp.asarray(v, jnp.float32), jnp.asarray(level, jnp.float32), named_span(span), one_sided)
 
     def ablate(self, vector: np.ndarray, span: str) -> Ablate:

@@ -71,3 +71,8 @@ def test_safe_prompts_that_are_refused_are_needed():
     e.refused[~e.harmful] = False
     with pytest.raises(ValueError, match="safe prompts that the model refuses"):
         adasteer(e, ALPHA, BETA)
+
+
+def test_layers_that_the_model_lacks_are_named():
+    with pytest.raises(ValueError, match="reads layer 9; this model has layers 1 to 4"):
+        adasteer(random_evidence(), *PUBLISHED["llama3.1-8b"])
