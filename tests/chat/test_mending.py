@@ -8,9 +8,11 @@ import pytest
 from tiny import PROMPTS, decoding, tiny_chat_model
 
 from jaxsafe.chat.mending import Mending
+from jaxsafe.chat.model import load_chat_model
 from jaxsafe.kernels.actions import Add, Gated, named_span
 from jaxsafe.kernels.gates import Linear
 from jaxsafe.model.taps import edit
+from jaxsafe.parallel import parse_mesh
 
 NEW = 4
 
@@ -97,3 +99,14 @@ def test_texts_that_are_read_are_left_alone(model):
 def test_mending_needs_a_rule():
     with pytest.raises(ValueError, match="at least one rule"):
         Mending((), Listed(frozenset()))
+
+
+@pytest.mark.slow
+def test_sharded_models_mend_alike(folder):
+    single, sharded = (load_chat_model(folder, "float32", mesh) for mesh in (None, parse_mesh("data:4,model:2")))
+    one = rule(single, 2, np.inf)
+    judge = Listed(frozenset(single.answers(PROMPTS, decoding(NEW)).texts[1:]))
+    found = [m.steered([Mending((one,), judge)]).answers(PROMPTS, decoding(NEW))[0] for m in (single, sharded)]
+    assert found[0].texts == found[1].texts
+    assert found[0].passes.tolist() == found[1].passes.tolist()
+    assert max(found[0].passes) == 2
