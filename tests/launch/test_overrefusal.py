@@ -1,15 +1,18 @@
 """`launch.overrefusal` from a config to a report, on tiny models that were taught to refuse some prompts."""
 
 import dataclasses
+import importlib
 
 import jax
 import pytest
 from families import FAMILY_MODELS
+from launches import ROOT
 from tiny import tiny_chat_model, tiny_config, tiny_params
 
 from configs.overrefusal.smollm2_135m import get_config
 from jaxsafe.chat.model import ChatModel
-from jaxsafe.configs.overrefusal.base import NAMES
+from jaxsafe.configs import fields
+from jaxsafe.configs.overrefusal.base import FIELDS, NAMES
 from jaxsafe.methods.baselines import BASELINES
 from jaxsafe.methods.trainer import FineTuning, train
 from jaxsafe.model.families import config_from_hf
@@ -117,3 +120,28 @@ def test_calibration_needs_both_kinds():
     config.calibration = ("builtin:harmful/calibration#24",)
     with pytest.raises(ValueError, match="calibration needs harmful and safe prompts"):
         check(config)
+
+
+CONFIGS = sorted(p.stem for p in (ROOT / "configs/overrefusal").glob("*.py") if p.stem not in ("__init__", "base"))
+PAPERS = {  # SCANS's scored and steered layers, threshold and alpha by the paper
+    "llama2_7b_chat": ((10, 32), (10, 20), 0.75, 3.5),
+    "llama2_13b_chat": ((10, 19), (10, 20), 0.75, 3.5),
+    "vicuna_7b": ((10, 32), (10, 20), 0.75, 4.0),
+    "vicuna_13b": ((10, 20), (10, 20), 0.70, 4.0),
+}
+RIVALS = {"llama31_8b_instruct": "llama3.1-8b", "qwen25_7b_instruct": "qwen2.5-7b", "gemma2_9b_it": "gemma2-9b"}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_holds_what_is_published_for_its_model(name):
+    config = importlib.import_module(f"configs.overrefusal.{name}").get_config()
+    fields.check(FIELDS, config)
+    assert config.scans_choice == PAPERS.get(name)
+    assert config.published == RIVALS.get(name, "")
+    assert name == "smollm2_135m" or (config.model.count("/") == 1 and config.remedies == NAMES)
+
+
+def test_the_variant_all_has_every_remedy():
+    assert get_config("all").remedies == NAMES and get_config().remedies == ("mend",)
+    with pytest.raises(ValueError, match="variant 'some' is not known"):
+        get_config("some")
