@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from folders import write_folder
 from safetensors.numpy import load_file, save_file
 from tiny import PROMPTS, tiny_config, tiny_params, tiny_tokenizer
@@ -255,10 +256,18 @@ def test_folders_that_are_no_adapter_or_lack_their_base(base, tmp_path):
         load_chat_model(Adapted(base, adapter))
 
 
-def test_a_template_beside_the_adapter_is_its_own(base, tmp_path):
-    adapter = write_adapter(tmp_path / "adapter")
+def test_a_template_beside_the_adapter_is_its_own(base, tmp_path, monkeypatch):
+    adapter, opened = write_adapter(tmp_path / "adapter"), []
+    open_tokenizer = transformers.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        transformers.AutoTokenizer,
+        "from_pretrained",
+        lambda path, **k: opened.append(path) or open_tokenizer(path, **k),
+    )
     tiny_tokenizer(adapter, template="{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}<|assistant|>")
-    assert load_chat_model(Adapted(base, adapter)).template_sha256 != load_chat_model(base).template_sha256
+    chat = load_chat_model(Adapted(base, adapter))
+    assert sorted(opened) == sorted([str(base), str(adapter)])  # a tokenizer takes seconds to open
+    assert chat.template_sha256 != load_chat_model(base).template_sha256
     tiny_tokenizer(adapter, eos=5)
     with pytest.raises(ValueError, match=r"ends answers at \[2, 5\], the base .* at \[2\]"):
         load_chat_model(Adapted(base, adapter))
