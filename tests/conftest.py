@@ -1,7 +1,10 @@
 """Eight simulated devices, exact matrix products, no array widened in rank or type unasked."""
 
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import jax
@@ -11,6 +14,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The programs are tiny: less time goes to running than to optimising them.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
+# A program that one file of tests compiled is read by the others, in every process of a run; a folder that is named
+# serves the next run, too.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="programs-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")

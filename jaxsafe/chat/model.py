@@ -278,7 +278,9 @@ def load_chat_model(
     """
     path, folder = located(name)
     adapter = None if folder is None else read_adapter(folder)
-    tokenizer = Tokenizer(path, template or adapter_template(path, folder), template_args)
+    tokenizer = Tokenizer(path, template, template_args)
+    if folder is not None and not template:
+        tokenizer = with_adapter_template(tokenizer, folder)
     # What would be refused with every prompt is refused before the weights are read.
     # A GGUF file, which takes seconds to open, is opened once.
     config, tensors = open_model(tokenizer.gguf or path, dtype, adapter)
@@ -288,19 +290,19 @@ def load_chat_model(
     return ChatModel(str(name), config, params, tokenizer, mesh, system, raw, adapter_sha256=digest_of)
 
 
-def adapter_template(base: pathlib.Path, folder: pathlib.Path | None) -> str | None:
-    """The chat template beside an adapter, None where there is none.
+def with_adapter_template(base: Tokenizer, folder: pathlib.Path) -> Tokenizer:
+    """`base` with the chat template beside an adapter, where there is one.
 
     Raises ValueError where the tokenizer beside it has other tokens, or ends answers elsewhere, than that of the base.
     """
-    if folder is None or not (folder / "tokenizer.json").is_file():
-        return None
-    own, its = Tokenizer(folder), Tokenizer(base)
-    if own.hf.get_vocab() != its.hf.get_vocab():
-        raise ValueError(f"the tokenizer beside the adapter {folder} has other tokens than the base {base}")
-    if not set(own.eos_ids) <= set(its.eos_ids):
+    if not (folder / "tokenizer.json").is_file():
+        return base
+    own = Tokenizer(folder)
+    if own.hf.get_vocab() != base.hf.get_vocab():
+        raise ValueError(f"the tokenizer beside the adapter {folder} has other tokens than the base {base.path}")
+    if not set(own.eos_ids) <= set(base.eos_ids):
         raise ValueError(
-            f"the tokenizer beside the adapter {folder} ends answers at {list(own.eos_ids)}, the base {base} at "
-            f"{list(its.eos_ids)}; name all of them in the base's generation_config.json"
+            f"the tokenizer beside the adapter {folder} ends answers at {list(own.eos_ids)}, the base {base.path} at "
+            f"{list(base.eos_ids)}; name all of them in the base's generation_config.json"
         )
-    return own.chat_template if own.hf.chat_template else None
+    return base.with_template(own.chat_template) if own.hf.chat_template else base

@@ -81,6 +81,12 @@ class Tokenizer:
         """The GGUF file; None of a folder. Raises as `GgufFile` does."""
         return GgufFile(self.path) if pathlib.Path(self.path).is_file() else None
 
+    def with_template(self, template: str) -> "Tokenizer":
+        """This tokenizer, opened once, with another chat template."""
+        other = dataclasses.replace(self, template=template)
+        vars(other).update(hf=self.hf, gguf=self.gguf)
+        return other
+
     @functools.cached_property
     def eos_ids(self) -> tuple[int, ...]:
         """Every token id that ends an answer: by the tokenizer, generation_config.json and config.json, or a GGUF file.

@@ -12,6 +12,7 @@ from jaxsafe.io.gguf_tokenizer import build_tokenizer, ends
 from jaxsafe.io.layout import Table
 from jaxsafe.io.tensors import Index
 from jaxsafe.model.attention import inverse_frequencies
+from jaxsafe.model.attributes import MOST_LAYERS, is_size
 from jaxsafe.model.config import ModelConfig, Rope
 from jaxsafe.model.families import FAMILIES, FULL, HF_ACTIVATIONS, ORIGINAL, SLIDING, Family, config_from_hf
 from jaxsafe.model.weights import hf_shapes
@@ -220,7 +221,7 @@ class GgufFile:
             return None if field is None else field.contents()
 
     def _number(self, key: str, *default: Any) -> Any:
-        """The number under `key`, finite and not negative. Raises ValueError for anything else."""
+        """The number under `key`, of float32 and not negative. Raises ValueError for anything else."""
         name = f"{self._architecture}.{key}"
         value = self._field(name)
         if value is None:
@@ -229,14 +230,14 @@ class GgufFile:
             return default[0]
         if isinstance(value, list):
             raise ValueError(f"{self.where}: {name} differs from layer to layer, which is not supported")
-        if isinstance(value, bool | str) or not 0 <= value < math.inf:
+        if isinstance(value, bool | str) or not 0 <= value <= float(np.finfo(np.float32).max):
             raise ValueError(f"{self.where}: {name} is {value!r:.40}; a number is expected")
         return value
 
     def _count(self, key: str, *default: int) -> int:
-        """The whole number above 0 under `key`. Raises ValueError for anything else."""
+        """The size under `key` (see `is_size`). Raises ValueError for anything else."""
         value = self._number(key, *default)
-        if not isinstance(value, int) or value < 1:
+        if not is_size(value):
             raise ValueError(f"{self.where}: {self._architecture}.{key} is {value!r}; a whole number is expected")
         return value
 
@@ -267,7 +268,7 @@ class GgufFile:
             return found
         if not isinstance(pattern, list):
             every = self._count("attention.sliding_window_pattern")
-            pattern = [(i + 1) % every != 0 for i in range(self._count("block_count"))]
+            pattern = [(i + 1) % every != 0 for i in range(min(self._count("block_count"), MOST_LAYERS))]
         return found | {"layer_types": [SLIDING if slides else FULL for slides in pattern]}
 
     def _ropes(self, family: Family, head_dim: int) -> dict[str, Any]:

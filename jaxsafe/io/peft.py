@@ -9,7 +9,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 from jaxsafe.digest import arrays_sha256
 from jaxsafe.io.atomic import new_folder, write_text
 from jaxsafe.io.layout import INSIDE
+from jaxsafe.io.patterns import matched
 from jaxsafe.io.tensors import Index, TensorSource
 from jaxsafe.kernels.lora import LoRA
 from jaxsafe.model.config import ModelConfig
@@ -31,15 +32,20 @@ from jaxsafe.reading import read_json, reading
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
-# Attributes that say where an adapter comes from or how it was trained, and nothing of what it computes.
+# Attributes that say where an adapter comes from or how it was trained, and nothing of what it computes; PEFT itself
+# takes fan_in_fan_out for false on linear maps, which all maps of the families here are.
 SILENT = frozenset(
     """
-    auto_mapping corda_config ensure_weight_tying eva_config inference_mode loftq_config lora_dropout lora_ga_config
-    megatron_core peft_version qalora_group_size revision runtime_config
+    auto_mapping corda_config ensure_weight_tying eva_config fan_in_fan_out inference_mode loftq_config lora_dropout
+    lora_ga_config megatron_core peft_version qalora_group_size revision runtime_config
     """.split()
 )
 # Ways to begin training that leave the weights of the base as they are.
 BEGUN = (None, True, False, "gaussian", "eva", "orthogonal")
+LARGEST = 1e18
+"""Alphas are smaller: products with larger ones would be infinite in float32."""
+Matches = Mapping[str, Mapping[str, Mapping[str, str | None]]]
+"""What `matched` returns."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,41 +67,56 @@ class Settings:
     task_type: str | None = None
     base_model_name_or_path: str | None = None
 
-    def targets(self, module: str) -> bool:
-        """Whether the adapter changes `module`, as PEFT decides it."""
-        if _named(self.exclude_modules, module):
-            return False
-        if not _named(self.target_modules, module):
-            return False
+    def reach(self, modules: Sequence[str]) -> dict[str, tuple[int, float]]:
+        """R, and what the product of the factors is taken times, of those `modules` that the adapter changes.
+
+        As PEFT decides it. Raises ValueError for patterns that cannot be matched.
+        """
+        whole = [names for names in (self._targets, self.exclude_modules) if isinstance(names, str) and names]
+        endings = {*(self.rank_pattern or ()), *(self.alpha_pattern or ())}
+        found = matched([*whole, *map(_ending, endings), *self._places], modules)
+        changed = (m for m in modules if _named(self._targets, m, found) and not _named(self.exclude_modules, m, found))
+        out = {}
+        for module in filter(lambda module: self._is_in_layers(module, found), changed):
+            rank = _by_pattern(self.rank_pattern, module, found, self.r)
+            alpha = _by_pattern(self.alpha_pattern, module, found, self.lora_alpha)
+            out[module] = rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        return out
+
+    @property
+    def _targets(self) -> list[str] | str:
+        is_all = isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
+        return r"(?!(.*\.)?lm_head$).*" if is_all else self.target_modules
+
+    @property
+    def _places(self) -> list[str]:
+        """What a module of a layer is called; empty where the settings choose no layers."""
         if self.layers_to_transform in (None, []) or isinstance(self.target_modules, str):
+            return []
+        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern or []
+        places = [rf"(?:^|.*?\.){pattern}" for pattern in filter(None, patterns)] or [r".*?\.[^.]*"]
+        return [rf"{place}\.(?P<idx>\d+)\..*" for place in places]
+
+    def _is_in_layers(self, module: str, found: Matches) -> bool:
+        if not self._places:
             return True
-        patterns = [self.layers_pattern] if isinstance(self.layers_pattern, str) else self.layers_pattern
-        any_list = [r".*?\.[^.]*"]
-        places = [rf"(?:^|.*?\.){pattern}" for pattern in patterns] if patterns else any_list
-        found = next(filter(None, (re.match(rf"{place}\.(\d+)\.", module) for place in places)), None)
         layers = self.layers_to_transform if isinstance(self.layers_to_transform, list) else [self.layers_to_transform]
-        return found is not None and int(found[1]) in layers
-
-    def rank(self, module: str) -> int:
-        """R of `module`."""
-        return _by_pattern(self.rank_pattern, module, self.r)
-
-    def scale(self, module: str) -> float:
-        """What the product of the factors of `module` is taken times."""
-        alpha, rank = _by_pattern(self.alpha_pattern, module, self.lora_alpha), self.rank(module)
-        return alpha / (math.sqrt(rank) if self.use_rslora else rank)
+        groups = next((found[place][module] for place in self._places if module in found[place]), {"idx": None})
+        return groups["idx"] is not None and int(groups["idx"]) in layers
 
 
-def _named(names: list[str] | str | None, module: str) -> bool:
-    if names == "all-linear":
-        return not module.endswith("lm_head")
+def _named(names: list[str] | str | None, module: str, found: Matches) -> bool:
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return module in found.get(names, ())
     return any(module == name or module.endswith(f".{name}") for name in names or ())
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, usual: Any) -> Any:
-    return next((value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module)), usual)
+def _ending(pattern: str) -> str:
+    return rf"(.*\.)?({pattern})"
+
+
+def _by_pattern(patterns: Mapping[str, Any] | None, module: str, found: Matches, usual: Any) -> Any:
+    return next((value for key, value in (patterns or {}).items() if module in found[_ending(key)]), usual)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,17 +170,17 @@ def read_settings(folder: str | os.PathLike) -> Settings:
         raise ValueError(f"{file} has {odd[0]} {attributes[odd[0]]!r:.60}, which is not read; plain LoRA has none")
     with reading(file):
         settings = msgspec.convert(attributes, Settings)
-        for pattern in (*(settings.rank_pattern or ()), *(settings.alpha_pattern or ())):
-            re.compile(pattern)
     wrong = {
         "bias": settings.bias != "none",
         "init_lora_weights": settings.init_lora_weights not in BEGUN,
         "task_type": settings.task_type not in (None, "CAUSAL_LM"),
-        "r": settings.r < 1 or min((settings.rank_pattern or {"": 1}).values()) < 1,
-        "lora_alpha": not all(map(math.isfinite, (settings.lora_alpha, *(settings.alpha_pattern or {}).values()))),
+        "r": settings.r < 1,
+        "rank_pattern": any(rank < 1 for rank in (settings.rank_pattern or {}).values()),
+        "lora_alpha": not abs(settings.lora_alpha) < LARGEST,
+        "alpha_pattern": not all(abs(alpha) < LARGEST for alpha in (settings.alpha_pattern or {}).values()),
     }
     if refused := [name for name, is_wrong in wrong.items() if is_wrong]:
-        raise ValueError(f"{file} has {refused[0]} {getattr(settings, refused[0])!r}, which is not read")
+        raise ValueError(f"{file} has {refused[0]} {getattr(settings, refused[0])!r:.80}, which is not read")
     return settings
 
 
@@ -190,19 +211,21 @@ def read_adapter(folder: str | os.PathLike) -> Adapter:
             if array.ndim != 2 or not np.isfinite(array).all():
                 raise ValueError(f"{file}: {name} is no matrix of finite numbers")
             factors.setdefault(match[1], {})[match[2]] = array
-        return Adapter(str(folder), settings, {m: _change(file, settings, m, pair) for m, pair in factors.items()})
+    with reading(file.with_name(CONFIG)):
+        reach = settings.reach(list(factors))
+    if others := sorted(factors.keys() - reach.keys()):
+        targets = f"target_modules {settings.target_modules!r:.80}"
+        raise ValueError(f"{file} holds {others[0]}, which {targets} of {CONFIG} does not name")
+    return Adapter(str(folder), settings, {m: _change(file, m, pair, *reach[m]) for m, pair in factors.items()})
 
 
-def _change(file: pathlib.Path, settings: Settings, module: str, pair: Mapping[str, np.ndarray]) -> Change:
+def _change(file: pathlib.Path, module: str, pair: Mapping[str, np.ndarray], rank: int, scale: float) -> Change:
     if pair.keys() != {"A", "B"}:
         raise ValueError(f"{file} holds one factor alone of {module}")
-    if not settings.targets(module):
-        raise ValueError(f"{file} holds {module}, which target_modules {settings.target_modules!r:.80} does not name")
-    rank = settings.rank(module)
     if (pair["A"].shape[0], pair["B"].shape[1]) != (rank, rank):
         shapes = [list(pair[name].shape) for name in "AB"]
         raise ValueError(f"{file}: {module} has factors {shapes[0]} and {shapes[1]}; {CONFIG} says rank {rank}")
-    return Change(pair["A"], pair["B"], settings.scale(module))
+    return Change(pair["A"], pair["B"], scale)
 
 
 class Merged:

@@ -17,6 +17,8 @@ Row = Mapping[str, Any]
 
 LINE_END = re.compile(r"\r\n|\r|\n")
 """Not what str.splitlines takes for one: JSON strings may hold U+2028 and its like unescaped."""
+MOST_ROWS, LARGEST = 2**22, 2**30
+"""Rows and bytes of a Parquet file as it is read: a few bytes of one may stand for any number of them."""
 NAME_WORDS = 3
 """A file of one column whose first line has more words than this has no header: no column is called so."""
 
@@ -139,11 +141,26 @@ def _read_parquet(path: Path) -> list[Row]:
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        # Nothing in a footer is longer than the file that holds it.
+        limits = dict.fromkeys(("thrift_string_size_limit", "thrift_container_size_limit"), path.stat().st_size)
+        with pyarrow.parquet.ParquetFile(path, **limits) as file:
             _check_columns(file.schema_arrow.names)
-            return list(file.read().to_pylist())
+            return _parquet_rows(file)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path}: not Parquet ({str(error).splitlines()[0]})") from error
+
+
+def _parquet_rows(file: Any) -> list[Row]:
+    """The rows of an open Parquet file, a few at a time: memory is taken for what it holds, not for what it claims."""
+    rows, size = list[Row](), 0
+    for batch in file.iter_batches(batch_size=1024):
+        size += batch.nbytes
+        if size > LARGEST or len(rows) > MOST_ROWS:
+            raise ValueError(f"it holds more than {MOST_ROWS} rows or {LARGEST >> 20} MiB; split it")
+        rows += batch.to_pylist()
+    if len(rows) != file.metadata.num_rows:
+        raise ValueError(f"its footer claims {file.metadata.num_rows} rows; it holds {len(rows)}")
+    return rows
 
 
 _READERS: dict[str, Callable[[Path], list[Row]]] = {

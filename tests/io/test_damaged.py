@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import time
 import warnings
 
 import pytest
@@ -19,6 +18,8 @@ from jaxsafe.io.hub import load_hf
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 SHORT = 120
 """Changes of each file that are tried in a usual run."""
+MORE = 150
+"""And in a slow one; a seed changes 13 things, and the three files of damages make ten thousand changes."""
 JSON = [
     "config.json",
     "generation_config.json",
@@ -104,8 +105,5 @@ def test_changed_values_are_read_or_named(folder, name):
 
 @pytest.mark.slow
 def test_many_more_changes_are_read_or_named(folder):
-    end, seed = time.monotonic() + 20, SHORT
-    while time.monotonic() < end:
+    for seed in range(SHORT, SHORT + MORE):
         try_seed(folder, BYTES, JSON, tried, seed)
-        seed += 1
-    assert seed > SHORT

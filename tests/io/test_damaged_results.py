@@ -1,7 +1,6 @@
 """Files of results, adapters and prompts as accidents leave them: they are read, or named in one line."""
 
 import json
-import time
 
 import numpy as np
 import pyarrow
@@ -22,6 +21,8 @@ from jaxsafe.records.run import read_run, read_samples
 
 SHORT = 100
 """Changes of each file that are tried in a usual run."""
+MORE = 520
+"""And in a slow one; a seed changes 15 things, and the three files of damages make ten thousand changes."""
 KINDS = [("cut", "safe"), ("burn", "harmful")] * 4
 ROWS = [{"prompt": f"How do I {verb} it?", "label": label} for verb, label in KINDS]
 
@@ -107,8 +108,5 @@ def test_changed_values_are_read_or_named(folder, name):
 
 @pytest.mark.slow
 def test_many_more_changes_are_read_or_named(folder):
-    end, seed = time.monotonic() + 15, SHORT
-    while time.monotonic() < end:
+    for seed in range(SHORT, SHORT + MORE):
         try_seed(folder, READERS, JSON, tried, seed)
-        seed += 1
-    assert seed > SHORT

@@ -148,6 +148,7 @@ ARRAY, UINT8, STRING = 9, 0, 8
         header(tensors=1, rest=text("a") + struct.pack("<I", 2**31)),
         header(fields=1, rest=text("a") + struct.pack("<IIQ", ARRAY, ARRAY, 2**21) * 2000),
     ],
+    ids=range(10),
 )
 def test_a_header_that_announces_more_than_there_is_is_refused_before_it_is_read(tmp_path, monkeypatch, content):
     monkeypatch.setattr(gguf, "GGUFReader", lambda path: pytest.fail("the file was read"))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 from folders import write_folder
 from safetensors.numpy import load_file, save_file
 from tiny import PROMPTS, tiny_config, tiny_params, tiny_tokenizer
@@ -74,12 +75,20 @@ CASES = {
     "plain": ({}, {Q: 3.0, DOWN: 3.0}),
     "rslora": ({"use_rslora": True}, {Q: 6 / 2**0.5, DOWN: 6 / 2**0.5}),
     "regex": ({"target_modules": r".*\.(1|2)\.(self_attn\.q|mlp\.down)_proj"}, {Q: 3.0, DOWN: 3.0}),
-    "all linear": ({"target_modules": "all-linear"}, {Q: 3.0, DOWN: 3.0}),
+    "all linear": ({"target_modules": "All-Linear"}, {Q: 3.0, DOWN: 3.0}),
+    "full names": ({"target_modules": [Q, DOWN]}, {Q: 3.0, DOWN: 3.0}),
+    "flags": ({"target_modules": r"(?i).*(Q|DOWN)_PROJ"}, {Q: 3.0, DOWN: 3.0}),
+    "excluded": ({"target_modules": "all-linear", "exclude_modules": r".*\.0\..*"}, {Q: 3.0, DOWN: 3.0}),
     "layers": ({"layers_to_transform": [1, 2], "layers_pattern": "layers"}, {Q: 3.0, DOWN: 3.0}),
+    "layers anywhere": ({"layers_to_transform": [1, 2], "layers_pattern": ""}, {Q: 3.0, DOWN: 3.0}),
+    "layers by groups": (
+        {"layers_to_transform": [1, 2], "layers_pattern": ["h", "(lay|b)(er|lock)s"]},
+        {Q: 3.0, DOWN: 3.0},
+    ),
     "alpha pattern": ({"alpha_pattern": {"layers.2.mlp.down_proj": 5}}, {Q: 3.0, DOWN: 2.5}),
     "rank pattern": ({"r": 8, "rank_pattern": {r".*q_proj": 2, "down_proj": 2}}, {Q: 3.0, DOWN: 3.0}),
     "silent": (
-        {"lora_dropout": 0.1, "inference_mode": True, "use_dora": False},
+        {"lora_dropout": 0.1, "inference_mode": True, "use_dora": False, "fan_in_fan_out": True},
         {Q: 3.0, DOWN: 3.0},
     ),
 }
@@ -162,6 +171,8 @@ def test_a_head_of_its_own_may_be_adapted_and_a_tied_one_not(tmp_path):
             check_merged(hf_view(config, load_hf(Adapted(folder, adapter))[1]), wanted)
 
 
+HOSTILE = r"(.*)*[A-Z]"
+TOO_SLOW = "adapter_config.json cannot be read: its patterns take more than 1 second or 1024 MiB to match"
 REFUSED = {
     "ia3": ({"peft_type": "IA3"}, "has peft_type 'IA3'; only adapters of the type 'LORA'"),
     "dora": ({"use_dora": True}, "has use_dora True, which is not read"),
@@ -170,7 +181,6 @@ REFUSED = {
     "saved modules": ({"modules_to_save": ["embed_tokens"]}, r"has modules_to_save \['embed_tokens'\]"),
     "pissa": ({"init_lora_weights": "pissa_niter_4"}, "has init_lora_weights 'pissa_niter_4'"),
     "classifier": ({"task_type": "SEQ_CLS"}, "has task_type 'SEQ_CLS'"),
-    "transposed": ({"fan_in_fan_out": True}, "has fan_in_fan_out True"),
     "replicated": ({"layer_replication": [[0, 2], [1, 3]]}, "has layer_replication"),
     "unknown": ({"use_marvel": 3}, "has use_marvel 3"),
     "untargeted": ({"target_modules": ["q_proj"]}, f"holds {DOWN}, which target_modules .* does not name"),
@@ -178,8 +188,17 @@ REFUSED = {
     "other layers": ({"layers_to_transform": [0, 2]}, f"holds {Q}"),
     "rank": ({"r": 4}, r"has factors \[2, 32\] and \[32, 2\]; adapter_config.json says rank 4"),
     "no rank": ({"r": 0}, "has r 0"),
+    "no rank of one": ({"rank_pattern": {"q_proj": 0}}, "has rank_pattern {'q_proj': 0}"),
+    "infinite": ({"lora_alpha": 1e300}, r"has lora_alpha 1e\+300"),
+    "infinite of one": ({"alpha_pattern": {"q_proj": 1e300}}, "has alpha_pattern {'q_proj': 1e"),
+    "head": ({"target_modules": r"(.*\.)?lm_head"}, f"holds {Q}, which target_modules"),
     "types": ({"r": "two"}, "adapter_config.json cannot be read: .*int"),
-    "pattern": ({"rank_pattern": {"(": 2}}, "adapter_config.json cannot be read"),
+    "pattern": (
+        {"rank_pattern": {"(": 2}},
+        "adapter_config.json cannot be read: it holds what is no regular expression",
+    ),
+    "slow targets": ({"target_modules": HOSTILE}, TOO_SLOW),
+    "slow ranks": ({"rank_pattern": {HOSTILE: 2}}, TOO_SLOW),
 }
 
 
@@ -237,10 +256,18 @@ def test_folders_that_are_no_adapter_or_lack_their_base(base, tmp_path):
         load_chat_model(Adapted(base, adapter))
 
 
-def test_a_template_beside_the_adapter_is_its_own(base, tmp_path):
-    adapter = write_adapter(tmp_path / "adapter")
+def test_a_template_beside_the_adapter_is_its_own(base, tmp_path, monkeypatch):
+    adapter, opened = write_adapter(tmp_path / "adapter"), []
+    open_tokenizer = transformers.AutoTokenizer.from_pretrained
+    monkeypatch.setattr(
+        transformers.AutoTokenizer,
+        "from_pretrained",
+        lambda path, **k: opened.append(path) or open_tokenizer(path, **k),
+    )
     tiny_tokenizer(adapter, template="{% for m in messages %}<|user|>{{ m['content'] }}{% endfor %}<|assistant|>")
-    assert load_chat_model(Adapted(base, adapter)).template_sha256 != load_chat_model(base).template_sha256
+    chat = load_chat_model(Adapted(base, adapter))
+    assert sorted(opened) == sorted([str(base), str(adapter)])  # a tokenizer takes seconds to open
+    assert chat.template_sha256 != load_chat_model(base).template_sha256
     tiny_tokenizer(adapter, eos=5)
     with pytest.raises(ValueError, match=r"ends answers at \[2, 5\], the base .* at \[2\]"):
         load_chat_model(Adapted(base, adapter))

@@ -73,24 +73,28 @@ def random_weights(names, seed=0):
     return {name: rng.normal(size=shape).astype(np.float32) for name, (_, shape) in names.items()}
 
 
+def add_field(writer, key, value):
+    """Writes `value` under `key` as the type that holds it; nothing for None."""
+    if isinstance(value, list):
+        writer.add_array(key, value)
+    elif isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    elif isinstance(value, float):
+        (writer.add_float32 if abs(value) < 1e38 or value != value else writer.add_float64)(key, value)
+    elif value is not None:
+        add = writer.add_int64 if value < 0 else writer.add_uint32 if value < 2**32 else writer.add_uint64
+        add(key, value)
+
+
 def write_gguf(
     path, kind="F32", keys=None, names=NAMES, extra=None, architecture="llama", tokenizer=None, weights=None
 ):
     """A GGUF file at `path`; returns its weights in Hugging Face's order of rows, before quantisation."""
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in (KEYS | (keys or {}) | (tokenizer or {})).items():
-        if value is None:
-            continue
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        elif isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        else:
-            writer.add_uint32(key, value)
+        add_field(writer, key, value)
     weights = weights or random_weights(names)
     for name, weight in weights.items():
         type_ = gguf.GGMLQuantizationType[kind if weight.ndim == 2 else "F32"]
