@@ -153,19 +153,21 @@ class Steered:
         if not self._steers:
             return (model.nll(rows, batch_size, done),) * len(self.rules)
         slots = self._affirmative_tokens
+        # A text that is read is no refusal, so that there is nothing to mend.
+        acting = [None if isinstance(rule, Mending) else rule for rule in self.rules]
+        places = list(map(id, acting))  # rules are not compared, which arrays do entry by entry
 
         def call(batch: Batch, indices: np.ndarray) -> Tree:
             last = min(bucket(1 + answer_slots(rows, indices)), batch.tokens.shape[1])
             prefilled = self._prefill(batch, slots)
             start = (model.config, model.params, batch, prefilled.cache)
 
-            def under(rule: Rule | Mending | None) -> Tree:
-                # A text that is read is no refusal, so that there is nothing to mend.
-                acting = None if isinstance(rule, Mending) else rule
-                edits = self._edits(self._decision(acting, prefilled.states, batch))
-                return steered_nll(*start, edits, self._again(acting, batch, last))
+            @functools.cache
+            def under(place: int) -> Tree:
+                edits = self._edits(self._decision(acting[place], prefilled.states, batch))
+                return steered_nll(*start, edits, self._again(acting[place], batch, last))
 
-            return tuple(map(under, self.rules))
+            return tuple(under(places.index(place)) for place in places)
 
         return model.map(call, rows, batch_size, done, slots)
 
