@@ -32,6 +32,10 @@ def _forget_programs_of_a_test():
     jax.clear_caches()
 
 
+TRIED = tuple(name for name in NAMES if name != "dro")
+"""DRO samples answers for minutes; `methods/test_dro.py` trains it."""
+
+
 def taught(folder, config) -> ChatModel:
     """A tiny model that answers "Sorry" to most harmful and some safe calibration prompts, and else "the red"."""
     model = dataclasses.replace(tiny_chat_model(folder), config=config, params=tiny_params(config))
@@ -59,17 +63,21 @@ def small_config(remedies):
 
 @pytest.mark.slow
 def test_every_remedy_stands_beside_its_control(tmp_path):
-    config = small_config(NAMES)
+    config = small_config(TRIED)
     model = taught(tmp_path / "model", tiny_config(context=600, layers=6))
     check(config)
     record = run(config, model, roles_of(config), tmp_path / "out", Clock())
     assert read_run(tmp_path / "out") == record
     variants = [row.group for row in record.table]
-    steered = [name for name in NAMES if name not in BASELINES]
-    assert variants == ["as it is", *(v for name in steered for v in (name, f"{name}, random direction")), *BASELINES]
+    steered = [name for name in TRIED if name not in BASELINES]
+    assert variants == [
+        "as it is",
+        *(v for name in steered for v in (name, f"{name}, random direction")),
+        *TRIED[len(steered) :],
+    ]
     assert all(row.control == f"{row.group}, random direction" for row in record.table if row.group in steered)
     details = from_json(record.details, Details)
-    assert [remedy.name for remedy in details.remedies] == list(NAMES)
+    assert [remedy.name for remedy in details.remedies] == list(TRIED)
     samples = read_samples(tmp_path / "out")
     by_variant = {name: [s for s in samples if s.variant == name] for name in variants}
     for cost in details.costs:
@@ -104,7 +112,7 @@ def test_an_interrupted_run_goes_on_to_the_same_results(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen3", "gemma2", "olmo2"])
+@pytest.mark.parametrize("name", ["qwen2"])
 def test_remedies_run_on_other_families(name, tmp_path):
     attributes = next(a for a in FAMILY_MODELS.values() if a["model_type"] == name)
     config = config_from_hf(attributes | {"vocab_size": 300, "max_position_embeddings": 600})
