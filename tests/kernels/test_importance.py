@@ -41,6 +41,7 @@ TAPS = ("attn_in", "heads", "mlp_in", "mlp_hidden")
 static = ("config", "counting", "last", "axis_name")
 snip = jax.jit(snip_sums, static_argnames=static)
 wanda = jax.jit(wanda_sums, static_argnames=("config", "positions", "axis_name"))
+captured = jax.jit(capture, static_argnames=("config", "taps"))
 gram = jax.jit(gram_sums, static_argnames=("config", "positions", "last", "axis_name"))
 
 
@@ -65,7 +66,7 @@ def slow_inputs(name):
     out = []
     for row in ROWS:
         one = pad_rows([row], length=len(row.ids))
-        read = capture(config, tiny_params(config), one.tokens, one.valid, TAPS)
+        read = captured(config, tiny_params(config), one.tokens, one.valid, TAPS)
         out.append({tap: np.asarray(x[:, 0], np.float64) for tap, x in read.items()})
     return out
 

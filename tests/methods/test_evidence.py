@@ -1,5 +1,6 @@
 """What a model makes of labelled prompts, against single passes."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from jaxsafe.prompts.sets import load_prompts
 
 SETS = [load_prompts(f"builtin:{name}", split="anchor").take(4, seed=0) for name in ("harmful", "plain")]
 JUDGE = judge("wei2024_no_length")
+captured = jax.jit(capture, static_argnames=("config", "taps"))
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +32,7 @@ def test_states_are_those_of_single_passes(model, tmp_path):
     for i, prompt in enumerate(e.prompts):
         ids = model.row(prompt).ids
         both = jnp.asarray([[*ids, *affirmative]])
-        resid = np.asarray(capture(model.config, model.params, both, jnp.ones(both.shape, bool))["resid"][:, 0])
+        resid = np.asarray(captured(model.config, model.params, both, jnp.ones(both.shape, bool))["resid"][:, 0])
         n = len(ids)
         np.testing.assert_allclose(e.at_end[i], resid[:, n - 1], atol=1e-4)
         np.testing.assert_allclose(e.change[i], resid[:, n - 1] - resid[:, -1], atol=1e-4)
