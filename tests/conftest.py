@@ -12,8 +12,10 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The programs are tiny: less time goes to running than to optimising them.
-QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
+QUICK = """
+--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1
+"""
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {' '.join(QUICK.split())}"
 # A program that one file of tests compiled is read by the others, in every process of a run; a folder that is named
 # serves the next run, too.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from jaxsafe.model.transformer import forward
 
 NEW = 5
 SAFE = "please think of the rules of a quiet game"
+logits_of = jax.jit(forward, static_argnames=("config", "last"))
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +33,7 @@ def whole(contrasted, how, **options):
 def last_logits(model, ids):
     padded = jnp.asarray([[0] * (96 - len(ids)) + list(ids)])
     valid = jnp.arange(96)[None] >= 96 - len(ids)
-    return np.float64(forward(model.config, model.params, padded, valid, None, 1)[0, 0])
+    return np.float64(logits_of(model.config, model.params, padded, valid, None, 1)[0, 0])
 
 
 def slow_answer(main, other, prompt, combine):

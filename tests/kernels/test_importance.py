@@ -35,11 +35,13 @@ CONFIGS = {
     "grouped": tiny_config(),
     "biases": tiny_config(qkv_bias=True, o_bias=True, mlp_bias=True, kv_heads=4, window=9),
 }
-ROWS = random_rows([20, 31, 17, 25, 40, 12, 33, 29], behind=[5, 7, 3, 9, 11, 4, 6, 2])
+# Every length is a program where rows run alone.
+ROWS = random_rows([20, 31, 20, 31, 40, 20, 40, 31], behind=[5, 7, 3, 9, 11, 4, 6, 2])
 TAPS = ("attn_in", "heads", "mlp_in", "mlp_hidden")
 static = ("config", "counting", "last", "axis_name")
 snip = jax.jit(snip_sums, static_argnames=static)
 wanda = jax.jit(wanda_sums, static_argnames=("config", "positions", "axis_name"))
+captured = jax.jit(capture, static_argnames=("config", "taps"))
 gram = jax.jit(gram_sums, static_argnames=("config", "positions", "last", "axis_name"))
 
 
@@ -64,28 +66,36 @@ def slow_inputs(name):
     out = []
     for row in ROWS:
         one = pad_rows([row], length=len(row.ids))
-        read = capture(config, tiny_params(config), one.tokens, one.valid, TAPS)
+        read = captured(config, tiny_params(config), one.tokens, one.valid, TAPS)
         out.append({tap: np.asarray(x[:, 0], np.float64) for tap, x in read.items()})
     return out
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def row_gradients(config, params, row, shares):
+    """The gradient of a row's loss, each token's of which counts by its share, by every linear map."""
+
+    def row_loss(maps):
+        tree = {**params, "layers": {**params["layers"], **maps}}
+        logprobs = jax.nn.log_softmax(forward(config, tree, row.tokens, row.valid)[0])
+        return -(logprobs[jnp.arange(len(shares) - 1), row.tokens[0, 1:]] * shares[1:]).sum()
+
+    return jax.grad(row_loss)(
+        {path.split("/")[1]: params["layers"][path.split("/")[1]] for path in linear_maps(config)}
+    )
 
 
 def slow_snip(name, positions, loss):
     """The sum over rows of the absolute gradient, row by row, with a loss written out."""
     config = CONFIGS[name]
-    params = tiny_params(config)
-
-    def row_loss(maps, row):
-        one = pad_rows([row], length=len(row.ids))
-        tree = {**params, "layers": {**params["layers"], **maps}}
-        logprobs = jax.nn.log_softmax(forward(config, tree, one.tokens, one.valid)[0])
-        terms = [-logprobs[i - 1, row.ids[i]] for i in chosen(row, positions) if i > 0]
-        return sum(terms) / (len(terms) if loss == "mean" else 1)
-
-    maps = {path.split("/")[1]: params["layers"][path.split("/")[1]] for path in linear_maps(config)}
-    sums = {key: np.zeros(value.shape) for key, value in maps.items()}
+    sums = dict[str, np.ndarray]()
     for row in ROWS[:4]:
-        for key, gradient in jax.grad(row_loss)(maps, row).items():
-            sums[key] += np.abs(np.asarray(gradient, np.float64))
+        terms = [i for i in chosen(row, positions) if i > 0]
+        shares = np.zeros(len(row.ids), np.float32)
+        shares[terms] = 1 / len(terms) if loss == "mean" else 1
+        one = pad_rows([row], length=len(row.ids))
+        for key, gradient in row_gradients(config, tiny_params(config), one, shares).items():
+            sums[key] = sums.get(key, 0) + np.abs(np.asarray(gradient, np.float64))
     return {"layers": sums}
 
 

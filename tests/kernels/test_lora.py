@@ -14,6 +14,7 @@ from jaxsafe.rows import pad_rows
 
 CONFIG = tiny_config(layers=2)
 ALPHA = 5.0
+logits_of = jax.jit(forward, static_argnames=("config", "last"))
 SHAPES = {
     "q": ((2, 32, 3), (2, 3, 4, 8)),
     "k": ((2, 32, 3), (2, 3, 2, 8)),
@@ -102,9 +103,9 @@ def test_the_merged_model_computes_what_the_adapters_do(params, maps):
     merged = merge_adapters(CONFIG, params, adapters, ALPHA)
     row = random_rows([20])[0]
     batch = pad_rows([row], length=20)
-    logits = forward(CONFIG, merged, batch.tokens, batch.valid)[0]
+    logits = logits_of(CONFIG, merged, batch.tokens, batch.valid)[0]
     np.testing.assert_allclose(logits, unmerged_logits(params, adapters, row.ids), atol=1e-4)
-    plain = forward(CONFIG, params, batch.tokens, batch.valid)[0]
+    plain = logits_of(CONFIG, params, batch.tokens, batch.valid)[0]
     assert float(jnp.abs(logits - plain).max()) > 0.1
     for path, weight in flatten(merged).items():
         moved = path.removeprefix("layers/") in maps

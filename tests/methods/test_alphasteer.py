@@ -1,5 +1,6 @@
 """AlphaSteer against the published matrices in float64."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -9,6 +10,9 @@ from tiny import PROMPTS, decoding, tiny_chat_model
 from jaxsafe.kernels.forward import capture
 from jaxsafe.methods.alphasteer import alphasteer, null_space_gate
 from jaxsafe.model.taps import edit
+from jaxsafe.rows import pad_rows
+
+captured = jax.jit(capture, static_argnames=("config", "taps"))
 
 
 def published(benign, malicious, refusal, share):
@@ -57,16 +61,15 @@ def test_answers_are_those_of_the_matrices_applied_layer_by_layer(tmp_path):
 
     steered = model.steered([rule]).answers(PROMPTS, decoding(1))[0]
     for prompt, token in zip(PROMPTS, steered.tokens[:, 0], strict=True):
-        ids = jnp.asarray([model.row(prompt).ids])
-        valid = jnp.ones(ids.shape, bool)
+        row = pad_rows([model.row(prompt)], length=96)
         # What each block adds is read under the edits of the blocks before, so that the matrices see edited states.
         adds = np.zeros((L, D))
         for block in sorted(matrices):
             edits = {"resid": edit(add=jnp.asarray(adds, jnp.float32))}
-            resid = capture(model.config, model.params, ids, valid, edits=edits)["resid"][block, 0]
+            resid = captured(model.config, model.params, row.tokens, row.valid, edits=edits)["resid"][block, 0]
             adds[block] = 0.8 * (np.float64(resid[-1]) @ matrices[block])
         edits = {"resid": edit(add=jnp.asarray(adds, jnp.float32))}
-        final = capture(model.config, model.params, ids, valid, ("final",), edits)["final"][0, -1]
+        final = captured(model.config, model.params, row.tokens, row.valid, ("final",), edits)["final"][0, -1]
         head = model.params["unembed"] if "unembed" in model.params else model.params["embed"].T
         assert int(token) == int(jnp.argmax(final @ head))
 

@@ -1,6 +1,6 @@
 """What a model makes of labelled prompts, against single passes."""
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 from evidences import random_evidence
@@ -13,9 +13,11 @@ from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.methods.evidence import evidence_once
 from jaxsafe.methods.scans import affirmative_ids
 from jaxsafe.prompts.sets import load_prompts
+from jaxsafe.rows import Row, pad_rows
 
 SETS = [load_prompts(f"builtin:{name}", split="anchor").take(4, seed=0) for name in ("harmful", "plain")]
 JUDGE = judge("wei2024_no_length")
+captured = jax.jit(capture, static_argnames=("config", "taps"))
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +31,9 @@ def test_states_are_those_of_single_passes(model, tmp_path):
     affirmative = affirmative_ids(model).tolist()
     for i, prompt in enumerate(e.prompts):
         ids = model.row(prompt).ids
-        both = jnp.asarray([[*ids, *affirmative]])
-        resid = np.asarray(capture(model.config, model.params, both, jnp.ones(both.shape, bool))["resid"][:, 0])
-        n = len(ids)
+        both = pad_rows([Row((*ids, *affirmative), len(ids) - 1)], length=300)
+        resid = np.asarray(captured(model.config, model.params, both.tokens, both.valid)["resid"][:, 0])
+        resid, n = resid[:, both.valid[0]], len(ids)
         np.testing.assert_allclose(e.at_end[i], resid[:, n - 1], atol=1e-4)
         np.testing.assert_allclose(e.change[i], resid[:, n - 1] - resid[:, -1], atol=1e-4)
         np.testing.assert_allclose(e.mean[i], resid[:, :n].mean(1), atol=1e-4)

@@ -23,6 +23,8 @@ from jaxsafe.model.transformer import forward
 from jaxsafe.rows import pad_rows
 
 REFUSAL = (40, 77)
+logits_of = jax.jit(forward, static_argnames=("config", "last"))
+captured = jax.jit(capture, static_argnames=("config", "taps"))
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +33,8 @@ def model(tmp_path_factory):
 
 
 def first_logits(model, prompt, edits=None):
-    ids = jnp.asarray([model.row(prompt).ids])
-    return np.float64(forward(model.config, model.params, ids, jnp.ones(ids.shape, bool), edits, 1)[0, 0])
+    row = pad_rows([model.row(prompt)], length=96)
+    return np.float64(logits_of(model.config, model.params, row.tokens, row.valid, edits, 1)[0, 0])
 
 
 def slow_log_odds(logits):
@@ -69,8 +71,8 @@ def test_every_candidate_is_scored_as_by_itself(model):
 def test_states_are_those_of_the_last_positions(model):
     states = end_states(model, PROMPTS, 3, batch_size=4)
     for prompt, mine in zip(PROMPTS, states, strict=True):
-        ids = jnp.asarray([model.row(prompt).ids])
-        resid = capture(model.config, model.params, ids, jnp.ones(ids.shape, bool))["resid"][:, 0]
+        row = pad_rows([model.row(prompt)], length=96)
+        resid = captured(model.config, model.params, row.tokens, row.valid)["resid"][:, 0]
         np.testing.assert_allclose(mine, np.moveaxis(np.asarray(resid[:, ::-1][:, :3]), 1, 0), atol=1e-4)
 
 
