@@ -28,9 +28,9 @@ from absl import app, flags
 from benchmarks.forward_and_generate import bandwidth, flops, products
 from benchmarks.measure import Call, alternate, begin, emit, seconds
 from jaxsafe.chat.model import ChatModel, load_chat_model
-from jaxsafe.kernels.importance import kept_bytes, snip_scores, wanda_scores
+from jaxsafe.kernels.importance import gram_taps, kept_bytes, snip_scores, wanda_scores
 from jaxsafe.kernels.lowrank import act_svd
-from jaxsafe.kernels.sums import Scoring, gather
+from jaxsafe.kernels.sums import Scoring, gather, kind_of
 from jaxsafe.methods.safety_tuning import TuningSettings, builtin_refusals, tuning_rows
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.weights import flatten, hf_view, linear_maps, sizes
@@ -179,18 +179,18 @@ def wanda_floor(config: ModelConfig, rows: Sequence[Row], batch_size: int) -> tu
 def act_svd_floor(config: ModelConfig, rows: Sequence[Row], batch_size: int) -> tuple[float, float]:
     """The blocks forward, Gram matrices [F, F] of the responses, and a decomposition a map of size M = min(I, O).
 
-    Of a decomposition, two products and 9 M^3 for eigenvalues and eigenvectors (Golub and Van Loan, section 8.3).
+    Of a decomposition, two products where the Gram matrix is that of inputs, and 9 M^3 for eigenvalues and eigenvectors
+    (Golub and Van Loan, section 8.3).
     """
-    maps = linear_maps(config).values()
-    squares = sum({w.tap: math.prod(sizes(config, w.inputs)) ** 2 for w in maps}.values())
-    grams = 2.0 * squares * sum(len(row.ids) - 1 - row.instruction_end for row in rows)
-    decompositions = 0.0
-    for w in maps:
+    numbers = sum(a.size for a in kind_of("gram").outline(config).values())
+    grams = 2.0 * numbers * sum(len(row.ids) - 1 - row.instruction_end for row in rows)
+    decompositions, taps = 0.0, gram_taps(config)
+    for path, w in linear_maps(config).items():
         I, O = (math.prod(sizes(config, axes)) for axes in (w.inputs, w.outputs))
         M = min(I, O)
-        decompositions += 2.0 * M * I * (I + M) + 9.0 * M**3
-    operations = run_flops(config, rows)[0] + config.layers * (grams + decompositions)
-    return operations, 8.0 * config.layers * squares * math.ceil(len(rows) / batch_size)
+        decompositions += config.layers * ((2.0 * M * I * (I + M) if taps[path] == w.tap else 0.0) + 9.0 * M**3)
+    operations = run_flops(config, rows)[0] + grams + decompositions
+    return operations, 8.0 * numbers * math.ceil(len(rows) / batch_size)
 
 
 def contests(layers: int, blocks: Sequence[int], rank: int) -> dict[str, Contest]:

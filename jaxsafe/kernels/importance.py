@@ -9,6 +9,7 @@ B batch (rows), T position, L layers, I inputs and O outputs of a linear map, F 
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,7 @@ from jaxsafe.model.attention import Slots
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.taps import FINAL, Gram, SquareSum, at, readings
 from jaxsafe.model.transformer import Params, Transformer
-from jaxsafe.model.weights import flatten, linear_maps, nest, sizes
+from jaxsafe.model.weights import Weight, flatten, linear_maps, nest, sizes, weights
 from jaxsafe.rows import Batch
 
 POSITIONS = ("response", "prompt", "all")
@@ -61,6 +62,23 @@ def input_taps(config: ModelConfig) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(w.tap) for w in linear_maps(config).values()))
 
 
+def gram_taps(config: ModelConfig) -> dict[str, str]:
+    """{path of a linear map: the tap whose outer products its directions follow from}.
+
+    They are directions of its outputs, so these serve where they are fewer than the inputs; not where other maps read
+    the same inputs, nor behind a bias, which is no part of them.
+    """
+    maps = linear_maps(config)
+    readers = Counter(w.tap for w in maps.values())
+
+    def tap(path: str, w: Weight) -> str:
+        fewer = math.prod(sizes(config, w.outputs)) < math.prod(sizes(config, w.inputs))
+        alone = readers[w.tap] == 1 and f"{path}_bias" not in weights(config)
+        return path.split("/")[-1] if fewer and alone else str(w.tap)
+
+    return {path: tap(path, w) for path, w in maps.items()}
+
+
 def wanda_sums(
     config: ModelConfig, params: Params, batch: Batch, positions: str = "response", axis_name: str | None = None
 ) -> dict[str, jax.Array]:
@@ -83,13 +101,13 @@ def gram_sums(
     last: int | None = None,
     axis_name: str | None = None,
 ) -> dict[str, jax.Array]:
-    """{tap: float32 [L, F, F]} sums of outer products of every map's inputs over the counted tokens of `batch`.
+    """{tap: float32 [L, F, F]} sums of outer products at the `gram_taps` over the counted tokens of `batch`.
 
     `last` (static) is a number of final slots that holds every counted token; only those are multiplied.
     """
     weight = jnp.asarray(counted(batch, positions), jnp.float32)
     reducer = Gram(weight if last is None else weight[:, -last:])
-    taps = input_taps(config)
+    taps = tuple(dict.fromkeys(gram_taps(config).values()))
     sums = capture(config, params, batch.tokens, batch.valid, taps, reduce=dict.fromkeys(taps, reducer))
     return total(sums, axis_name)
 

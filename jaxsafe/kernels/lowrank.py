@@ -3,7 +3,8 @@
 A map y = x W is met by the inputs X of a data set. The right singular vectors of the outputs X W, which are the
 left ones of the paper's W X, order the directions of the output space by the energy that the data put there.
 
-Precision: they are the eigenvectors of W^T (X^T X) W, a Gram matrix, which squares the condition number. In
+Precision: they are the eigenvectors of W^T (X^T X) W, a Gram matrix, which squares the condition number; where
+the outputs are fewer than the inputs it is summed directly. In
 float32 a direction is told from its neighbours down to about 3e-4 of the largest singular value, below which its
 energy is noise; the basis stays orthonormal throughout. Where singular values lie close together the directions
 among them are not determined, only the span and its energy are.
@@ -23,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 from threadpoolctl import threadpool_limits
 
+from jaxsafe.kernels.importance import gram_taps
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params
 from jaxsafe.model.weights import flatten, linear_maps, nest, sizes
@@ -60,22 +62,23 @@ def act_svd(
 ) -> dict[str, Any]:
     """The `Basis` of every linear map, a tree like the parameters; all ranks from one eigendecomposition a map.
 
-    `grams` {tap: float32 [L, F, F]} are those of `gram_sums`. Layers are one batch, split over the devices of the
-    mesh that `params` lie on; maps follow one another, and `done` is called after each. Not centred, as published.
+    `grams` {tap: float32 [L, F, F]} are those of `gram_sums`, of each map's inputs or of its outputs. Layers are one
+    batch, split over the devices of the mesh that `params` lie on; maps follow one another, and `done` is called after
+    each. Not centred, as published.
     Source: arXiv 2402.05162, section 2.3.
     """
-    weight = flatten(params)
+    weight, maps, taps = flatten(params), linear_maps(config), gram_taps(config)
 
     def basis(path: str, gram: jax.Array) -> Basis:
         where = getattr(weight[path], "sharding", None)
-        W = as_matrices(config, path, weight[path])
+        W = as_matrices(config, path, weight[path]) if taps[path] == maps[path].tap else None
         made = by_layers(where.mesh, W, gram) if isinstance(where, NamedSharding) else basis_of(W, gram)
         jax.block_until_ready(made)
         done(1)
         return made
 
     with one_blas_thread():
-        return nest({path: basis(path, grams[str(w.tap)]) for path, w in linear_maps(config).items()})
+        return nest({path: basis(path, grams[tap]) for path, tap in taps.items()})
 
 
 def one_blas_thread() -> threadpool_limits:
@@ -96,32 +99,42 @@ def layer_axes(mesh: Mesh, layers: int) -> tuple[str, ...]:
 
 
 @functools.partial(jax.jit, static_argnames=("mesh",))
-def by_layers(mesh: Mesh, weight: Float[Array, "L I O"], gram: Float[Array, "L I I"]) -> Basis:
+def by_layers(mesh: Mesh, weight: Float[Array, "L I O"] | None, gram: Float[Array, "L F F"]) -> Basis:
     """`basis_of`, each device of `mesh` with layers of its own."""
-    own = PartitionSpec(layer_axes(mesh, weight.shape[0]))
+    own = PartitionSpec(layer_axes(mesh, gram.shape[0]))
     split = jax.shard_map(basis_of, mesh=mesh, in_specs=(own, own), out_specs=own, check_vma=False)
     return split(weight, gram)
 
 
 @jax.jit
-def basis_of(weight: Float[Array, "L I O"], gram: Float[Array, "L I I"]) -> Basis:
-    """The basis of maps [L, I, O] whose inputs have the `gram` float32 [L, I, I].
+def basis_of(weight: Float[Array, "L I O"] | None, gram: Float[Array, "L F F"]) -> Basis:
+    """The basis of maps [L, I, O] whose inputs have the `gram` float32 [L, I, I]; None: outputs have it, [L, O, O].
 
     Where O > I the outputs lie in the row space of W; with Q an orthonormal basis of it [O, I] the eigenproblem is
     that of (W Q)^T X^T X (W Q), of size I, and its vectors are carried over by Q.
     """
-    W = weight.astype(jnp.float32)
     mean = jnp.einsum("lii->l", gram)[:, None, None] / gram.shape[-1]
     G = gram / jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)  # sums over many tokens leave the range of float32
-    wide = W.shape[2] > W.shape[1]
-    Q = _row_space(W) if wide else None
-    inside = jnp.einsum("lio,lor->lir", W, Q, precision=_EXACT) if wide else W
-    inner = jnp.einsum("lir,lij,ljs->lrs", inside, G, inside, precision=_EXACT)
-    energy, vectors = _eigh((inner + inner.swapaxes(1, 2)) / 2)
-    energy, vectors = energy[:, ::-1], vectors[:, :, ::-1]
-    if wide:
-        vectors = jnp.einsum("lor,lrk->lok", Q, vectors, precision=_EXACT)
+    if weight is None:
+        energy, vectors = _by_energy(G)
+    elif weight.shape[2] <= weight.shape[1]:
+        energy, vectors = _by_energy(_of_outputs(weight.astype(jnp.float32), G))
+    else:
+        W = weight.astype(jnp.float32)
+        Q = _row_space(W)
+        energy, inside = _by_energy(_of_outputs(jnp.einsum("lio,lor->lir", W, Q, precision=_EXACT), G))
+        vectors = jnp.einsum("lor,lrk->lok", Q, inside, precision=_EXACT)
     return Basis(vectors, jnp.maximum(energy, 0) * mean[:, 0])
+
+
+def _of_outputs(W: Float[Array, "L I O"], gram: Float[Array, "L I I"]) -> Float[Array, "L O O"]:
+    return jnp.einsum("lio,lij,ljp->lop", W, gram, W, precision=_EXACT)
+
+
+def _by_energy(gram: Float[Array, "L R R"]) -> tuple[Float[Array, "L R"], Float[Array, "L R R"]]:
+    """Eigenvalues and eigenvectors, the largest first."""
+    energy, vectors = _eigh((gram + gram.swapaxes(1, 2)) / 2)
+    return energy[:, ::-1], vectors[:, :, ::-1]
 
 
 def _row_space(W: Float[Array, "L I O"]) -> Float[Array, "L O I"]:

@@ -18,7 +18,7 @@ from jaxsafe.kernels.importance import (
     POSITIONS,
     Counting,
     gram_sums,
-    input_taps,
+    gram_taps,
     no_sums,
     snip_scores,
     snip_sums,
@@ -66,8 +66,10 @@ class Scoring:
     @property
     def follows(self) -> dict[str, str]:
         """What whole sums follow from besides the model and the data, in values of JSON."""
-        loss = {"loss": self.loss} if kind_of(self.kind).of_loss else {}
-        return {"kind": self.kind, "positions": self.positions, **loss}
+        kind = kind_of(self.kind)
+        loss = {"loss": self.loss} if kind.of_loss else {}
+        side = {"side": "narrower"} if kind.narrow else {}
+        return {"kind": self.kind, "positions": self.positions, **loss, **side}
 
 
 Add = Callable[[ModelConfig, Params, Batch, Sums, Counting, int | None], Sums]
@@ -83,6 +85,7 @@ class Kind:
     scores: (config, params, sums, n) -> a score of every weight, None where there is none
     reducer: makes the sums of one block from its inputs, weighted [B, T]; None where they need the whole model
     of_loss: whether they follow from a loss
+    narrow: whether outputs of a map stand for its inputs where they are fewer
     """
 
     outline: Callable[[ModelConfig], Sums]
@@ -91,6 +94,7 @@ class Kind:
     scores: Callable[[ModelConfig, Params, Sums, int], dict[str, Any]] | None = None
     reducer: Callable[[Any], Reducer] | None = None
     of_loss: bool = False
+    narrow: bool = False
 
 
 def _of_maps(config: ModelConfig) -> Sums:
@@ -103,21 +107,28 @@ def _as_weights(config: ModelConfig, mesh: Mesh) -> Sums:
     return nest({path: PartitionSpec(*(a if a == "model" else None for a in spec)) for path, spec in wide.items()})
 
 
-def _of_taps(axes: int) -> Callable[[ModelConfig], Sums]:
-    """{tap: [L, F, ...]} with so many axes of features."""
-
-    def outline(config: ModelConfig) -> Sums:
-        width = {str(w.tap): math.prod(sizes(config, w.inputs)) for w in linear_maps(config).values()}
-        taps = input_taps(config)
-        return {tap: jax.ShapeDtypeStruct((config.layers, *[width[tap]] * axes), jnp.float32) for tap in taps}
-
-    return outline
+def _of_inputs(config: ModelConfig) -> Sums:
+    """{tap: [L, I]}"""
+    width = {str(w.tap): math.prod(sizes(config, w.inputs)) for w in linear_maps(config).values()}
+    return {tap: jax.ShapeDtypeStruct((config.layers, n), jnp.float32) for tap, n in width.items()}
 
 
-def _by_features(config: ModelConfig, mesh: Mesh) -> Sums:
+def _of_narrow_sides(config: ModelConfig) -> Sums:
+    """{tap: [L, F, F]}"""
+    maps, taps = linear_maps(config), gram_taps(config)
+    sides = {tap: maps[path].inputs if tap == maps[path].tap else maps[path].outputs for path, tap in taps.items()}
+    width = {tap: math.prod(sizes(config, axes)) for tap, axes in sides.items()}
+    return {tap: jax.ShapeDtypeStruct((config.layers, n, n), jnp.float32) for tap, n in width.items()}
+
+
+def _by_features(outline: Callable[[ModelConfig], Sums]) -> Callable[[ModelConfig, Mesh], Sums]:
     """By features where the model axis divides them."""
-    fits = {tap: a.shape[1] % mesh.shape["model"] == 0 for tap, a in _of_taps(1)(config).items()}
-    return {tap: PartitionSpec(None, "model" if fit else None) for tap, fit in fits.items()}
+
+    def specs(config: ModelConfig, mesh: Mesh) -> Sums:
+        fits = {tap: a.shape[1] % mesh.shape["model"] == 0 for tap, a in outline(config).items()}
+        return {tap: PartitionSpec(None, "model" if fit else None) for tap, fit in fits.items()}
+
+    return specs
 
 
 def _add_snip(
@@ -140,10 +151,10 @@ def _add_gram(
 
 KINDS: Mapping[str, Kind] = {
     "snip": Kind(_of_maps, _as_weights, _add_snip, snip_scores, of_loss=True),
-    "wanda": Kind(_of_taps(1), _by_features, _add_wanda, wanda_scores, SquareSum),
-    "gram": Kind(_of_taps(2), _by_features, _add_gram, reducer=Gram),
+    "wanda": Kind(_of_inputs, _by_features(_of_inputs), _add_wanda, wanda_scores, SquareSum),
+    "gram": Kind(_of_narrow_sides, _by_features(_of_narrow_sides), _add_gram, reducer=Gram, narrow=True),
 }
-"""SNIP sums |gradients| of the maps, Wanda squares of their inputs, Gram outer products of their inputs."""
+"""SNIP sums |gradients| of the maps, Wanda squares of their inputs, Gram outer products of their narrower side."""
 
 
 def kind_of(name: str) -> Kind:

@@ -5,14 +5,14 @@ changes of earlier ones did. Block inputs are kept, so that all blocks cost two 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxsafe.kernels.forward import embed, layer_of, run_block
-from jaxsafe.kernels.importance import counted, input_taps
+from jaxsafe.kernels.importance import counted
 from jaxsafe.kernels.sums import Scoring, Statistics, batches_of, gather, kind_of
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.taps import Reducer
@@ -47,7 +47,8 @@ def change_blocks(
             whole = gather(scoring, config, params, rows)
             sums = jax.tree.map(lambda a, layer=layer: a[layer : layer + 1], whole.sums)
         else:
-            reducers = [reducer(jnp.asarray(counted(batch, scoring.positions), jnp.float32)) for batch in batches]
+            shares = [jnp.asarray(counted(batch, scoring.positions), jnp.float32) for batch in batches]
+            reducers = [dict.fromkeys(kind_of(scoring.kind).outline(config), reducer(share)) for share in shares]
             sums = _block_sums(config, params, layer, states, batches, reducers)
         slot = slice(layer, layer + 1)
         view = {"layers": jax.tree.map(lambda a, slot=slot: a[slot], dict(params["layers"]))}
@@ -73,12 +74,11 @@ def _block_sums(
     layer: int,
     states: Sequence[jax.Array],
     batches: Sequence[Batch],
-    reducers: Sequence[Reducer],
+    reducers: Sequence[Mapping[str, Reducer]],
 ) -> dict[str, jax.Array]:
     """{tap: [1, F] or [1, F, F]} over all batches, from the inputs of block `layer`."""
-    weights, taps, sums = layer_of(params, layer), input_taps(config), None
-    for x, batch, reducer in zip(states, batches, reducers, strict=True):
-        reduce = dict.fromkeys(taps, reducer)
-        _, read = run_block(config, weights, layer, x, jnp.asarray(batch.valid), taps, reduce)
+    weights, sums = layer_of(params, layer), None
+    for x, batch, reduce in zip(states, batches, reducers, strict=True):
+        _, read = run_block(config, weights, layer, x, jnp.asarray(batch.valid), tuple(reduce), reduce)
         sums = jax.block_until_ready(read if sums is None else jax.tree.map(jnp.add, sums, read))
     return jax.tree.map(lambda a: a[None], sums)

@@ -40,13 +40,16 @@ def flops(
     return (config.layers * (linear + attention) + logits) / mesh.shape["data"]
 
 
-def decomposition_flops(inputs: int, outputs: int) -> float:
+def decomposition_flops(inputs: int, outputs: int, of_inputs: bool = True) -> float:
     """Operations of the basis of one map: its products, and 9 M^3 for eigenvalues and eigenvectors.
 
+    Without `of_inputs` the outer products are those of the outputs, and need no products any more.
     M = min(inputs, outputs). Source of the second: Golub and Van Loan, Matrix Computations, section 8.3; a TPU's
     own algorithm takes several times as many. A wide map first finds its row space, another such decomposition.
     """
     I, O, M = inputs, outputs, min(inputs, outputs)
+    if not of_inputs:
+        return 9.0 * O**3
     inner = 2.0 * (I * I * M + I * M * M) + 9.0 * M**3
     if outputs <= inputs:
         return inner

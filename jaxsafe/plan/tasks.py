@@ -15,6 +15,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsafe.kernels.generate import decode, prefill
+from jaxsafe.kernels.importance import gram_taps
 from jaxsafe.kernels.lowrank import by_layers, layer_axes
 from jaxsafe.kernels.sampling import Drawing, Sampling, as_arrays
 from jaxsafe.kernels.sums import Scoring, add_batch, kind_of
@@ -139,16 +140,18 @@ def decomposition(config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Program,
     edges = {p: tuple(math.prod(sizes(config, a)) for a in (w.inputs, w.outputs)) for p, w in maps.items()}
     bases = {p: _array((config.layers, O, min(I, O)), jnp.float32, own) for p, (I, O) in edges.items()}
     groups = {"parameters": grams[0].groups["parameters"], "sums": whole, "bases": bases}
+    taps = gram_taps(config)
+    of_inputs = {p: edge for p, edge in edges.items() if taps[p] == maps[p].tap}
     # The map that needs most: the others' temporaries are smaller.
-    path = max(edges, key=lambda p: edges[p][0] * edges[p][1] + edges[p][0] ** 2)
+    path = max(of_inputs, key=lambda p: of_inputs[p][0] * of_inputs[p][1] + of_inputs[p][0] ** 2)
     weight = groups["parameters"]["layers"][path.split("/")[-1]]
     flat = _array((config.layers, *edges[path]), config.dtype, _matrix_sharding(mesh, weight, maps[path]))
 
     def compiled() -> Any:
-        return by_layers.lower(mesh, flat, whole[str(maps[path].tap)]).compile()
+        return by_layers.lower(mesh, flat, whole[taps[path]]).compile()
 
     layers = config.layers / math.prod(mesh.shape[a] for a in axes)
-    work_flops = layers * sum(decomposition_flops(I, O) for I, O in edges.values())
+    work_flops = layers * sum(decomposition_flops(I, O, p in of_inputs) for p, (I, O) in edges.items())
     touched = {"parameters": 1, "sums": 7 / 4, "bases": 4}
     made = bases[path], _array((config.layers, min(edges[path])), jnp.float32, own)
     return *grams, Program("decompositions", groups, touched, work_flops, compiled, exact=True, covered=made)
@@ -214,7 +217,7 @@ def _matrix_sharding(mesh: Mesh, weight: Any, row: Any) -> NamedSharding:
 
 
 def _gram_flops(config: ModelConfig, mesh: Mesh, tokens: int) -> float:
-    """Operations of one device for the outer products of `tokens` inputs, at every tap of every layer."""
+    """Operations of one device for the outer products of `tokens` vectors, at every tap of every layer."""
     taps = kind_of("gram").outline(config)
     split = {tap: mesh.shape["model"] if a.shape[1] % mesh.shape["model"] == 0 else 1 for tap, a in taps.items()}
     return sum(2.0 * tokens * math.prod(a.shape) / split[tap] for tap, a in taps.items()) / mesh.shape["data"]

@@ -147,13 +147,17 @@ def test_the_mean_of_absolute_values_is_not_the_absolute_mean():
 def test_wanda_and_gram_are_loops_over_counted_tokens(name, positions):
     config = CONFIGS[name]
     params, batch = tiny_params(config), pad_rows(ROWS)
+    down = np.asarray(params["layers"]["down"], np.float64)
     squares = dict.fromkeys(TAPS, 0.0)
     outer = dict.fromkeys(TAPS, 0.0)
     for row, inputs in zip(ROWS, slow_inputs(name), strict=True):
         for tap, x in inputs.items():
             for t in chosen(row, positions):
                 squares[tap] = squares[tap] + x[:, t] ** 2
-                outer[tap] = outer[tap] + x[:, t, :, None] * x[:, t, None, :]
+                y = x[:, t] if tap != "mlp_hidden" or config.mlp_bias else np.einsum("li,lio->lo", x[:, t], down)
+                outer[tap] = outer[tap] + y[:, :, None] * y[:, None, :]
+    if not config.mlp_bias:
+        outer["down"] = outer.pop("mlp_hidden")
     close(wanda(config, params, batch, positions), squares)
     close(gram(config, params, batch, positions), outer)
     if positions == "response":

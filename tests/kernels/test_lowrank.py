@@ -11,7 +11,7 @@ from tiny import random_rows, tiny_config, tiny_params
 
 from jaxsafe.kernels import lowrank as module
 from jaxsafe.kernels.forward import capture
-from jaxsafe.kernels.importance import gram_sums
+from jaxsafe.kernels.importance import gram_sums, gram_taps
 from jaxsafe.kernels.lowrank import (
     Basis,
     act_svd,
@@ -121,6 +121,29 @@ def planted(spectrum, seed=0, tokens=300, inputs=40, outs=24):
 def basis_from(x, weight):
     gram = jnp.asarray(x.T @ x, jnp.float32)[None]
     return basis_of(jnp.asarray(weight, jnp.float32)[None], gram), gram
+
+
+def test_outputs_give_the_basis_that_inputs_give():
+    x, weight, v = planted(2.0 ** -np.arange(10))
+    of_outputs = basis_of(None, jnp.asarray((x @ weight).T @ (x @ weight), jnp.float32)[None])
+    of_inputs, _ = basis_from(x, weight)
+    np.testing.assert_allclose(of_outputs.energy[0, :8], of_inputs.energy[0, :8], rtol=1e-3)
+    for k in range(8):
+        found = np.asarray(of_outputs.vectors[0])
+        assert abs(found[:, k] @ v[:, k]) > 1 - 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "taps"),
+    [
+        ({}, {"attn_in", "heads", "mlp_in", "down"}),
+        ({"head_dim": 16}, {"attn_in", "o", "mlp_in", "down"}),
+        ({"mlp": 24}, {"attn_in", "heads", "mlp_in", "mlp_hidden"}),
+        ({"mlp_bias": True, "o_bias": True, "head_dim": 16}, {"attn_in", "heads", "mlp_in", "mlp_hidden"}),
+    ],
+)
+def test_the_narrower_side_is_summed_where_it_serves(changes, taps):
+    assert set(gram_taps(tiny_config(**changes)).values()) == taps
 
 
 @pytest.mark.parametrize(("inputs", "outs"), [(40, 24), (24, 40)])
