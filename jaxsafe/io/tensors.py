@@ -1,6 +1,7 @@
 """From named tensors in files to the parameter tree, read shard by shard."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -22,6 +23,8 @@ from jaxsafe.model.weights import (
 Index = tuple[slice, ...]
 # Buffers that old checkpoints carry and that follow from the configuration.
 DERIVED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
+ALIGNMENT = 64
+"""Bytes, of the arrays that JAX uses without a copy."""
 
 
 class TensorSource(Protocol):
@@ -72,7 +75,7 @@ def _load(config: ModelConfig, source: TensorSource, weight: Weight, mesh: Mesh 
 
     def part(index: Index) -> np.ndarray:
         index = tuple(slice(*s.indices(n)) for s, n in zip(index, shape, strict=True))
-        out = np.empty([s.stop - s.start for s in index], dtype)
+        out = _aligned([s.stop - s.start for s in index], dtype)
         if not weight.stacked:
             out[...] = _read_layer(config, source, weight, weight.hf, index)
         for row, layer in enumerate(range(index[0].start, index[0].stop) if weight.stacked else ()):
@@ -80,9 +83,17 @@ def _load(config: ModelConfig, source: TensorSource, weight: Weight, mesh: Mesh 
         return out
 
     if mesh is None:
-        return jnp.asarray(part((slice(None),) * len(shape)))
+        return jax.device_put(part((slice(None),) * len(shape)))
     sharding = NamedSharding(mesh, partition_spec(config, weight, mesh))
     return jax.make_array_from_callback(shape, sharding, _once_per_part(part))
+
+
+def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array that JAX takes as it is on a CPU; one that begins elsewhere it copies."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
 
 
 def _once_per_part(part: Callable[[Index], np.ndarray]) -> Callable[[Any], np.ndarray]:
