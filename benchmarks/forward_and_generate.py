@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from benchmarks.measure import Call, alternate, begin, emit, seconds
+from benchmarks.measure import Call, Contest, begin, compare, emit, seconds
 from jaxsafe.chat.tokenizer import Tokenizer
 from jaxsafe.io.hub import load_hf, resolve
 from jaxsafe.kernels.generate import generate
@@ -184,42 +184,6 @@ def check(sides: Sides, new: int) -> dict[str, Any]:
     return {**errors, "same_answers": int(same.sum())}
 
 
-@dataclasses.dataclass(frozen=True)
-class Contest:
-    """One measurement in one dtype: the call of each side, and the bare products of as many operations."""
-
-    jaxsafe: Call
-    transformers: Call
-    floor: Call
-    flops: float
-
-
-def compare(name: str, contests: Mapping[str, Contest], rounds: int, **fields: Any) -> None:
-    """Times the calls of all dtypes in turn and emits the measurement `name`."""
-    sides = ("jaxsafe", "transformers", "floor")
-    calls = {f"{side}_{dtype}": getattr(contest, side) for dtype, contest in contests.items() for side in sides}
-    jax.clear_caches()
-    first = {call: seconds(calls[call])[0] for call in calls}
-    times = alternate(calls, rounds)
-    best = {side: min(times[f"{side}_{dtype}_median_s"] for dtype in contests) for side in sides}
-    for dtype, contest in contests.items():
-        mine, other, least = (times[f"{side}_{dtype}_median_s"] for side in sides)
-        fields[f"ratio_{dtype}"], fields[f"over_floor_{dtype}"] = other / mine, mine / least
-        fields[f"compile_{dtype}_s"] = first[f"jaxsafe_{dtype}"] - mine
-        fields[f"floor_{dtype}_gflops_per_s"] = contest.flops / least / 1e9
-    emit(
-        name,
-        median_s=best["jaxsafe"],
-        ratio=best["transformers"] / best["jaxsafe"],
-        floor_s=best["floor"],
-        jaxsafe_over_floor=best["jaxsafe"] / best["floor"],
-        transformers_over_floor=best["transformers"] / best["floor"],
-        rounds=rounds,
-        **fields,
-        **times,
-    )
-
-
 def forward_contest(sides: Sides, B: int, T: int) -> Contest:
     """Logits of every position."""
     whole = (B, T, T, B * T)
@@ -253,10 +217,16 @@ def main(argv: list[str]) -> None:
     for dtype, sides in both.items():
         fields |= {f"{name}_{dtype}": value for name, value in check(sides, new).items()}
     emit("copy_bandwidth", bytes_per_s=bandwidth(rounds))
-    compare("forward", {dtype: forward_contest(sides, B, T) for dtype, sides in both.items()}, rounds, **fields)
+    compare(
+        "forward",
+        "transformers",
+        {dtype: forward_contest(sides, B, T) for dtype, sides in both.items()},
+        rounds,
+        **fields,
+    )
     for n in (1, new):
         contests = {dtype: answer_contest(sides, B, T, n) for dtype, sides in both.items()}
-        compare(f"generate_{n}", contests, rounds, new=n, **fields)
+        compare(f"generate_{n}", "transformers", contests, rounds, new=n, **fields)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,14 @@
     python -m benchmarks.importance_and_ranks
 
 The baselines (arXiv 2402.05162) are written in PyTorch on `transformers` in `published_brittleness`. All sides take
-SmolLM2-135M-Instruct in float32 on two CPU cores and the same token ids: built-in harmful prompts with refusals and
-plain prompts with the model's own answers. Scores and bases are compared on a few samples before anything is timed.
+SmolLM2-135M-Instruct in every dtype of `--dtypes` on two CPU cores and the same token ids: built-in harmful prompts
+with refusals and plain prompts with the model's own answers. Scores and bases are compared on a few samples before
+anything is timed. `ratio` is the best dtype of the single pass over our best.
 
-The published SNIP and ActSVD run the model once a block. They are timed on evenly spread blocks (SNIP also on samples
-evenly spread over the lengths) and extrapolated in proportion, which the measurement says. The floor is the time of
-the matrix products and eigenvectors at the rate of `forward_and_generate`'s bare products measured in the same run,
-and beside them of reading and writing the sums once a sample (SNIP) or batch (ActSVD) at the bandwidth of a copy.
+The published SNIP and ActSVD run the model once a block, in float32. They are timed once, on evenly spread blocks (SNIP
+also on samples evenly spread over the lengths) and extrapolated in proportion, which the measurement says. The floor
+is the time of the matrix products and eigenvectors at the rate of bare products measured in the same run, and beside
+them of reading and writing the sums once a sample (SNIP) or batch (ActSVD) at the bandwidth of a copy.
 
 L layers, T tokens and R response tokens of a sample, I inputs and O outputs of a linear map, F features of a tap
 """
@@ -26,7 +27,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks.forward_and_generate import bandwidth, flops, products
-from benchmarks.measure import Call, alternate, begin, emit, seconds
+from benchmarks.measure import Call, Contest, begin, compare, seconds
 from jaxsafe.chat.model import ChatModel, load_chat_model
 from jaxsafe.kernels.importance import gram_taps, kept_bytes, snip_scores, wanda_scores
 from jaxsafe.kernels.lowrank import act_svd
@@ -38,8 +39,8 @@ from jaxsafe.prompts.sets import load_prompts
 from jaxsafe.rows import Row, bucket
 
 ANSWER_TOKENS = 48
-LEAST_CORRELATION = 0.999
-LEAST_ENERGY = 1 - 1e-4
+LEAST = {"float32": 0.999, "bfloat16": 0.98}
+"""Of the correlation of scores with a baseline's, and of the energy of our directions over a baseline's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +65,11 @@ class Sides:
 
 
 @dataclasses.dataclass(frozen=True)
-class Contest:
+class Quantity:
     """One quantity on all sides.
 
     ours, one_pass, published: the calls; the published one works on `blocks` of the blocks, with `few` on few samples
-    agreement: how far those results agree, each number at least `least`
+    agreement: how far those results agree
     floor: the operations and the bytes that the rows need at a batch size
     """
 
@@ -78,7 +79,6 @@ class Contest:
     blocks: int
     few: bool
     agreement: Callable[[Sides, Any, Any, Any], dict[str, float]]
-    least: float
     floor: Callable[[ModelConfig, Sequence[Row], int], tuple[float, float]]
 
 
@@ -88,22 +88,28 @@ def spread(n: int, whole: int) -> list[int]:
     return [(2 * i + 1) * whole // (2 * n) for i in range(n)]
 
 
-def load(torch: Any, count: int) -> Sides:
-    """Both models and `count` samples, shortest first: half refusals, half the model's own answers."""
-    import transformers
-
+def load(torch: Any, count: int) -> dict[str, Sides]:
+    """By dtype both models and `count` samples, shortest first: half refusals, half the model's own answers."""
     from benchmarks import published_brittleness
 
     model = load_chat_model("smollm2-135m-instruct", dtype="float32")
-    path = model.tokenizer.path
-    torch_model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     harmful, plain = (load_prompts(f"builtin:{kind}").prompts for kind in ("harmful", "plain"))
     if count > 2 * min(len(harmful), len(plain)):
         sys.exit(f"--samples={count}: there are {min(len(harmful), len(plain))} prompts of each of the two kinds")
     halves = harmful[: count // 2], plain[: count - count // 2]
     rows = tuning_rows(model, *halves, builtin_refusals(), TuningSettings(answer_tokens=ANSWER_TOKENS))
     rows.sort(key=lambda row: len(row.ids))
-    return Sides(model, rows, published_brittleness, torch_model, [published_brittleness.as_sample(r) for r in rows])
+    samples = [published_brittleness.as_sample(row) for row in rows]
+
+    def sides(dtype: str) -> Sides:
+        import transformers
+
+        mine = load_chat_model("smollm2-135m-instruct", dtype=dtype)
+        path = model.tokenizer.path
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
+        return Sides(mine, rows, published_brittleness, theirs, samples)
+
+    return {dtype: sides(dtype) for dtype in DTYPES.value}
 
 
 def our_snip(sides: Sides, batch_size: int) -> Any:
@@ -128,7 +134,9 @@ def least_correlation(sides: Sides, ours: Any, one_pass: Mapping[str, Any], publ
     mine = hf_view(sides.model.config, jax.device_get(ours))
 
     def least(theirs: Mapping[str, Any]) -> float:
-        return min(float(np.corrcoef(mine[name].ravel(), s.numpy().ravel())[0, 1]) for name, s in theirs.items())
+        return min(
+            float(np.corrcoef(mine[name].ravel(), s.float().numpy().ravel())[0, 1]) for name, s in theirs.items()
+        )
 
     return {"correlation_one_pass": least(one_pass), "correlation_published": least(published)}
 
@@ -146,7 +154,7 @@ def least_energy(sides: Sides, ours: Any, one_pass: Mapping[str, Any], published
     mine = {w.hf.format(i): bases[path].vectors[i] for path, w in linear_maps(config).items() for i in blocks}
     ratios: dict[str, list[float]] = {"energy_over_one_pass": [], "energy_over_published": []}
     for name, theirs in published.items():
-        S = (inputs[name] @ maps[name].weight.detach().T).numpy()
+        S = (inputs[name] @ maps[name].weight.detach().float().T).numpy()
         captured = functools.partial(energy, S, rank=theirs.shape[1])
         ratios["energy_over_one_pass"].append(captured(mine[name]) / captured(one_pass[name].numpy()))
         ratios["energy_over_published"].append(captured(mine[name]) / captured(theirs.numpy()))
@@ -193,92 +201,70 @@ def act_svd_floor(config: ModelConfig, rows: Sequence[Row], batch_size: int) -> 
     return operations, 8.0 * numbers * math.ceil(len(rows) / batch_size)
 
 
-def contests(layers: int, blocks: Sequence[int], rank: int) -> dict[str, Contest]:
+def quantities(layers: int, blocks: Sequence[int], rank: int) -> dict[str, Quantity]:
     """What is measured, by name; the published procedures on `blocks`, ActSVD for the one `rank`."""
 
     def call(name: str, *args: Any) -> Callable[[Sides], Any]:
         return lambda sides: getattr(sides.baseline, name)(sides.torch_model, sides.samples, *args)
 
     n = len(blocks)
-    by_scores = {"agreement": least_correlation, "least": LEAST_CORRELATION}
-    by_energy = {"agreement": least_energy, "least": LEAST_ENERGY}
-    snip = our_snip, call("snip_one_pass"), call("snip_published", blocks), n, True
-    wanda = our_wanda, call("wanda_one_pass"), call("wanda_published"), layers, False
-    ranks = our_act_svd, call("act_svd_one_pass"), call("act_svd_published", blocks, rank), n, False
-    return {
-        "snip": Contest(*snip, **by_scores, floor=snip_floor),
-        "wanda": Contest(*wanda, **by_scores, floor=wanda_floor),
-        "act_svd": Contest(*ranks, **by_energy, floor=act_svd_floor),
-    }
+    scores, ranks = least_correlation, least_energy
+    snip = our_snip, call("snip_one_pass"), call("snip_published", blocks), n, True, scores, snip_floor
+    wanda = our_wanda, call("wanda_one_pass"), call("wanda_published"), layers, False, scores, wanda_floor
+    published = call("act_svd_published", blocks, rank)
+    act_svd = our_act_svd, call("act_svd_one_pass"), published, n, False, ranks, act_svd_floor
+    return {"snip": Quantity(*snip), "wanda": Quantity(*wanda), "act_svd": Quantity(*act_svd)}
 
 
-def rates(config: ModelConfig, rows: Sequence[Row], batch_size: int) -> tuple[float, float]:
-    """Operations a second of the bare products of a forward pass over a batch of `rows`, and bytes a second."""
+def bare(config: ModelConfig, rows: Sequence[Row], batch_size: int) -> tuple[Call, float]:
+    """The products of a forward pass over a batch of `rows`, and their operations."""
     T = bucket(len(rows[len(rows) // 2].ids))
-    call = products(config, batch_size, T, T, 0)
-    seconds(call)
-    best = min(seconds(call)[0] for _ in range(3))
-    return flops(config, batch_size, T, T, 0) / best, bandwidth(3)
+    return products(config, batch_size, T, T, 0), flops(config, batch_size, T, T, 0)
 
 
-def compare(
-    name: str, contest: Contest, sides: Sides, few: Sides, speeds: tuple[float, float], batch_size: int, rounds: int
-) -> None:
-    """Checks on `few` that all sides agree, times them in turn on the whole, and emits the measurement `name`."""
-    agreed = contest.agreement(few, contest.ours(few, batch_size), contest.one_pass(few), contest.published(few))
-    if min(agreed.values()) < contest.least:
-        sys.exit(f"{name}: {agreed}, of which none should be below {contest.least}; it is not timed")
-    config, rows = sides.model.config, sides.rows
-    calls: dict[str, Call] = {
-        "jaxsafe": functools.partial(contest.ours, sides, batch_size),
-        "one_pass": functools.partial(contest.one_pass, sides),
-        "published": functools.partial(contest.published, few if contest.few else sides),
-    }
-    jax.clear_caches()
-    first = seconds(calls["jaxsafe"])[0]
-    times = alternate(calls, rounds)
-    samples = len(few.rows) if contest.few else len(rows)
-    share = contest.blocks * samples / (config.layers * len(rows))
-    mine, once, whole = times["jaxsafe_median_s"], times["one_pass_median_s"], times["published_median_s"] / share
-    operations, moved = contest.floor(config, rows, batch_size)
-    compute, traffic = operations / speeds[0], moved / speeds[1]
-    emit(
+def measure(name: str, quantity: Quantity, both: Mapping[str, Sides], few: int, batch_size: int, rounds: int) -> None:
+    """Checks on `few` samples that all sides agree, times them in turn on the whole, and emits the measurement."""
+    fields, contests, speed = dict[str, Any](), {}, bandwidth(3)
+    for dtype, sides in both.items():
+        part = sides.few(few)
+        agreed = quantity.agreement(
+            part, quantity.ours(part, batch_size), quantity.one_pass(part), quantity.published(part)
+        )
+        if min(agreed.values()) < LEAST[dtype]:
+            sys.exit(f"{name}, {dtype}: {agreed}, of which none should be below {LEAST[dtype]}; it is not timed")
+        fields |= {f"{key}_{dtype}": value for key, value in agreed.items()}
+        operations, moved = quantity.floor(sides.model.config, sides.rows, batch_size)
+        call, once = bare(sides.model.config, sides.rows, batch_size)
+        ours = functools.partial(quantity.ours, sides, batch_size)
+        theirs = functools.partial(quantity.one_pass, sides)
+        contests[dtype] = Contest(ours, theirs, call, operations, operations / once, moved / speed)
+    whole = next(iter(both.values()))
+    config, samples = whole.model.config, few if quantity.few else len(whole.rows)
+    share = quantity.blocks * samples / (config.layers * len(whole.rows))
+    published = seconds(lambda: quantity.published(whole.few(few) if quantity.few else whole))[0] / share
+    compare(
         name,
-        median_s=mine,
-        ratio=whole / mine,
-        ratio_one_pass=once / mine,
-        published_s=whole,
-        published_is_extrapolated=share < 1,
-        extrapolated_from=f"{contest.blocks} of {config.layers} blocks, {samples} of {len(rows)} samples",
-        compile_s=first - mine,
-        floor_s=compute + traffic,
-        floor_compute_s=compute,
-        floor_traffic_s=traffic,
-        jaxsafe_over_floor=mine / (compute + traffic),
-        one_pass_over_floor=once / (compute + traffic),
-        flops=operations,
-        floor_gflops_per_s=speeds[0] / 1e9,
-        bytes_per_s=speeds[1],
-        samples=len(rows),
-        tokens=sum(len(row.ids) for row in rows),
-        response_tokens=sum(len(row.ids) - 1 - row.instruction_end for row in rows),
+        "one_pass",
+        contests,
+        rounds,
+        published_s=published,
+        extrapolated_from=f"{quantity.blocks} of {config.layers} blocks, {samples} of {len(whole.rows)} samples",
+        samples=len(whole.rows),
+        tokens=sum(len(row.ids) for row in whole.rows),
+        response_tokens=sum(len(row.ids) - 1 - row.instruction_end for row in whole.rows),
         batch=batch_size,
-        rounds=rounds,
-        **agreed,
-        **times,
+        **fields,
     )
 
 
 def main(argv: list[str]) -> None:
     """Loads both models and measures what `--only` names."""
     del argv
-    sides = load(begin(), SAMPLES.value)
-    config = sides.model.config
-    few = sides.few(PUBLISHED_SAMPLES.value)
-    speeds = rates(config, sides.rows, BATCH_SIZE.value)
-    listed = contests(config.layers, spread(PUBLISHED_BLOCKS.value, config.layers), RANK.value)
+    both = load(begin(), SAMPLES.value)
+    layers = next(iter(both.values())).model.config.layers
+    listed = quantities(layers, spread(PUBLISHED_BLOCKS.value, layers), RANK.value)
     for name in ONLY.value:
-        compare(name, listed[name], sides, few, speeds, BATCH_SIZE.value, ROUNDS.value)
+        measure(name, listed[name], both, PUBLISHED_SAMPLES.value, BATCH_SIZE.value, ROUNDS.value)
 
 
 if __name__ == "__main__":
@@ -288,7 +274,9 @@ if __name__ == "__main__":
     PUBLISHED_SAMPLES = flags.DEFINE_integer("published_samples", 8, "samples of the checks and of published SNIP", 1)
     RANK = flags.DEFINE_integer("rank", 96, "directions that the published ActSVD finds", lower_bound=1)
     ROUNDS = flags.DEFINE_integer("rounds", 2, "timed rounds of each side", lower_bound=1)
+    DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "of weights and activations")
+    flags.register_validator("dtypes", lambda names: names and set(names) <= set(LEAST), "not known")
     ONLY = flags.DEFINE_list("only", ["snip", "wanda", "act_svd"], "what to measure")
-    known = set(contests(1, [0], 1))
+    known = set(quantities(1, [0], 1))
     flags.register_validator("only", lambda names: set(names) <= known, f"names other than {sorted(known)}")
     app.run(main)

@@ -1,5 +1,6 @@
 """What every benchmark shares: two cores, calls timed in turn, one JSON line a measurement."""
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import json
@@ -59,6 +60,55 @@ def alternate(calls: Mapping[str, Call], rounds: int) -> dict[str, float]:
         fields[f"{name}_min_s"], fields[f"{name}_max_s"] = min(wall), max(wall)
         fields[f"{name}_processor_s"] = statistics.median(processor)
     return fields
+
+
+@dataclasses.dataclass(frozen=True)
+class Contest:
+    """One quantity in one dtype: our call, the peer's, and what at least has to be done for it.
+
+    The floor is `repeats` times as long as the call of bare products takes, and `more_s` for what else must be moved;
+    `flops` are its operations.
+    """
+
+    ours: Call
+    peer: Call
+    products: Call
+    flops: float
+    repeats: float = 1.0
+    more_s: float = 0.0
+
+
+def compare(name: str, peer: str, contests: Mapping[str, Contest], rounds: int, **fields: Any) -> None:
+    """Times the calls of all dtypes in turn and emits the measurement `name`: the best of each side, and all of them.
+
+    Each call is made once before, which compiles it.
+    """
+    sides = {"jaxsafe": "ours", peer: "peer", "products": "products"}
+    calls = {f"{s}_{dtype}": getattr(c, field) for dtype, c in contests.items() for s, field in sides.items()}
+    jax.clear_caches()
+    first = {call: seconds(calls[call])[0] for call in calls}
+    times = alternate(calls, rounds)
+    floors = {dtype: c.repeats * times[f"products_{dtype}_median_s"] + c.more_s for dtype, c in contests.items()}
+    mine, other = ({d: times[f"{side}_{d}_median_s"] for d in contests} for side in ("jaxsafe", peer))
+    for dtype, contest in contests.items():
+        fields[f"ratio_{dtype}"], fields[f"over_floor_{dtype}"] = (
+            other[dtype] / mine[dtype],
+            mine[dtype] / floors[dtype],
+        )
+        fields[f"compile_{dtype}_s"] = first[f"jaxsafe_{dtype}"] - mine[dtype]
+        fields[f"floor_{dtype}_gflops_per_s"] = contest.flops / floors[dtype] / 1e9
+    best, least = min(mine.values()), min(floors.values())
+    emit(
+        name,
+        median_s=best,
+        ratio=min(other.values()) / best,
+        floor_s=least,
+        jaxsafe_over_floor=best / least,
+        **{f"{peer}_over_floor": min(other.values()) / least},
+        rounds=rounds,
+        **fields,
+        **times,
+    )
 
 
 def emit(name: str, **fields: Any) -> None:

@@ -1,8 +1,8 @@
 """Scores and ranks of weights as published with arXiv 2402.05162, and in one pass, in plain PyTorch on `transformers`.
 
-One sample at a time, float32. `published` procedures run the model once for every block, as that work does; the
-`one_pass` procedures give the same numbers from a single run over the samples and are the stronger comparison.
-Results go by the weights' Hugging Face names; maps are [O, I].
+One sample at a time; sums are float32 in any dtype of the model. `published` procedures run the model once for every
+block, as that work does; the `one_pass` procedures give the same numbers from a single run over the samples and are the
+stronger comparison. Results go by the weights' Hugging Face names; maps are [O, I].
 
 T position, I inputs and O outputs of a linear map
 """
@@ -86,7 +86,9 @@ def snip_one_pass(model: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
 def _snip(model: Any, samples: Sequence[Sample], maps: dict[str, nn.Linear]) -> dict[str, Tensor]:
     model.requires_grad_(False)
     weights = {name: module.weight.requires_grad_() for name, module in maps.items()}
-    sums = {name: torch.zeros_like(weight, requires_grad=False) for name, weight in weights.items()}
+    sums = {
+        name: torch.zeros_like(weight, dtype=torch.float32, requires_grad=False) for name, weight in weights.items()
+    }
 
     # A gradient is added as soon as it is there and then freed: faster than after the backward pass.
     def add(name: str, weight: Tensor) -> None:
@@ -117,7 +119,7 @@ def wanda_published(model: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
             for n, sample in enumerate(samples):
                 block(hidden[n], position_embeddings=rotary[n])
                 for name, x in seen.items():
-                    squares = x[sample.start :].norm(dim=0) ** 2
+                    squares = x[sample.start :].float().norm(dim=0) ** 2
                     means[name] = (means.get(name, 0) * n + squares) / (n + 1)
         hidden = [block(h, position_embeddings=r) for h, r in zip(hidden, rotary, strict=True)]
     return _wanda(model, means)
@@ -131,7 +133,7 @@ def wanda_one_pass(model: Any, samples: Sequence[Sample]) -> dict[str, Tensor]:
         for sample in samples:
             model.model(sample.ids, use_cache=False)
             for name, x in seen.items():
-                sums[name] = sums.get(name, 0) + x[sample.start :].square().sum(0)
+                sums[name] = sums.get(name, 0) + x[sample.start :].float().square().sum(0)
     return _wanda(model, {name: s / len(samples) for name, s in sums.items()})
 
 
@@ -149,7 +151,7 @@ def response_inputs(model: Any, samples: Sequence[Sample], blocks: Sequence[int]
         for sample in samples:
             model(sample.ids, use_cache=False)
             for name, x in seen.items():
-                kept[name].append(x[sample.start :])
+                kept[name].append(x[sample.start :].float())
     return {name: torch.cat(parts) for name, parts in kept.items()}
 
 
@@ -162,7 +164,7 @@ def act_svd_published(
     for block in blocks:
         inputs = response_inputs(model, samples, [block])
         for name, module in linears(model, [block]).items():
-            S = inputs[name] @ module.weight.T
+            S = inputs[name] @ module.weight.float().T
             bases[name] = torch.svd_lowrank(S, q=min(rank, *S.shape), niter=niter)[2]
     return bases
 
@@ -178,10 +180,11 @@ def act_svd_one_pass(model: Any, samples: Sequence[Sample]) -> dict[str, Tensor]
         for sample in samples:
             model.model(sample.ids, use_cache=False)
             for name, x in seen.items():
-                grams[name] = grams.get(name, 0) + x[sample.start :].T @ x[sample.start :]
+                response = x[sample.start :].float()
+                grams[name] = grams.get(name, 0) + response.T @ response
     return {name: _directions(module.weight, grams[source[name]]) for name, module in maps.items()}
 
 
 def _directions(weight: Tensor, gram: Tensor) -> Tensor:
-    Q, K = torch.linalg.qr(weight)
+    Q, K = torch.linalg.qr(weight.float())
     return Q @ torch.linalg.eigh(K @ gram @ K.T)[1].flip(1)

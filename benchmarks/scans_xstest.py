@@ -4,16 +4,18 @@
 
 The published procedure (arXiv 2408.11491) is written here plainly in PyTorch on `transformers`, prompt by prompt:
 a forward over the prompt and the affirmative with all hidden states for the score, then a generation with a hook on
-every steered layer. Both sides take SmolLM2-135M-Instruct in float32 on two CPU cores, the same directions, threshold
-and tokens, greedy decoding with repetition penalty 1.1, and make equally many tokens; with --early_stop an answer
-ends at its end-of-text token on both sides. Scores and answers are compared before anything is timed. The published
-procedure is timed on the first --baseline_prompts and extrapolated to all, which the measurement says.
+every steered layer. Both sides take SmolLM2-135M-Instruct on two CPU cores in every dtype of `--dtypes`, the same
+directions, threshold and tokens, greedy decoding with repetition penalty 1.1, and make equally many tokens; with
+--early_stop an answer ends at its end-of-text token on both sides. Scores and answers are compared before anything is
+timed. The published procedure is timed on the first --baseline_prompts and extrapolated to all, which the measurement
+says. `ratio` is its best dtype over our best.
 """
 
+import dataclasses
 import functools
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,7 +35,8 @@ from jaxsafe.rows import Row
 COUNT = 450
 PENALTY = 1.1
 STRENGTH = 0.03
-SCORE_TOLERANCE = 1e-3
+TOLERANCE = {"float32": (1e-3, 0.5), "bfloat16": (2e-2, 0.0)}
+"""How far scores may be apart, and the least share of equal answers: rounding to bfloat16 turns many a close choice."""
 
 
 def prompts(data: str) -> list[str]:
@@ -105,8 +108,9 @@ def published(
     reference, directions, strength = (
         torch.from_numpy(np.array(a)) for a in (steering.reference, steering.directions, steering.strength)
     )
+    directions, reference = directions.to(model.dtype), reference.to(model.dtype)
     choices = {"reference": reference, "scored": np.flatnonzero(np.asarray(steering.scored)).tolist()}
-    vectors = {int(i): strength[i] * directions[i] for i in strength.nonzero()[:, 0]}
+    vectors = {int(i): (strength[i] * directions[i]).to(model.dtype) for i in strength.nonzero()[:, 0]}
     answers, scores = [], []
     for row in rows:
         scores.append(published_score(torch, model, row, affirmative, choices))
@@ -124,53 +128,67 @@ def agreement(ours: Answers, theirs: tuple[list[list[int]], list[float]]) -> tup
     return float(np.abs(ours.scores[:n] - np.array(theirs[1])).max()), same
 
 
-def main(argv: list[str]) -> None:
-    """Runs both once to compare them, then in turn to time them."""
-    del argv
-    torch = begin()
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """What both answer: ours all prompts, the published procedure the first of them."""
+
+    ours: Callable[[], Answers]
+    theirs: Callable[[], tuple[list[list[int]], list[float]]]
+
+
+def load(torch: Any, dtype: str) -> Sides:
+    """Both models in `dtype`, with one steering."""
     import transformers
 
-    model = load_chat_model("smollm2-135m-instruct", dtype="float32")
+    model = load_chat_model("smollm2-135m-instruct", dtype=dtype)
     path = model.tokenizer.path
-    torch_model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    torch_model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
     eos = model.tokenizer.eos_ids if EARLY_STOP.value else ()
     torch_model.generation_config.eos_token_id = list(eos) or None
-    rows = model.rows(prompts(DATA.value))
-    steering, new, n = steering_from_anchors(model), NEW.value, min(BASELINE_PROMPTS.value, len(rows))
+    rows, steering, new = model.rows(prompts(DATA.value)), steering_from_anchors(model), NEW.value
     affirmative = affirmative_ids(model).tolist()
     decoding = Decoding(new, Sampling(repetition_penalty=PENALTY), eos=eos or (-1,))
+    first = rows[: BASELINE_PROMPTS.value]
 
     def ours() -> Answers:
         return model.steered([steering]).answers(rows, decoding, BATCH.value)[0]
 
-    def theirs() -> Any:
-        return published(torch, torch_model, rows[:n], affirmative, steering, new, eos)
+    return Sides(ours, lambda: published(torch, torch_model, first, affirmative, steering, new, eos))
 
-    compiled = seconds(ours)[0]
-    result = ours()
-    difference, same = agreement(result, theirs())
-    if difference > SCORE_TOLERANCE or 2 * same < n:
-        sys.exit(f"scores differ by {difference:.2g} and {same} of {n} answers are equal; nothing is timed")
-    calls: dict[str, Call] = {"jaxsafe": ours, "published": theirs}
+
+def main(argv: list[str]) -> None:
+    """Runs both once to compare them, then in turn to time them."""
+    del argv
+    torch = begin()
+    both = {dtype: load(torch, dtype) for dtype in DTYPES.value}
+    fields, calls, n, count = dict[str, Any](), dict[str, Call](), 0, 0
+    for dtype, sides in both.items():
+        compiled = seconds(sides.ours)[0]
+        result = sides.ours()
+        count = len(result.texts)
+        n = min(BASELINE_PROMPTS.value, count)
+        difference, same = agreement(result, sides.theirs())
+        most, least = TOLERANCE[dtype]
+        if difference > most or same < least * n:
+            sys.exit(f"{dtype}: scores differ by {difference:.2g}, {same} of {n} answers are equal; nothing is timed")
+        calls |= {f"jaxsafe_{dtype}": sides.ours, f"published_{dtype}": sides.theirs}
+        fields |= {f"max_abs_score_diff_{dtype}": difference, f"same_answers_{dtype}": same}
+        fields |= {f"first_call_{dtype}_s": compiled, f"new_tokens_{dtype}": result.written}
     times = alternate(calls, ROUNDS.value)
-    mine, whole = times["jaxsafe_median_s"], times["published_median_s"] * len(rows) / n
+    mine, whole = (min(times[f"{side}_{dtype}_median_s"] for dtype in both) for side in ("jaxsafe", "published"))
     emit(
         "scans_xstest",
         median_s=mine,
-        ratio=whole / mine,
-        published_extrapolated_s=whole,
+        ratio=whole * count / n / mine,
+        published_extrapolated_s=whole * count / n,
         extrapolated_from=n,
-        compile_s=compiled - mine,
-        prompts=len(rows),
+        prompts=count,
         data="xstest" if DATA.value else "built-in",
-        judged_harmful=int((result.gates > 0).sum()),
-        max_abs_score_diff=difference,
-        same_answers=same,
-        new=new,
-        new_tokens=result.written,
+        new=NEW.value,
         early_stop=EARLY_STOP.value,
         batch=BATCH.value,
         rounds=ROUNDS.value,
+        **fields,
         **times,
     )
 
@@ -182,4 +200,6 @@ if __name__ == "__main__":
     BASELINE_PROMPTS = flags.DEFINE_integer("baseline_prompts", 24, "prompts that the published procedure is timed on")
     EARLY_STOP = flags.DEFINE_bool("early_stop", False, "an answer ends at its end-of-text token, on both sides")
     ROUNDS = flags.DEFINE_integer("rounds", 3, "timed rounds of each side", lower_bound=1)
+    DTYPES = flags.DEFINE_list("dtypes", ["float32", "bfloat16"], "of weights and activations")
+    flags.register_validator("dtypes", lambda names: names and set(names) <= set(TOLERANCE), "not known")
     app.run(main)
