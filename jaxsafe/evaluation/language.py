@@ -3,6 +3,7 @@
 Repetition and perplexity catch different failures: a loop has a low perplexity, noise repeats nothing.
 """
 
+import itertools
 import math
 import os
 import pathlib
@@ -55,6 +56,11 @@ def answer_rows(model: ChatModel, prompts: Sequence[str], answers: Sequence[str]
     return [Row(row.ids[:context], row.instruction_end) if row.instruction_end < context else row for row in rows]
 
 
+def spoken_rows(model: ChatModel, prompts: Sequence[str], answers: Sequence[str]) -> list[Row]:
+    """`answer_rows`, for which an answer of nothing but spaces is none."""
+    return answer_rows(model, prompts, [answer if answer.strip() else "" for answer in answers])
+
+
 class Likelihood(NamedTuple):
     """Summed negative log-likelihood of an answer (nats) and its tokens, none for a blank one."""
 
@@ -67,6 +73,20 @@ class Likelihood(NamedTuple):
         return round(self.nats / self.tokens, 4) if self.tokens else None
 
 
+def row_likelihoods(
+    model: ChatModel, rows: Sequence[Row], batch_size: int = 32, done: Progress = silent
+) -> list[Likelihood]:
+    """How likely the answer of each of `rows` is to `model`; equal ones are read once, those without one never.
+
+    `done` is called with numbers of rows, first with that of those which need no reading of their own.
+    """
+    read = list(dict.fromkeys(row for row in rows if row.instruction_end + 1 < len(row.ids)))
+    done(len(rows) - len(read))
+    sums, counts = model.nll(read, batch_size, done) if read else ((), ())
+    found = {row: Likelihood(float(nll), int(n)) for row, nll, n in zip(read, sums, counts, strict=True)}
+    return [found.get(row, Likelihood(0.0, 0)) for row in rows]
+
+
 def likelihoods(
     model: ChatModel,
     prompts: Sequence[str],
@@ -74,18 +94,10 @@ def likelihoods(
     batch_size: int = 32,
     done: Progress = silent,
 ) -> list[list[Likelihood]]:
-    """How likely several `answers` [k][n] to each of `prompts` [n] are to `model`; equal ones are read once.
-
-    `done` is called with numbers of answers, first with that of those which need no reading of their own.
-    """
-    pairs = [list(zip(prompts, each, strict=True)) for each in answers]
-    read = list(dict.fromkeys(pair for each in pairs for pair in each if pair[1].strip()))
-    done(sum(map(len, pairs)) - len(read))
-    found: dict[tuple[str, str], Likelihood] = {}
-    if read:
-        sums, counts = model.nll(answer_rows(model, *zip(*read, strict=True)), batch_size, done)
-        found = {pair: Likelihood(float(nll), int(n)) for pair, nll, n in zip(read, sums, counts, strict=True)}
-    return [[found.get(pair, Likelihood(0.0, 0)) for pair in each] for each in pairs]
+    """How likely several `answers` [k][n] to each of `prompts` [n] are to `model`; see `row_likelihoods`."""
+    rows = [row for each in answers for row in spoken_rows(model, prompts, each)]
+    found = iter(row_likelihoods(model, rows, batch_size, done))
+    return [list(itertools.islice(found, len(prompts))) for _ in answers]
 
 
 def text_rows(model: ChatModel, texts: Sequence[str], read: Reading = "whole") -> list[Row]:

@@ -1,6 +1,7 @@
 """An exam: prompts under settings, a judge, and texts to read. It turns a model into typed samples and rates."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from jaxsafe.chat.model import ChatModel, System
 from jaxsafe.evaluation.judges.broken import BrokenJudge
 from jaxsafe.evaluation.judges.judge import Judge
 from jaxsafe.evaluation.judges.keyword import judge
-from jaxsafe.evaluation.language import Likelihood, likelihoods, perplexity, repetition
+from jaxsafe.evaluation.language import Likelihood, perplexity, repetition, row_likelihoods, spoken_rows
 from jaxsafe.evaluation.samples import rates, set_name
 from jaxsafe.evaluation.settings import Setting, setting
 from jaxsafe.evaluation.utilisation import Tokens
@@ -124,13 +125,11 @@ class Question:
         sampling = decoding.sampling.replace(temperature=self.setting.temperature)  # type: ignore[attr-defined]
         return dataclasses.replace(decoding, sampling=sampling, samples=self.setting.samples)
 
-    def read(
-        self, model: ChatModel, answers: Sequence[Sequence["Answer"]], batch_size: int, done: Progress
-    ) -> list[list[Likelihood]]:
-        """How likely `answers` [rule][answer] are to `model`; `done` is called as `likelihoods` does."""
+    def answered(self, model: ChatModel, answers: Sequence[Sequence["Answer"]]) -> list[Row]:
+        """The `answers` [rule][answer] behind what `model` is asked, one rule after the other."""
         texts = [text for text in self.texts for _ in range(self.setting.samples)]
-        given = [[answer.text for answer in each] for each in answers]
-        return likelihoods(model.with_prompt(*self.prompt(model)), texts, given, batch_size, done)
+        asked = model.with_prompt(*self.prompt(model))
+        return [row for each in answers for row in spoken_rows(asked, texts, [answer.text for answer in each])]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +163,7 @@ def examine(
     samples: list[list[Sample]] = [[] for _ in names]
     likely: list[list[Likelihood]] = [[] for _ in names]
     tokens = Tokens(read=len(names) * sum(len(row.ids) for row in exam.texts))
-    questions = exam.questions
+    questions, by_question = exam.questions, list[list[list[Answer]]]()
 
     def for_all(n: int) -> None:
         done(n * len(names))
@@ -172,14 +171,16 @@ def examine(
     for question, place in zip(questions, _places(log, len(questions)), strict=True):
         answers, taken = _answered(examinee, question, exam, place, for_all)
         tokens += taken
-        by_name = [[by_rule[rule] for by_rule in answers] for rule in range(len(names))]
-        for rule, found in enumerate(question.read(reference, by_name, exam.batch_size, done)):
+        by_question.append([[by_rule[rule] for by_rule in answers] for rule in range(len(names))])
+    read_by_question = _read(reference, questions, by_question, exam.batch_size, done)
+    for question, by_name, read in zip(questions, by_question, read_by_question, strict=True):
+        for rule, found in enumerate(read):
             samples[rule] += _samples(names[rule], question, exam, by_name[rule], found)
             likely[rule] += found if question.setting == exam.settings[0] else []
-    read = examinee.nll(exam.texts, exam.batch_size, for_all) if exam.texts else [None] * len(names)
+    passages = examinee.nll(exam.texts, exam.batch_size, for_all) if exam.texts else [None] * len(names)
     findings = []
-    for rule, likelihood in enumerate(read):
-        value, n = (None, 0) if likelihood is None else perplexity(*likelihood)
+    for rule, nll in enumerate(passages):
+        value, n = (None, 0) if nll is None else perplexity(*nll)
         own = [s for s in samples[rule] if s.setting == exam.settings[0].name and s.text.strip()]
         named = rates([samples[rule]], exam.settings, exam.judge.name) | _tasks(examinee.model, exam)
         fluency = perplexity(*np.array(likely[rule]).T)[0], repetition([s.text for s in own])
@@ -243,6 +244,29 @@ def _answered(
 
     found = by_batch(n, make, place, done)
     return [[Answer(*each) for each in by_rule] for by_rule in found], sum(taken, Tokens())
+
+
+def _read(
+    model: ChatModel,
+    questions: Sequence[Question],
+    answers: Sequence[Sequence[Sequence[Answer]]],
+    batch_size: int,
+    done: Progress,
+) -> list[list[list[Likelihood]]]:
+    """How likely `answers` [question][rule][answer] are to `model`.
+
+    Questions that are asked in one way are read together: they begin alike, and fill each other's batches.
+    """
+    places: dict[tuple[System, bool], list[int]] = {}
+    for i, question in enumerate(questions):
+        places.setdefault(question.prompt(model), []).append(i)
+    out: list[list[list[Likelihood]]] = [[] for _ in questions]
+    for alike in places.values():
+        rows = [row for i in alike for row in questions[i].answered(model, answers[i])]
+        found = iter(row_likelihoods(model, rows, batch_size, done))
+        for i in alike:
+            out[i] = [list(itertools.islice(found, len(each))) for each in answers[i]]
+    return out
 
 
 def _by_rule(answers: Sequence[Answers], row: int) -> list[Answer]:
