@@ -15,6 +15,8 @@ from jaxsafe.devices import multiplies_bfloat16
 from jaxsafe.evaluation.judges.keyword import judge
 from jaxsafe.evaluation.language import Reading, builtin_prose, load_passages, text_rows
 from jaxsafe.evaluation.settings import Setting, load_suffixes, setting
+from jaxsafe.evaluation.windows import PROTOCOLS, Windows, load_text, windows
+from jaxsafe.evaluation.zero_shot import LM_EVAL_03, Shuffled
 from jaxsafe.io.hub import Adapted, Named
 from jaxsafe.io.store import Store
 from jaxsafe.kernels.sampling import Decoding, Sampling
@@ -54,7 +56,9 @@ def check(config: ConfigDict) -> None:
             f"config.settings must begin with one answer a prompt, as 'vanilla'; got {config.settings[0]!r}"
         )
     if config.text:
-        load_passages(config.text, config.passages)
+        load_text(config.text) if config.reading in PROTOCOLS else load_passages(config.text, config.passages)
+    if config.window and config.reading not in PROTOCOLS:
+        raise ValueError(f"config.window {config.window} does nothing under config.reading {config.reading!r}")
     if config.get("zero_shot") and importlib.util.find_spec("lm_eval") is None:
         raise ValueError(f'config.zero_shot {config.zero_shot} needs lm-eval: pip install "jaxsafe[eval]"')
 
@@ -137,22 +141,34 @@ def exam(
     asked: Sequence[Setting],
     read: Reading | None = None,
 ) -> Exam:
-    """What every variant is put to: `prompts` under the settings `asked`, and passages as the config has them.
+    """What every variant is put to: `prompts` under the settings `asked`, and texts as the config has them.
 
-    Passages are read as `read` says; None reads those of a file whole, and the built-in ones by halves.
+    `read` is the reading "auto"; None reads passages of a file whole, and the built-in ones by halves.
     """
-    texts = load_passages(config.text, config.passages) if config.text else builtin_prose()[: config.passages]
+    texts = texts_of(config, model, read or ("whole" if config.text else "halves"))
+    limit = config.get("zero_shot_limit", None)
     sampling = Sampling(repetition_penalty=config.repetition_penalty)
     return Exam(
         tuple(prompts),
         tuple(asked),
         judge(config.judge),
         Decoding(config.max_new_tokens, sampling, config.seed),
-        tuple(text_rows(model, texts, read or ("whole" if config.text else "halves"))),
+        *texts,
         batch_size=config.batch_size,
         tasks=tuple(config.get("zero_shot", ())),
-        task_limit=config.get("zero_shot_limit", None),
+        task_limit=Shuffled(limit) if config.get("zero_shot_order", "first") == LM_EVAL_03 else limit,
     )
+
+
+def texts_of(config: ConfigDict, model: ChatModel, auto: Reading) -> Windows:
+    """The rows that perplexity is of. Raises ValueError for a text that fills no window."""
+    if config.reading in PROTOCOLS:
+        if not config.passages:
+            return Windows(())
+        text = load_text(config.text) if config.text else "\n\n".join(builtin_prose())
+        return windows(model, text, config.reading, config.passages, config.window or None)
+    texts = load_passages(config.text, config.passages) if config.text else builtin_prose()[: config.passages]
+    return Windows(tuple(text_rows(model, texts, auto if config.reading == "auto" else config.reading)))
 
 
 def evaluated(roles: Roles) -> tuple[PromptSet, ...]:
