@@ -88,6 +88,9 @@ SCORING: Fields = {
     "raw_pairs": Field(False, bool, "prompts of these files hold the template already"),
     "samples": Field(128, Count, "rows of each side that are scored"),
     "answer_tokens": Field(32, Count, "the most tokens of an own answer"),
+    "scoring_judge": Field(
+        "scans", str, "the rule that tells which own answers refuse", tuple(judge.name for judge in JUDGES)
+    ),
     "score": Field("snip", str, "of weights; weight_difference needs base_model", SCORES),
     "loss": Field("mean", str, "of a sample, over its tokens", LOSSES),
     "positions": Field("response", str, "tokens that count", POSITIONS),

@@ -1,6 +1,7 @@
 """What launch scripts have in common: a model, an exam, and what scores are made from, out of a config."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -20,14 +21,14 @@ from jaxsafe.evaluation.zero_shot import LM_EVAL_03, Shuffled
 from jaxsafe.io.hub import Adapted, Named
 from jaxsafe.io.store import Store
 from jaxsafe.kernels.sampling import Decoding, Sampling
-from jaxsafe.methods.attribution_data import OwnAnswers, draw, own_answers_once, pairs_from_file
+from jaxsafe.methods.attribution_data import OwnAnswers, draw, kept_count, own_answers_once, pairs_from_file
 from jaxsafe.methods.brittleness import SIDES, Material, ScoreSettings
 from jaxsafe.parallel import banner
 from jaxsafe.prompts.files import read_rows
 from jaxsafe.prompts.roles import Roles, assign_roles
 from jaxsafe.prompts.sets import PromptSet
-from jaxsafe.records.run import Run
-from jaxsafe.report.terminal import result_table
+from jaxsafe.records.run import Run, Scored
+from jaxsafe.report.terminal import result_table, scored_lines
 from jaxsafe.rows import Row
 from jaxsafe.study.exam import Exam
 from jaxsafe.study.record import data_records, record, timed, write_run
@@ -190,10 +191,28 @@ def scored_rows(
     prompts = [prompt for each in sets for prompt in each.prompts]
     if not prompts:
         raise ValueError(f"config.{side} is empty; name prompt sets, or a file of prompts with responses")
-    kept = OwnAnswers(judge(config.judge), side == "safety", config.answer_tokens, config.batch_size)
+    kept = own_answers_of(config, side)
     with clock.watch("own_answers_s")(f"own answers, {side}", len(prompts)) as done:
         rows = own_answers_once(store, model, prompts, kept, done)
     return draw(rows, config.samples, config.seed)
+
+
+def own_answers_of(config: ConfigDict, side: str) -> OwnAnswers:
+    """Which own answers make up a side: refusals for safety, answers for utility."""
+    return OwnAnswers(judge(config.scoring_judge), side == "safety", config.answer_tokens, config.batch_size)
+
+
+def scored_records(config: ConfigDict, model: ChatModel, roles: Roles, store: Store) -> tuple[Scored, ...]:
+    """What became of the prompts of each side whose own answers the run made, in the order of the sides."""
+    found = []
+    for side in SIDES:
+        if side not in roles or side not in config or config[f"{side}_pairs"]:
+            continue
+        prompts = [prompt for each in roles[side] for prompt in each.prompts]
+        kept = kept_count(store, model, prompts, own_answers_of(config, side)) if prompts else None
+        if kept is not None:
+            found.append(Scored(side, len(prompts), kept, min(kept, config.samples), config.scoring_judge))
+    return tuple(found)
 
 
 def scored_roles(config: ConfigDict) -> Roles:
@@ -244,6 +263,7 @@ def finish(study: Study, task: str, config: ConfigDict, roles: Roles, clock: Clo
     for tokens in study.tokens:
         clock.count("exam_s", tokens)
     run = record(study, task, config.to_dict(), data_records(roles), details)
+    run = dataclasses.replace(run, scored=scored_records(config, study.model, roles, study.store))
     files = {"samples": "samples.jsonl", "report": "report.html"}
     run = timed(run, clock.record(study.model.config, config.batch_size), files)
     write_run(study.out, run, study)
@@ -253,7 +273,8 @@ def finish(study: Study, task: str, config: ConfigDict, roles: Roles, clock: Clo
 def show(run: Run, out: pathlib.Path) -> None:
     """Prints the table of a run to standard output, and to standard error where its files are."""
     Console(highlight=False, quiet=command.console.quiet).print(result_table(run))
-    command.console.print(use_line(run.timings), soft_wrap=True)
+    for line in (*scored_lines(run), use_line(run.timings)):
+        command.console.print(line, soft_wrap=True)
     for name in ("report.html", "run.json", "samples.jsonl", "vectors.safetensors"):
         if (out / name).exists():
             command.console.print(f"  {out / name}", soft_wrap=True)

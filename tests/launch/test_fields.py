@@ -140,6 +140,7 @@ OTHER = {
     "raw_pairs": True,
     "samples": 5,
     "answer_tokens": 7,
+    "scoring_judge": "jbb",
     "score": "wanda",
     "loss": "sum",
     "positions": "all",
