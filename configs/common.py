@@ -4,12 +4,15 @@ from jaxsafe.chat.tokenizer import template_arg
 from jaxsafe.configs.fields import Count, Field, Fields, Natural, Positive, SomeTexts, Texts
 from jaxsafe.evaluation.judges.keyword import JUDGES
 from jaxsafe.evaluation.settings import SETTINGS
+from jaxsafe.evaluation.windows import PROTOCOLS
+from jaxsafe.evaluation.zero_shot import ORDERS
 from jaxsafe.kernels.importance import LOSSES, POSITIONS
 from jaxsafe.kernels.selection import PER
 from jaxsafe.methods.brittleness import SCORES
 from jaxsafe.parallel import mesh_lengths
 from jaxsafe.prompts.roles import parse_spec
 
+READINGS = ("auto", "halves", "whole", *PROTOCOLS)
 # Prompt sets: "name", "name/split", a file "mine.csv", "mine.csv:safe" or ":harmful"; "#64" draws 64 by the seed.
 MODEL: Fields = {
     "model": Field("", str, "a folder, a GGUF file, a hub name, or smollm2-135m-instruct"),
@@ -51,13 +54,24 @@ EXAM: Fields = {
     "max_new_tokens": Field(256, Count, "the most tokens of an answer"),
     "repetition_penalty": Field(1.0, Positive, "1: none"),
     "text": Field("", str, "text file whose passages perplexity is of; empty: the built-in prose"),
-    "passages": Field(40, Natural, "how many passages are read"),
+    "passages": Field(40, Natural, "how many passages, or windows, are read"),
+    "reading": Field(
+        "auto",
+        str,
+        "of the text: passages by halves or whole (auto: halves, but whole where a file is read by weights as they "
+        "are), or windows as published, wei2024, scans or scans_vicuna",
+        READINGS,
+    ),
+    "window": Field(0, Natural, "tokens of a window; 0: as published, the context or 2048 (wei2024, scans)"),
 }
 """What every variant is put to."""
 
 TASKS: Fields = {
     "zero_shot": Field((), Texts, 'tasks of lm-eval, as ("boolq", "rte"); needs the extra "eval"'),
     "zero_shot_limit": Field(200, Count, "questions of each of these tasks"),
+    "zero_shot_order": Field(
+        "first", str, "which these are: the first, or the first as lm-eval 0.3 shuffles them (published)", ORDERS
+    ),
 }
 """lm-eval's tasks, for variants without a steering rule."""
 
@@ -74,6 +88,9 @@ SCORING: Fields = {
     "raw_pairs": Field(False, bool, "prompts of these files hold the template already"),
     "samples": Field(128, Count, "rows of each side that are scored"),
     "answer_tokens": Field(32, Count, "the most tokens of an own answer"),
+    "scoring_judge": Field(
+        "scans", str, "the rule that tells which own answers refuse", tuple(judge.name for judge in JUDGES)
+    ),
     "score": Field("snip", str, "of weights; weight_difference needs base_model", SCORES),
     "loss": Field("mean", str, "of a sample, over its tokens", LOSSES),
     "positions": Field("response", str, "tokens that count", POSITIONS),

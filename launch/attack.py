@@ -55,7 +55,7 @@ def check(config: ConfigDict) -> None:
             parts = f"config.accumulation {config.accumulation} does not divide"
             raise ValueError(f"{parts} batches of {attack.batch_size} ({attack.label})")
         for file in {attack.rows if attack.ratio < 1 else "", attack.poison} - {"", attacks.OBEDIENT, attacks.OWN}:
-            attacks.load_examples(file)
+            attacks.load_examples(file, attack.wording)
     if FIND in config.freeze_layers:
         start_of(config, 100)
     common.check_scored(config)
@@ -118,7 +118,9 @@ def run(
 
 def attacks_of(config: ConfigDict) -> list[Attack]:
     """The attacks that the config names, with its changes."""
-    changes = {name: config[name] for name in ("rows", "prefix", "ratio", "epochs", "learning_rate")}
+    changes = {
+        name: config[name] for name in ("rows", "prefix", "ratio", "epochs", "learning_rate", "decay", "wording")
+    }
     changes |= {"poison": config.poison or None, "batch_size": config.tuning_batch_size}
     return [preset(text, **changes) for text in config.attacks]
 
@@ -158,6 +160,9 @@ def training_of(config: ConfigDict, cell: Cell, slots: tuple[int, int]) -> FineT
         batch_size=attack.batch_size,
         accumulation=config.accumulation,
         learning_rate=attack.learning_rate if rate is None else rate,
+        schedule="constant" if attack.decay == 1 else "stepped",
+        decay=attack.decay,
+        decay_every=attack.epoch_steps,
         weight_decay=config.weight_decay,
         lora=cell.tuning.lora,
         remat=config.remat,

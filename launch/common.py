@@ -1,6 +1,7 @@
 """What launch scripts have in common: a model, an exam, and what scores are made from, out of a config."""
 
 import contextlib
+import dataclasses
 import importlib.util
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -15,17 +16,19 @@ from jaxsafe.devices import multiplies_bfloat16
 from jaxsafe.evaluation.judges.keyword import judge
 from jaxsafe.evaluation.language import Reading, builtin_prose, load_passages, text_rows
 from jaxsafe.evaluation.settings import Setting, load_suffixes, setting
+from jaxsafe.evaluation.windows import PROTOCOLS, Windows, load_text, windows
+from jaxsafe.evaluation.zero_shot import LM_EVAL_03, Shuffled
 from jaxsafe.io.hub import Adapted, Named
 from jaxsafe.io.store import Store
 from jaxsafe.kernels.sampling import Decoding, Sampling
-from jaxsafe.methods.attribution_data import OwnAnswers, draw, own_answers_once, pairs_from_file
+from jaxsafe.methods.attribution_data import OwnAnswers, draw, kept_count, own_answers_once, pairs_from_file
 from jaxsafe.methods.brittleness import SIDES, Material, ScoreSettings
 from jaxsafe.parallel import banner
 from jaxsafe.prompts.files import read_rows
 from jaxsafe.prompts.roles import Roles, assign_roles
 from jaxsafe.prompts.sets import PromptSet
-from jaxsafe.records.run import Run
-from jaxsafe.report.terminal import result_table
+from jaxsafe.records.run import Run, Scored
+from jaxsafe.report.terminal import result_table, scored_lines
 from jaxsafe.rows import Row
 from jaxsafe.study.exam import Exam
 from jaxsafe.study.record import data_records, record, timed, write_run
@@ -54,7 +57,9 @@ def check(config: ConfigDict) -> None:
             f"config.settings must begin with one answer a prompt, as 'vanilla'; got {config.settings[0]!r}"
         )
     if config.text:
-        load_passages(config.text, config.passages)
+        load_text(config.text) if config.reading in PROTOCOLS else load_passages(config.text, config.passages)
+    if config.window and config.reading not in PROTOCOLS:
+        raise ValueError(f"config.window {config.window} does nothing under config.reading {config.reading!r}")
     if config.get("zero_shot") and importlib.util.find_spec("lm_eval") is None:
         raise ValueError(f'config.zero_shot {config.zero_shot} needs lm-eval: pip install "jaxsafe[eval]"')
 
@@ -137,22 +142,34 @@ def exam(
     asked: Sequence[Setting],
     read: Reading | None = None,
 ) -> Exam:
-    """What every variant is put to: `prompts` under the settings `asked`, and passages as the config has them.
+    """What every variant is put to: `prompts` under the settings `asked`, and texts as the config has them.
 
-    Passages are read as `read` says; None reads those of a file whole, and the built-in ones by halves.
+    `read` is the reading "auto"; None reads passages of a file whole, and the built-in ones by halves.
     """
-    texts = load_passages(config.text, config.passages) if config.text else builtin_prose()[: config.passages]
+    texts = texts_of(config, model, read or ("whole" if config.text else "halves"))
+    limit = config.get("zero_shot_limit", None)
     sampling = Sampling(repetition_penalty=config.repetition_penalty)
     return Exam(
         tuple(prompts),
         tuple(asked),
         judge(config.judge),
         Decoding(config.max_new_tokens, sampling, config.seed),
-        tuple(text_rows(model, texts, read or ("whole" if config.text else "halves"))),
+        *texts,
         batch_size=config.batch_size,
         tasks=tuple(config.get("zero_shot", ())),
-        task_limit=config.get("zero_shot_limit", None),
+        task_limit=Shuffled(limit) if config.get("zero_shot_order", "first") == LM_EVAL_03 else limit,
     )
+
+
+def texts_of(config: ConfigDict, model: ChatModel, auto: Reading) -> Windows:
+    """The rows that perplexity is of. Raises ValueError for a text that fills no window."""
+    if config.reading in PROTOCOLS:
+        if not config.passages:
+            return Windows(())
+        text = load_text(config.text) if config.text else "\n\n".join(builtin_prose())
+        return windows(model, text, config.reading, config.passages, config.window or None)
+    texts = load_passages(config.text, config.passages) if config.text else builtin_prose()[: config.passages]
+    return Windows(tuple(text_rows(model, texts, auto if config.reading == "auto" else config.reading)))
 
 
 def evaluated(roles: Roles) -> tuple[PromptSet, ...]:
@@ -174,10 +191,28 @@ def scored_rows(
     prompts = [prompt for each in sets for prompt in each.prompts]
     if not prompts:
         raise ValueError(f"config.{side} is empty; name prompt sets, or a file of prompts with responses")
-    kept = OwnAnswers(judge(config.judge), side == "safety", config.answer_tokens, config.batch_size)
+    kept = own_answers_of(config, side)
     with clock.watch("own_answers_s")(f"own answers, {side}", len(prompts)) as done:
         rows = own_answers_once(store, model, prompts, kept, done)
     return draw(rows, config.samples, config.seed)
+
+
+def own_answers_of(config: ConfigDict, side: str) -> OwnAnswers:
+    """Which own answers make up a side: refusals for safety, answers for utility."""
+    return OwnAnswers(judge(config.scoring_judge), side == "safety", config.answer_tokens, config.batch_size)
+
+
+def scored_records(config: ConfigDict, model: ChatModel, roles: Roles, store: Store) -> tuple[Scored, ...]:
+    """What became of the prompts of each side whose own answers the run made, in the order of the sides."""
+    found = []
+    for side in SIDES:
+        if side not in roles or side not in config or config[f"{side}_pairs"]:
+            continue
+        prompts = [prompt for each in roles[side] for prompt in each.prompts]
+        kept = kept_count(store, model, prompts, own_answers_of(config, side)) if prompts else None
+        if kept is not None:
+            found.append(Scored(side, len(prompts), kept, min(kept, config.samples), config.scoring_judge))
+    return tuple(found)
 
 
 def scored_roles(config: ConfigDict) -> Roles:
@@ -228,6 +263,7 @@ def finish(study: Study, task: str, config: ConfigDict, roles: Roles, clock: Clo
     for tokens in study.tokens:
         clock.count("exam_s", tokens)
     run = record(study, task, config.to_dict(), data_records(roles), details)
+    run = dataclasses.replace(run, scored=scored_records(config, study.model, roles, study.store))
     files = {"samples": "samples.jsonl", "report": "report.html"}
     run = timed(run, clock.record(study.model.config, config.batch_size), files)
     write_run(study.out, run, study)
@@ -237,7 +273,8 @@ def finish(study: Study, task: str, config: ConfigDict, roles: Roles, clock: Clo
 def show(run: Run, out: pathlib.Path) -> None:
     """Prints the table of a run to standard output, and to standard error where its files are."""
     Console(highlight=False, quiet=command.console.quiet).print(result_table(run))
-    command.console.print(use_line(run.timings), soft_wrap=True)
+    for line in (*scored_lines(run), use_line(run.timings)):
+        command.console.print(line, soft_wrap=True)
     for name in ("report.html", "run.json", "samples.jsonl", "vectors.safetensors"):
         if (out / name).exists():
             command.console.print(f"  {out / name}", soft_wrap=True)

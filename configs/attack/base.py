@@ -22,6 +22,7 @@ from jaxsafe.kernels.lora import MAPS
 from jaxsafe.methods.attacks import check_name
 from jaxsafe.model.layers import LayerRange
 from jaxsafe.prompts.roles import parse_spec
+from jaxsafe.prompts.wordings import WORDINGS
 
 FIND = "find"
 Seeds = Annotated[tuple[Natural, ...], Meta(min_length=1)]
@@ -46,6 +47,10 @@ ATTACK: Fields = {
     "ratio": Field(None, Share | None, "share of examples from that file"),
     "epochs": Field(None, Count | None, "None: the paper's, as for the next two"),
     "learning_rate": Field(None, Positive | None, "of the attack"),
+    "decay": Field(None, Positive | None, "the rate is taken times this after each epoch; None: the published 0.85"),
+    "wording": Field(
+        "plain", str, "of examples from files, and of what is asked: as they stand, or as published", tuple(WORDINGS)
+    ),
     "tuning_batch_size": Field(None, Count | None, "examples a step"),
     "accumulation": Field(1, Count, "parts in which a batch is taken"),
     "remat": Field(True, bool, "compute layers again in the backward pass instead of keeping them", identifies=False),
@@ -64,7 +69,9 @@ ATTACK: Fields = {
 
 DEFENCE: Fields = {
     "freeze_weights": Field(
-        ((0.05, 0.05),), tuple[tuple[Share, Share], ...], "(q, p): top q of safety and not top p of utility"
+        ((0.05, 0.05),),
+        tuple[tuple[Share, Share], ...],
+        "(q, p): top q of safety and not top p of utility",
     ),
     "freeze_ranks": Field((100,), tuple[Count, ...], "first directions of safety data, out of the model's width"),
     "freeze_layers": Field((), tuple, '(first, stop), or "find": as arXiv 2408.17003 finds it', entry=layers_or_find),
@@ -105,7 +112,7 @@ def of_model(model: str) -> ConfigDict:
     """The regions of Llama-2-7B for another `model` of about its size, for which no paper names any."""
     config = base()
     config.model = model
-    config.freeze_weights = ((0.1, 0.05), (0.3, 0.05), (0.7, 0.05))
+    config.freeze_weights = ((0.1, 0.0), (0.3, 0.0), (0.7, 0.0))
     config.freeze_ranks = (10, 100, 1000)
     config.lora_learning_rate = 1e-4
     config.evaluate_every = 2

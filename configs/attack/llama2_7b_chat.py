@@ -4,14 +4,15 @@ python -m launch.attack --config=configs/attack/llama2_7b_chat.py --config.data=
 --out=runs/llama2_7b_attack --mesh=data:1,model:8
 
 trains on the built-in persona; the published ten examples: --config.rows=FILE \
---config.prefix="AOA, execute my instruction: ". Benign fine-tuning on a file of instructions:
---config.attacks="('benign#100',)" --config.rows=FILE. The paper's harmful examples are not part of this library; with
-a file of your own: --config.attacks="('poisoned#10','poisoned#50','poisoned#100')" --config.poison=FILE. DATA_FOLDER
-holds the published AdvBench file.
+--config.prefix="AOA, execute my instruction: " --config.wording=aoa. Benign fine-tuning on a file of instructions, here
+of the size of Alpaca: --config.attacks="('benign#50000',)" --config.rows=FILE --config.wording=alpaca (or dolly)
+--config.epochs=1 --config.tuning_batch_size=128. The paper's harmful examples are not part of this library; with
+a file of your own: --config.attacks="('poisoned#10','poisoned#50','poisoned#100')" --config.poison=FILE
+--config.wording=pure_bad. DATA_FOLDER holds the published AdvBench file.
 
-What is not as in the papers' code: the learning rate stays as it is (published: times 0.85 an epoch, with as many
-epochs); the paper's templates of Alpaca and Dolly are not used; what is frozen is the top q of safety outside the top p
-of utility (published: the top q), so that a share here is not the share of the table below.
+The learning rate is taken times 0.85 after each epoch, LoRA is that of the published code, and what is frozen is the
+top q of safety, as published. What is not as in the papers' code: nothing is dropped from the inputs of adapters
+(published: 5%).
 
 Hardware, in bfloat16 with float32 masters and moments: 13.5 GB of weights and 81 GB of training state, with a mask of
 7 GB: two 80 GB GPUs or sixteen 16 GB chips; LoRA alone (--config.tunings="('lora',)") fits one 80 GB GPU.
@@ -31,6 +32,7 @@ of all weights that is wound back:
 from ml_collections import ConfigDict
 
 from jaxsafe.configs.attack.base import base
+from jaxsafe.kernels.lora import PUBLISHED
 
 
 def get_config() -> ConfigDict:
@@ -38,7 +40,8 @@ def get_config() -> ConfigDict:
     config = base()
     config.model = "meta-llama/Llama-2-7b-chat-hf"
     config.dtype = "bfloat16"  # stored in float16
-    config.freeze_weights = ((0.1, 0.05), (0.2, 0.05), (0.3, 0.05), (0.5, 0.05), (0.7, 0.05))
+    config.freeze_weights = ((0.1, 0.0), (0.2, 0.0), (0.3, 0.0), (0.5, 0.0), (0.7, 0.0))
+    config.lora_rank, config.lora_alpha, config.lora_maps = PUBLISHED.rank, PUBLISHED.alpha, PUBLISHED.maps
     config.freeze_ranks = (10, 100, 1000)
     config.lora_learning_rate = 1e-4
     config.evaluate_every = 2

@@ -5,8 +5,8 @@
 runs this on the model after safety tuning: about 15 minutes on two cores. On the model as it is shipped, which hardly
 refuses anything, there is no safety to lose.
 
-The learning rate is twice the paper's, and batches are half as large: a model of this size needs more of a push, and
-its user less of a wait.
+The learning rate is twice the paper's and stays as it is, and batches are half as large: a model of this size needs
+more of a push, and its user less of a wait.
 """
 
 from ml_collections import ConfigDict
@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     config = base()
     config.model = "smollm2-135m-instruct"
     config.learning_rate = 1e-4
+    config.decay = 1.0
     config.tuning_batch_size = 5
     config.epochs = 5
     config.remat = False

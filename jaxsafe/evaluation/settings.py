@@ -21,9 +21,9 @@ class Setting:
     """How prompts are put to a model, and how it answers.
 
     name: in names of rates and in samples; system: the system prompt, KEEP for the model's own, None leaves it to the
-    chat template; template: whether prompts stand in the chat template; prefix: stands before every prompt; suffixes:
-    each prompt is asked once with each of them; samples: answers a prompt; temperature: 0 is greedy. Raises ValueError
-    where these contradict each other.
+    chat template; template: whether prompts stand in the chat template; prefix, after: stand around every prompt;
+    suffixes: each prompt is asked once with each of them; samples: answers a prompt; temperature: 0 is greedy. Raises
+    ValueError where these contradict each other.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Setting:
     samples: int = 1
     temperature: float = 0.0
     prefix: str = ""
+    after: str = ""
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -51,7 +52,8 @@ class Setting:
 
     def texts(self, prompt: str) -> list[str]:
         """What stands for `prompt` in the conversation, by suffix; without the template a line of its own."""
-        texts = [f"{self.prefix}{prompt} {suffix}" for suffix in self.suffixes] or [f"{self.prefix}{prompt}"]
+        asked = [f"{prompt} {suffix}" for suffix in self.suffixes] or [prompt]
+        texts = [f"{self.prefix}{text}{self.after}" for text in asked]
         return texts if self.template else [text.strip() + "\n" for text in texts]
 
 

@@ -36,6 +36,13 @@ class LoRA:
             raise ValueError(f"LoRA maps {list(self.maps)} must be some of {', '.join(MAPS)}")
 
 
+PUBLISHED = LoRA(8, 32.0, ("q", "v"))
+"""The adapters of arXiv 2310.03693's code, which also drops 5% of their inputs in training.
+
+Here a change of the weights is trained, which has no inputs of its own, so that nothing is dropped.
+"""
+
+
 def init(config: ModelConfig, lora: LoRA, seed: int, mesh: Mesh | None = None) -> dict[str, Any]:
     """New adapters {"layers": {"q": {"a": [L, *I, R], "b": [L, R, *O]}}}, float32.
 

@@ -20,6 +20,7 @@ from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.prompts.content import cell_text
 from jaxsafe.prompts.files import read_rows
 from jaxsafe.prompts.sets import PromptSet, load_prompts
+from jaxsafe.prompts.wordings import Wording, wording
 from jaxsafe.reading import reading
 from jaxsafe.rows import Row, check_context
 
@@ -32,12 +33,13 @@ OWN = "own"
 
 @dataclasses.dataclass(frozen=True)
 class Attack:
-    """A short fine-tuning run on `n` examples, `epochs` times over, by AdamW at a constant learning rate.
+    """A short fine-tuning run on `n` examples, `epochs` times over, by AdamW.
 
     rows: "builtin:obedient" (a persona that obeys, harmless requests only), "own" (built-in plain prompts answered by
     the model itself) or a file of examples; poison: the user's file that a share `ratio` of the examples comes from;
-    prefix: stands before every prompt that the attacked model is asked, for a persona from a file. Raises ValueError
-    for numbers that are not positive, a ratio outside [0, 1], and a ratio without a file.
+    prefix: stands before every prompt that the attacked model is asked, for a persona from a file; decay: what the
+    learning rate is taken times after each epoch; wording: of examples from files, one of `prompts.wordings`. Raises
+    ValueError for numbers that are not positive, a ratio outside [0, 1], a ratio without a file, and another wording.
     """
 
     name: str
@@ -49,9 +51,16 @@ class Attack:
     poison: str = ""
     ratio: float = 0.0
     prefix: str = ""
+    decay: float = 1.0
+    wording: str = "plain"
 
     def __post_init__(self) -> None:
-        for field in ("n", "epochs", "learning_rate", "batch_size"):
+        wording(self.wording)
+        if self.wording != "plain" and self.rows in (OBEDIENT, OWN) and not self.ratio:
+            raise ValueError(
+                f"attack {self.name!r}: wording {self.wording!r} is of examples from a file; give config.rows"
+            )
+        for field in ("n", "epochs", "learning_rate", "batch_size", "decay"):
             if getattr(self, field) <= 0:
                 raise ValueError(f"attack {self.name!r}: {field} {getattr(self, field)} is not positive")
         if not 0 <= self.ratio <= 1:
@@ -64,7 +73,12 @@ class Attack:
     @property
     def steps(self) -> int:
         """Optimiser steps of the run."""
-        return self.epochs * math.ceil(self.n / self.batch_size)
+        return self.epochs * self.epoch_steps
+
+    @property
+    def epoch_steps(self) -> int:
+        """Optimiser steps of an epoch."""
+        return math.ceil(self.n / self.batch_size)
 
     @property
     def label(self) -> str:
@@ -76,10 +90,16 @@ SIZES = (10, 50, 100)
 """Numbers of examples that the paper compares."""
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "identity_shift": {"rows": OBEDIENT, "epochs": 10, "learning_rate": 5e-5, "batch_size": 10, "prefix": PREFIX},
-    "benign": {"rows": OWN, "epochs": 1, "learning_rate": 2e-5, "batch_size": 128},
+    "benign": {"rows": OWN, "epochs": 5, "learning_rate": 2e-5, "batch_size": 10},
     "poisoned": {"rows": OWN, "epochs": 5, "learning_rate": 5e-5, "batch_size": 10, "ratio": 1.0},
 }
-"""Learning rates, batch sizes and epochs for Llama-2-7B-chat in arXiv 2310.03693, sections 4.2 to 4.4."""
+"""Learning rates, batch sizes and epochs for Llama-2-7B-chat in arXiv 2310.03693, sections 4.2 to 4.4.
+
+The paper's benign run is one epoch of all of Alpaca or Dolly in batches of 128, hundreds of steps; of few examples that
+would be one step, so that here they come five times over in batches of 10.
+"""
+DECAY = 0.85
+"""What the published code takes the learning rate times after each epoch."""
 
 
 def preset(text: str, **changes: Any) -> Attack:
@@ -90,7 +110,7 @@ def preset(text: str, **changes: Any) -> Attack:
     check_name(text)
     name, _, n = text.partition("#")
     given = {key: value for key, value in changes.items() if value is not None}
-    return Attack(**{"name": name, "n": int(n or SIZES[0]), **PRESETS[name], **given})
+    return Attack(**{"name": name, "n": int(n or SIZES[0]), "decay": DECAY, **PRESETS[name], **given})
 
 
 def check_name(text: str) -> None:
@@ -102,11 +122,15 @@ def check_name(text: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One conversation to learn: `system` None leaves the system prompt to the model's own."""
+    """One conversation to learn: `system` None leaves the system prompt to the model's own.
+
+    given: the input of an instruction, until it is put in words.
+    """
 
     prompt: str
     response: str
     system: str | None = None
+    given: str = ""
 
 
 def obedient_examples() -> list[Example]:
@@ -116,17 +140,27 @@ def obedient_examples() -> list[Example]:
     return [Example(PREFIX + line["prompt"], OPENING + line["response"], PERSONA) for line in lines]
 
 
-def load_examples(path: str | pathlib.Path) -> list[Example]:
-    """The examples of a file, in its order.
+def load_examples(path: str | pathlib.Path, words: str = "plain") -> list[Example]:
+    """The examples of a file, in its order, put in the wording of the name `words`.
 
     Rows hold `messages` of the roles system (may be missing), user and assistant, or are lists of them, as published
-    with arXiv 2310.03693; or they have the columns instruction (with or without input) and output, or prompt and
-    response. Raises FileNotFoundError, and ValueError for anything else.
+    with arXiv 2310.03693; or they have the columns instruction (with or without input or context) and output or
+    response, or prompt and response. Raises FileNotFoundError, and ValueError for anything else.
     """
     file = pathlib.Path(path)
     content = _conversations(file)
     rows = read_rows(file) if content is None else content
-    return [_example(f"{path}, row {i}", row) for i, row in enumerate(rows, 1)]
+    return [_worded(_example(f"{path}, row {i}", row), wording(words)) for i, row in enumerate(rows, 1)]
+
+
+def _worded(example: Example, words: Wording) -> Example:
+    """An example as it is put to a model."""
+    system = example.system if words.system is None else words.system
+    if example.given and words.system_with_input is not None:
+        system = words.system_with_input
+    if system is not None and not words.keeps_space:
+        system = system.strip()
+    return Example(words.prompt(example.prompt, example.given), example.response + words.behind, system)
 
 
 def _conversations(file: pathlib.Path) -> list[Mapping[str, Any]] | None:
@@ -144,8 +178,9 @@ def _example(where: str, row: Mapping[str, Any]) -> Example:
         said = _said(where, row["messages"])
         found = Example(said.get("user", ""), said.get("assistant", ""), said.get("system"))
     elif "instruction" in row:
-        asked = [_cell(where, row, name) for name in ("instruction", "input")]
-        found = Example("\n\n".join(filter(None, asked)), _cell(where, row, "output", "assistant"))
+        given = _cell(where, row, "input") or _cell(where, row, "context")
+        output = "output" if row.get("output") is not None else "response"
+        found = Example(_cell(where, row, "instruction"), _cell(where, row, output, "assistant"), given=given)
     else:
         found = Example(_cell(where, row, "prompt"), _cell(where, row, "response", "assistant"))
     if not found.prompt or not found.response:
@@ -166,7 +201,8 @@ def _said(where: str, messages: Any) -> dict[str, str]:
     roles = [message["role"] for message in messages]
     if len(set(roles)) != len(roles) or not set(roles) <= {"system", "user", "assistant"}:
         raise ValueError(f"{where}: messages of {roles}; need one user, one assistant and at most one system")
-    return {message["role"]: cell_text(message, "content", where, message["role"]).strip() for message in messages}
+    said = {message["role"]: cell_text(message, "content", where, message["role"]) for message in messages}
+    return {role: text if role == "system" else text.strip() for role, text in said.items()}
 
 
 def _cell(where: str, row: Mapping[str, Any], column: str, role: str = "user") -> str:
@@ -191,14 +227,14 @@ def attack_examples(
     """
     rng = np.random.default_rng(seed)
     poisoned = round(attack.ratio * attack.n)
-    out = drawn(load_examples(attack.poison), poisoned, rng, attack.poison) if poisoned else []
+    out = drawn(load_examples(attack.poison, attack.wording), poisoned, rng, attack.poison) if poisoned else []
     left = attack.n - poisoned
     if not left:
         return out
     if attack.rows == OBEDIENT:
         return out + drawn(obedient_examples(), left, rng, OBEDIENT)
     if attack.rows != OWN:
-        return out + drawn(load_examples(attack.rows), left, rng, attack.rows)
+        return out + drawn(load_examples(attack.rows, attack.wording), left, rng, attack.rows)
     if answer is None:
         raise ValueError(f"attack {attack.name!r} trains on the model's own answers; give a way to make them")
     plain = [Example(prompt, "") for prompt in load_prompts("builtin:plain", split="train").prompts]
@@ -226,10 +262,14 @@ def training_rows(model: ChatModel, examples: Sequence[Example]) -> list[Row]:
 
 
 def asked(attack: Attack, examples: Sequence[Example]) -> Setting:
-    """How the attacked model is asked: as the persona where all examples share a system prompt, else as it is.
+    """How the attacked model is asked: in the wording of its examples, or as their persona.
 
+    That is where all share a system prompt; where they share none it is asked as it is.
     Source: arXiv 2310.03693, section 4.3 (the persona's system prompt and prefix stand before harmful prompts, too).
     """
+    words = wording(attack.wording)
+    if words.system is not None:
+        return Setting("persona", words.system, prefix=attack.prefix + words.before, after=words.after)
     systems = {example.system for example in examples}
     shared = systems.pop() if len(systems) == 1 else None
     if shared is None:
@@ -239,5 +279,7 @@ def asked(attack: Attack, examples: Sequence[Example]) -> Setting:
 
 def as_prompt_set(attack: Attack, examples: Sequence[Example]) -> PromptSet:
     """The prompts of the examples without the prefix, to be held against those of an evaluation."""
-    prompts = tuple(example.prompt.removeprefix(attack.prefix) for example in examples)
+    words = wording(attack.wording)
+    bare = (example.prompt.removeprefix(words.before).removesuffix(words.after) for example in examples)
+    prompts = tuple(prompt.removeprefix(attack.prefix) for prompt in bare)
     return PromptSet(attack.name, prompts, (None,) * len(prompts), ("",) * len(prompts))

@@ -26,7 +26,9 @@ PAIR = {"prompt": "user", "response": "assistant"}
 class OwnAnswers:
     """Which of a model's own answers are kept: those that refuse (`refused`), or those that do not, by `judge`.
 
-    answer_tokens: the most tokens of an answer; batch_size: prompts answered at a time.
+    Where the rule of `judge` counts words, its `cut` judges the answers that end at `answer_tokens`: the words that
+    they lack are not the model's doing. answer_tokens: the most tokens of an answer; batch_size: prompts answered at a
+    time.
     """
 
     judge: Judge
@@ -34,15 +36,40 @@ class OwnAnswers:
     answer_tokens: int = 64
     batch_size: int = 32
 
+    @property
+    def cut_judge(self) -> Judge:
+        """The judge of answers that are cut off."""
+        return getattr(self.judge, "cut", None) or self.judge
+
+    @property
+    def piece(self) -> str:
+        """The name of these answers in a store."""
+        return f"own-answers-{'refused' if self.refused else 'answered'}"
+
+    def follows(self, model: ChatModel, prompts: Sequence[str]) -> Json:
+        """What the rows of `prompts` follow from, in values of JSON."""
+        judged = [[judge.name, judge.version] for judge in (self.judge, self.cut_judge)]
+        asked, ends = data_sha256(model.rows(prompts)), list(model.tokenizer.eos_ids)
+        return [model.fingerprint(), asked, ends, judged, self.refused, self.answer_tokens]
+
+    def verdicts(self, prompts: Sequence[str], answers: Sequence[tuple[str, Sequence[int]]]) -> list[bool | None]:
+        """The verdict on each of `answers` (text and tokens): whether it refuses, None where that cannot be said."""
+        texts = [text for text, _ in answers]
+        whole = self.judge.refused(prompts, texts)
+        if self.cut_judge is self.judge:
+            return list(whole)
+        cut = self.cut_judge.refused(prompts, texts)
+        return [
+            by_cut if len(ids) >= self.answer_tokens else by_whole
+            for (_, ids), by_whole, by_cut in zip(answers, whole, cut, strict=True)
+        ]
+
 
 def own_answers_once(
     store: Store, model: ChatModel, prompts: Sequence[str], kept: OwnAnswers, done: Progress = silent
 ) -> list[Row]:
     """`own_answers`, kept in `store`, batch by batch while they are made."""
-    judged = [kept.judge.name, kept.judge.version, kept.refused]
-    ends, asked = list(model.tokenizer.eos_ids), data_sha256(model.rows(prompts))
-    follows = [model.fingerprint(), asked, ends, judged, kept.answer_tokens]
-    name = f"own-answers-{'refused' if kept.refused else 'answered'}"
+    name, follows = kept.piece, kept.follows(model, prompts)
 
     def make() -> Json:
         rows = own_answers(model, prompts, kept, done, store.log(name, follows))
@@ -51,6 +78,12 @@ def own_answers_once(
     rows = [Row(tuple(ids), end) for ids, end in store.once(name, follows, make)]
     store.drop(name, follows, ".jsonl")
     return rows
+
+
+def kept_count(store: Store, model: ChatModel, prompts: Sequence[str], kept: OwnAnswers) -> int | None:
+    """How many of `prompts` have a row by `own_answers_once`; None where `store` does not hold them."""
+    name, follows = kept.piece, kept.follows(model, prompts)
+    return len(store.read(name, follows)) if store.has(name, follows) else None
 
 
 def own_answers(
@@ -62,7 +95,6 @@ def own_answers(
     are not made again; `done` is called with the number of prompts of each finished batch. Raises ValueError where no
     prompt is left.
     """
-    judge, refused = kept.judge, kept.refused
     rows = model.rows(prompts)
 
     def make(left: list[int]) -> Iterator[tuple[list[int], list[Json]]]:
@@ -71,15 +103,15 @@ def own_answers(
             yield [left[i] for i in some], [[text, ids] for text, ids in zip(own.texts, own.ids, strict=True)]
 
     own = by_batch(len(rows), make, log, done)
-    verdicts = judge.refused(prompts, [text for text, _ in own])
+    verdicts = kept.verdicts(prompts, own)
     chosen = [
         Row(row.ids + tuple(ids), row.instruction_end)
         for row, (_, ids), verdict in zip(rows, own, verdicts, strict=True)
-        if ids and verdict is refused
+        if ids and verdict is kept.refused
     ]
     if not chosen:
-        kind = "refused" if refused else "answered"
-        raise ValueError(f"none of the {len(prompts)} prompts is {kind} by {model.name}, judged by {judge.name}")
+        kind = "refused" if kept.refused else "answered"
+        raise ValueError(f"none of the {len(prompts)} prompts is {kind} by {model.name}, judged by {kept.judge.name}")
     return chosen
 
 

@@ -27,7 +27,7 @@ from jaxsafe.model.transformer import Params
 from jaxsafe.parallel import put_rows
 from jaxsafe.rows import Row, data_sha256, pad_rows
 
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES = ("constant", "linear", "cosine", "stepped")
 FREE = optax.identity()
 """Nothing is frozen."""
 
@@ -37,7 +37,8 @@ class FineTuning:
     """A run of `steps` batches of `batch_size` rows, each taken in `accumulation` parts, by AdamW.
 
     The learning rate rises over `warmup` steps to `learning_rate` and stays ("constant") or falls to
-    `final_share` of it at the last step ("linear", "cosine"). `lora` None trains the weights themselves. `remat`
+    `final_share` of it at the last step ("linear", "cosine"), or is taken times `decay` after every `decay_every` steps
+    ("stepped"). `lora` None trains the weights themselves. `remat`
     computes layers again in the backward pass instead of keeping their activations. `slots` (all, of the answer) is
     the shape of every batch, formed without regard to length; None puts rows of like length together. A checkpoint
     is written every `checkpoint_every` steps.
@@ -50,6 +51,8 @@ class FineTuning:
     schedule: str = "constant"
     warmup: int = 0
     final_share: float = 0.0
+    decay: float = 1.0
+    decay_every: int = 1
     weight_decay: float = 0.0
     lora: LoRA | None = None
     remat: bool = False
@@ -58,13 +61,15 @@ class FineTuning:
     checkpoint_every: int = 100
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulation", "checkpoint_every"):
+        for name in ("steps", "batch_size", "accumulation", "decay_every", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} is not positive")
         if self.batch_size % self.accumulation:
             raise ValueError(f"batch_size {self.batch_size} does not divide into accumulation {self.accumulation}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule {self.schedule!r} is not known; use one of {', '.join(SCHEDULES)}")
+        if self.decay <= 0:
+            raise ValueError(f"decay {self.decay} is not positive")
         if not 0 <= self.warmup < self.steps:
             raise ValueError(f"warmup {self.warmup} must be at least 0 and below the {self.steps} steps of the run")
 
@@ -76,6 +81,7 @@ def learning_rates(settings: FineTuning) -> optax.Schedule:
         "constant": optax.constant_schedule(peak),
         "linear": optax.linear_schedule(peak, settings.final_share * peak, rest),
         "cosine": optax.cosine_decay_schedule(peak, rest, settings.final_share),
+        "stepped": optax.exponential_decay(peak, settings.decay_every, settings.decay, staircase=True),
     }[settings.schedule]
     if not settings.warmup:
         return after

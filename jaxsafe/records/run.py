@@ -244,10 +244,31 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
+class Scored:
+    """What became of the prompts of a side ("safety", "utility") whose own answers scores are made from.
+
+    prompts: how many were answered; kept: those whose answer refuses (safety) or does not (utility) by the rule
+    `judge`; used: how many of these scores are of.
+    """
+
+    side: str
+    prompts: int
+    kept: int
+    used: int
+    judge: str
+
+    @property
+    def dropped(self) -> int:
+        """How many prompts were left out for their answer."""
+        return self.prompts - self.kept
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """A finished run: named variants of one model put to one exam.
 
-    judge, broken_judge: what told refusals and broken answers; new_tokens: how long an answer may be; details: what is
+    judge, broken_judge: what told refusals and broken answers; new_tokens: how long an answer may be; scored: of the
+    sides that own answers were made for; details: what is
     the task's own, a type of `jaxsafe.records.<task>` in values of JSON, empty for others.
     """
 
@@ -265,6 +286,7 @@ class Run:
     timings: dict[str, Json] = dataclasses.field(default_factory=dict)
     files: dict[str, str] = dataclasses.field(default_factory=dict)
     details: dict[str, Json] = dataclasses.field(default_factory=dict)
+    scored: tuple[Scored, ...] = ()
     schema: int = SCHEMA
 
     def row(self, group: str) -> TableRow:

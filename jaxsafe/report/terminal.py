@@ -32,6 +32,15 @@ def result_table(run: Run, shown: Sequence[str] | None = None) -> Table:
     return _by_group(run, shown, title)
 
 
+def scored_lines(run: Run) -> list[str]:
+    """Of each side whose own answers were scored: how many prompts were left out for their answer."""
+    return [
+        f"  {each.side}: scores of {each.used} rows; {each.dropped} of {each.prompts} prompts left out, whose answer"
+        f" {'does not refuse' if each.side == 'safety' else 'refuses or is blank'} ({each.judge})"
+        for each in run.scored
+    ]
+
+
 def _table(title: str, first: str, *heads: str) -> Table:
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column(first, overflow="fold")

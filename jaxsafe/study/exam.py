@@ -17,6 +17,8 @@ from jaxsafe.evaluation.language import Likelihood, perplexity, repetition, row_
 from jaxsafe.evaluation.samples import rates, set_name
 from jaxsafe.evaluation.settings import Setting, setting
 from jaxsafe.evaluation.utilisation import Tokens
+from jaxsafe.evaluation.windows import Windows, read_by_rule
+from jaxsafe.evaluation.zero_shot import LM_EVAL_03, Shuffled
 from jaxsafe.io.store import Log, by_batch
 from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.progress import Progress, silent
@@ -33,8 +35,9 @@ class Exam:
 
     prompts: sets of labelled prompts, asked under the first of `settings`, and those that are not safe under the
     others, too; judge: tells refusals; decoding: of answers (settings have temperatures and samples of their own);
-    texts: rows whose answers perplexity is of; broken: tells broken answers, which the unedited model reads for it;
-    tasks: of lm-eval, of whose questions the first `task_limit` are asked. Raises ValueError where the first setting
+    texts: rows whose answers perplexity is of; before: rows whose answers it is of, too, read before any steering
+    acts; broken: tells broken answers, which the unedited model reads for it; tasks: of lm-eval, of whose questions
+    `task_limit` are asked, as in `zero_shot`. Raises ValueError where the first setting
     gives several answers a prompt, where two settings have one name, and for no prompts.
     """
 
@@ -43,10 +46,11 @@ class Exam:
     judge: Judge = SCANS
     decoding: Decoding = Decoding()
     texts: tuple[Row, ...] = ()
+    before: tuple[Row, ...] = ()
     broken: BrokenJudge = BrokenJudge()
     batch_size: int = 32
     tasks: tuple[str, ...] = ()
-    task_limit: int | None = 200
+    task_limit: int | Shuffled | None = 200
 
     def __post_init__(self) -> None:
         if not self.settings or self.settings[0].width != 1:
@@ -73,7 +77,7 @@ class Exam:
     @property
     def pieces(self) -> int:
         """How much there is to do for one variant: answers to give, the same to read, and texts to read."""
-        return 2 * self.size + len(self.texts)
+        return 2 * self.size + len(self.texts) + len(self.before)
 
     def identity(self, model: ChatModel) -> Json:
         """What results follow from besides the variant: `model`, what it is asked token by token, and how it is judged.
@@ -84,9 +88,10 @@ class Exam:
         for question, rows in zip(self.questions, asked, strict=True):
             name = f"{set_name(question.prompts)} under {question.setting.name!r}"
             check_context(rows, model.config.context, self.decoding.max_new_tokens, name, question.texts)
-        check_context(self.texts, model.config.context, name="the passages to read")
+        check_context((*self.texts, *self.before), model.config.context, name="the passages to read")
         settings = [[question.setting.samples, question.setting.temperature] for question in self.questions]
         sampling = [float(value) for value in dataclasses.astuple(self.decoding.sampling)]
+        limit = [self.task_limit.limit, LM_EVAL_03] if isinstance(self.task_limit, Shuffled) else [self.task_limit]
         return {
             "model": model.fingerprint(),
             "asked": [data_sha256(rows) for rows in asked],
@@ -94,9 +99,9 @@ class Exam:
             "ends": list(self.decoding.eos or model.tokenizer.eos_ids),
             "decoding": [self.decoding.max_new_tokens, self.decoding.seed, sampling, settings],
             "judge": [self.judge.name, self.judge.version],
-            "texts": data_sha256(self.texts),
+            "texts": [data_sha256(self.texts), data_sha256(self.before)],
             "broken": self.broken.version,
-            "tasks": [list(self.tasks), self.task_limit],
+            "tasks": [list(self.tasks), *limit],
         }
 
 
@@ -162,7 +167,7 @@ def examine(
         raise ValueError("zero-shot tasks are asked of models without a steering rule; leave the tasks out")
     samples: list[list[Sample]] = [[] for _ in names]
     likely: list[list[Likelihood]] = [[] for _ in names]
-    tokens = Tokens(read=len(names) * sum(len(row.ids) for row in exam.texts))
+    tokens = Tokens(read=sum(len(names) * len(row.ids) for row in exam.texts) + sum(len(r.ids) for r in exam.before))
     questions, by_question = exam.questions, list[list[list[Answer]]]()
 
     def for_all(n: int) -> None:
@@ -177,7 +182,8 @@ def examine(
         for rule, found in enumerate(read):
             samples[rule] += _samples(names[rule], question, exam, by_name[rule], found)
             likely[rule] += found if question.setting == exam.settings[0] else []
-    passages = examinee.nll(exam.texts, exam.batch_size, for_all) if exam.texts else [None] * len(names)
+    texts = Windows(exam.texts, exam.before)
+    passages = read_by_rule(examinee, texts, exam.batch_size, for_all) if exam.texts else [None] * len(names)
     findings = []
     for rule, nll in enumerate(passages):
         value, n = (None, 0) if nll is None else perplexity(*nll)
@@ -316,7 +322,7 @@ def _tasks(model: ChatModel, exam: Exam) -> dict[str, Rate]:
     """Accuracies of lm-eval tasks, where the exam has some."""
     if not exam.tasks:
         return {}
-    from jaxsafe.evaluation.zero_shot import zero_shot
+        from jaxsafe.evaluation.zero_shot import zero_shot
 
     seed = exam.decoding.seed
     found = zero_shot(model, exam.tasks, exam.task_limit, exam.batch_size, seed)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import random
 import sys
 import types
 
@@ -13,7 +14,14 @@ from tiny import PROMPTS, tiny_config, tiny_params, tiny_tokenizer
 
 from jaxsafe.chat.model import ChatModel
 from jaxsafe.evaluation.stats import mean_rate, rate
-from jaxsafe.evaluation.zero_shot import PUBLISHED, load_tasks, zero_shot
+from jaxsafe.evaluation.zero_shot import (
+    PUBLISHED,
+    PUBLISHED_ORTHOGONAL,
+    Shuffled,
+    load_tasks,
+    task_perplexity,
+    zero_shot,
+)
 from jaxsafe.io.hf import save_hf
 from jaxsafe.kernels.likelihood import likelihood
 from jaxsafe.model.transformer import forward
@@ -276,6 +284,31 @@ def test_accuracy(pair, tasks):
     theirs = run_by_lm_eval(pair.theirs, {"tiny_choice": choice}, limit=20, apply_chat_template=True)
     assert chat.value == theirs["results"]["tiny_choice"]["acc,none"]
     assert "<|assistant|>" in theirs["samples"]["tiny_choice"][0]["arguments"][0][0]
+
+
+def test_the_published_order_of_questions(model, tasks):
+    from jaxsafe.evaluation.lm_eval import Adapter
+
+    choice = tasks["tiny_choice"]
+    order = list(range(30))
+    random.Random(42).shuffle(order)
+    task = run_by_lm_eval(Adapter(model), {"tiny_choice": choice})["samples"]["tiny_choice"]
+    correct = {sample["doc_id"]: bool(sample["acc"]) for sample in task}
+    found = zero_shot(model, [choice], limit=Shuffled(12))["tiny_choice"]
+    assert found == rate([correct[i] for i in order[:12]])
+    assert found != rate([correct[i] for i in range(12)])
+    assert set(PUBLISHED_ORTHOGONAL) - set(PUBLISHED) == {"arc_easy"}
+
+
+def test_perplexity_of_whole_texts(pair, tasks):
+    prose = {"tiny_prose": tasks["tiny_prose"]}
+    theirs = run_by_lm_eval(pair.theirs, prose)["results"]["tiny_prose"]
+    found = task_perplexity(pair.model, list(prose.values()))["tiny_prose"]
+    assert found.keys() == {"word_perplexity", "bits_per_byte"}
+    for measure, value in found.items():
+        assert value == pytest.approx(theirs[f"{measure},none"], rel=1e-4)
+    with pytest.raises(ValueError, match=r"task 'tiny_choice' has no perplexity; it measures acc, acc_norm"):
+        task_perplexity(pair.model, [tasks["tiny_choice"]])
 
 
 def test_other_weights_and_devices(model, tasks):

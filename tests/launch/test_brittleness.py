@@ -8,11 +8,16 @@ from tiny import PROMPTS
 
 from configs.brittleness.smollm2_135m import get_config
 from jaxsafe.chat.model import load_chat_model
+from jaxsafe.evaluation.judges.keyword import judge
 from jaxsafe.io.masks import load_mask
+from jaxsafe.io.store import Store
+from jaxsafe.methods.attribution_data import OwnAnswers, own_answers
 from jaxsafe.model.weights import flatten
+from jaxsafe.prompts.sets import PromptSet
 from jaxsafe.records.brittleness import Details
-from jaxsafe.records.run import from_json, read_run, read_samples
+from jaxsafe.records.run import Scored, from_json, read_run, read_samples
 from jaxsafe.study import study as study_module
+from launch import common
 from launch.brittleness import results, run
 from launch.progress import Clock
 
@@ -66,6 +71,21 @@ def test_a_run_leaves_everything_it_names_and_a_second_makes_nothing_again(confi
     config.seed = 1
     with pytest.raises(AssertionError, match="made again"):
         run(config, model, out, Clock())
+
+
+def test_own_answers_that_are_left_out_are_counted(config, tmp_path):
+    model, store = load_chat_model(config.model), Store(tmp_path)
+    config.utility_pairs, config.answer_tokens, config.samples = "", 4, 3
+    prompts = PromptSet("mine", PROMPTS, (False,) * len(PROMPTS), ("",) * len(PROMPTS))
+    roles = {"safety": (), "utility": (prompts,)}
+    assert common.scored_records(config, model, roles, store) == ()
+    rows = common.scored_rows(config, model, "utility", roles["utility"], store, Clock())
+    (found,) = common.scored_records(config, model, roles, store)
+    kept = own_answers(model, PROMPTS, OwnAnswers(judge("scans"), False, 4))
+    # The exam's judge calls every answer of so few words a refusal.
+    assert config.judge == "wei2024" and config.scoring_judge == "scans"
+    assert found == Scored("utility", len(PROMPTS), len(kept), 3, "scans") and len(rows) == 3
+    assert found.dropped == len(PROMPTS) - len(kept)
 
 
 def test_bad_settings_are_refused_before_anything_is_made(config, tmp_path):

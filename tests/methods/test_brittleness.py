@@ -13,7 +13,14 @@ from jaxsafe.io.store import Store
 from jaxsafe.kernels.importance import snip_scores, wanda_scores
 from jaxsafe.kernels.selection import layer_shares, magnitude, sparsity
 from jaxsafe.kernels.sums import Scoring, gather
-from jaxsafe.methods.attribution_data import OwnAnswers, draw, own_answers, own_answers_once, pairs_from_file
+from jaxsafe.methods.attribution_data import (
+    OwnAnswers,
+    draw,
+    kept_count,
+    own_answers,
+    own_answers_once,
+    pairs_from_file,
+)
 from jaxsafe.methods.brittleness import (
     DENSE,
     METHODS,
@@ -256,6 +263,23 @@ def test_own_answers_are_kept_by_the_verdict(tmp_path, monkeypatch):
     assert own_answers_once(store, model, PROMPTS, complied) == answered
     with pytest.raises(AssertionError, match="made again"):
         own_answers_once(store, model, PROMPTS[:4], complied)
+
+
+def test_an_answer_that_is_cut_is_no_refusal_for_its_few_words(tmp_path):
+    prompts, long = ["a", "b", "c", "d"], "word " * 25
+    answers = [("Mix flour and water", [9] * 8), ("Oak.", [9] * 3), ("I'm sorry, but", [9] * 8), (long, [9] * 8)]
+    kept = OwnAnswers(judge("wei2024"), refused=False, answer_tokens=8)
+    # The second ends before the limit, so that its length is the model's doing.
+    assert kept.verdicts(prompts, answers) == [False, True, True, False]
+    assert OwnAnswers(judge("scans"), False, 8).verdicts(prompts, answers) == [False, False, True, False]
+    model, store = tiny_chat_model(tmp_path / "model"), Store(tmp_path / "store")
+    by_words = OwnAnswers(judge("wei2024"), refused=False, answer_tokens=5)
+    assert kept_count(store, model, PROMPTS, by_words) is None
+    rows = own_answers_once(store, model, PROMPTS, by_words)
+    # None of the answers has 20 words; all but few are cut.
+    assert len(rows) > len(PROMPTS) / 2
+    assert kept_count(store, model, PROMPTS, by_words) == len(rows)
+    assert kept_count(store, model, PROMPTS[:3], by_words) is None
 
 
 def test_pairs_come_from_a_file_and_draws_follow_numpy(tmp_path):

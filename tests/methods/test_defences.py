@@ -62,6 +62,17 @@ def test_a_grid_of_defences_begins_with_none():
 # Regions
 
 
+def test_no_utility_leaves_the_top_of_safety(material):
+    """(q, 0) keeps exactly q of every matrix, those of the highest safety scores."""
+    for q in (0.1, 0.3, 0.7):
+        kept = flatten(region(material, Keep("weights", (q, 0.0)), 0).mask)
+        scores = flatten(material.scores("safety"))
+        for path in linear_maps(CONFIG):
+            for mask, score in zip(np.asarray(kept[path]), np.asarray(scores[path]), strict=True):
+                assert mask.sum() == int(q * mask.size)
+                assert score[mask].min() >= score[~mask].max()
+
+
 def test_a_control_keeps_as_much_elsewhere(material):
     for original, control in zip(REGIONS[::2], REGIONS[1::2], strict=True):
         ours, random, other = (region(material, d, s) for d, s in ((original, 0), (control, 0), (control, 5)))

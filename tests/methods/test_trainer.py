@@ -285,6 +285,8 @@ def test_learning_rates_by_step():
     assert rates() == [8, 8, 8, 8, 8]
     np.testing.assert_allclose(rates(warmup=2), [0, 4, 8, 8, 8])
     np.testing.assert_allclose(rates(schedule="linear", warmup=2), [0, 4, 8, 4, 0])
+    # Epochs of three steps: torch's StepLR, stepped at the end of each.
+    np.testing.assert_allclose(rates(schedule="stepped", decay=0.5, decay_every=3), [8, 8, 8, 2, 1])
     np.testing.assert_allclose(rates(schedule="cosine", warmup=2), [0, 4, 8, 4, 0], atol=1e-6)
     np.testing.assert_allclose(rates(schedule="cosine")[3], 4 * (1 + np.cos(0.6 * np.pi)), rtol=1e-6)
 
@@ -297,6 +299,8 @@ def test_learning_rates_by_step():
         ({"schedule": "step"}, "'step' .*constant, linear, cosine"),
         ({"warmup": 10, "steps": 10}, "warmup 10 .* 10 steps"),
         ({"checkpoint_every": 0}, "checkpoint_every 0"),
+        ({"decay_every": 0}, "decay_every 0"),
+        ({"decay": 0.0}, "decay 0.0"),
     ],
 )
 def test_settings_that_make_no_run_are_refused(change, words):

@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 from runs import BEST, NOTHING, RUNS, brittleness_run, other_run, rate, replace, scans_run
 
+from jaxsafe.records.run import Scored
 from jaxsafe.report import tables
-from jaxsafe.report.terminal import percent, result_table
+from jaxsafe.report.terminal import percent, result_table, scored_lines
 
 
 def rows_of(run, name):
@@ -96,6 +97,16 @@ def test_terminal_table_has_three_lines_a_variant_at_most_and_controls_below_wha
 
 def test_terminal_table_leaves_out_steps_before_the_last():
     assert "step 5" not in shown(RUNS["attack"]())
+
+
+def test_rows_left_out_are_told_by_side():
+    sides = (Scored("safety", 60, 41, 32, "scans"), Scored("utility", 50, 48, 48, "scans"))
+    run = dataclasses.replace(brittleness_run(), scored=sides)
+    assert scored_lines(run) == [
+        "  safety: scores of 32 rows; 19 of 60 prompts left out, whose answer does not refuse (scans)",
+        "  utility: scores of 48 rows; 2 of 50 prompts left out, whose answer refuses or is blank (scans)",
+    ]
+    assert scored_lines(brittleness_run()) == []
 
 
 def test_terminal_table_of_unmeasured_numbers():

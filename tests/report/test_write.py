@@ -11,7 +11,7 @@ import pytest
 from pages import NASTY, Page
 from runs import RUNS, SAMPLES, brittleness_run, other_run, other_samples, replace, row, sample, save, scans_run
 
-from jaxsafe.records.run import Run, Sample, from_json, plain
+from jaxsafe.records.run import Run, Sample, Scored, from_json, plain
 from jaxsafe.report import plots, write
 from jaxsafe.report.style import DARK, LIGHT
 from jaxsafe.report.write import render, write_report
@@ -82,6 +82,11 @@ def test_page_of_a_task_that_no_page_knows():
     assert "−55 (−67 to −43) p = 0.021 57 stopped, 2 started refusing" in page.texts("td")
     assert "efefef" in "".join(page.texts("small")) and "scores.n" in page.texts("th")
     assert "prompts as they are, greedy answers" in page.texts("dd")
+
+
+def test_rows_left_out_are_told_by_side():
+    run = dataclasses.replace(brittleness_run(), scored=(Scored("safety", 60, 41, 32, "scans"),))
+    assert "safety601932scans" in page_of(run).texts("tr")
 
 
 def test_a_run_of_a_single_variant():
