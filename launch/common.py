@@ -69,6 +69,8 @@ def check_scored(config: ConfigDict) -> None:
         raise ValueError("config.raw_pairs is for config.safety_pairs and config.utility_pairs; neither is given")
     if config.score == "weight_difference" and not config.base_model:
         raise ValueError("config.score 'weight_difference' needs config.base_model, the model before its alignment")
+    if config.get("use_diff") and not config.base_model:
+        raise ValueError("config.use_diff needs config.base_model, the model before its alignment")
     scored_roles(config)
 
 
@@ -201,7 +203,7 @@ def score_settings(config: ConfigDict) -> ScoreSettings:
         config.loss,
         config.per,
         config.score_batch_size,
-        config.get("sequential", False),
+        config.get("use_diff", False),
         config.seed,
         config.batch_size,
     )
