@@ -135,6 +135,7 @@ OTHER = {
     "safety_pairs": lambda pairs: pairs,
     "utility_pairs": lambda pairs: pairs,
     "raw_pairs": True,
+    "score_system": False,
     "samples": 5,
     "answer_tokens": 7,
     "score": "wanda",
@@ -192,6 +193,7 @@ BY_TASK[("overrefusal", "controls")] = False
 BESIDE = {
     "data": {"evaluation": ("advbench#5",)},
     "suffixes": {"settings": ("vanilla", "suffix")},
+    "score_system": {"system": "Be brief."},
     "raw_pairs": {"safety_pairs": lambda pairs: pairs},
     "zero_shot_limit": {"zero_shot": ("boolq",)},
     "ratio": {"poison": lambda pairs: pairs},
