@@ -112,6 +112,7 @@ OTHER = {
     "layers": (1, 2),
     "alpha": 2.0,
     "alpha_rel": 0.2,
+    "share_of": "difference",
     "alpha_grid": (0.5,),
     "kl_limit": 0.2,
     "max_drop": 0.1,
