@@ -16,6 +16,7 @@ from jaxsafe.io.sums import sums_once
 from jaxsafe.kernels.lowrank import (
     Bases,
     act_svd,
+    cut_in_noise,
     random_bases,
     remove_orthogonal,
     remove_ranks,
@@ -475,6 +476,20 @@ def removed(material: Material, point: Point) -> dict[str, Any] | None:
         return {"sparsity": sparsity(mask), "layers": {k: v.tolist() for k, v in layer_shares(mask).items()}}
 
     return material.store.once("removed", [material.model.fingerprint(), material.follows(point)], make, JSON)
+
+
+def noise(material: Material, point: Point) -> float:
+    """The largest share of maps, over the data of `point`, whose ranks are cut where they cannot be told apart.
+
+    Judged by the dense model. 0 where weights are removed, and for controls, whose directions are random.
+    """
+    if not point.of_ranks or point.control is not None:
+        return 0.0
+    ranks = [int(value) for value in point.values]
+    if point.method == "top_ranks":
+        ranks = [material.config.embed - ranks[0]]
+    cuts = zip(point.sides, ranks, strict=True)
+    return max(cut_in_noise(material.config, material.bases(side), r) for side, r in cuts)
 
 
 def mean_ranks(config: ModelConfig, point: Point) -> float | None:

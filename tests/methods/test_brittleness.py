@@ -26,6 +26,7 @@ from jaxsafe.methods.brittleness import (
     family,
     mask_of,
     mean_ranks,
+    noise,
     points,
     removed,
 )
@@ -205,6 +206,14 @@ def test_rank_points_lower_the_rank_of_the_change_only(material, point):
         expected = {"orthogonal": 8, "top_ranks": 4, "bottom_ranks": 8}[point.method]
         assert np.linalg.matrix_rank(change, tol=1e-4) == expected
     assert not np.allclose(params["layers"]["gate"], control["layers"]["gate"], atol=1e-4)
+
+
+def test_ranks_that_end_where_the_data_end_are_noise(material):
+    """24 safety tokens fill 24 of the 32 directions of a map, and all 16 of keys and values."""
+    assert noise(material, Point("top_ranks", (4,))) == noise(material, Point("orthogonal", (16, 8))) == 0
+    assert noise(material, Point("orthogonal", (4, 8), sequential=True)) == pytest.approx(5 / 7)
+    assert noise(material, Point("bottom_ranks", (4,))) == pytest.approx(5 / 7)
+    assert noise(material, Point("orthogonal", (4, 8), 0)) == noise(material, Point("top", (0.1,))) == 0
 
 
 def test_families_name_the_lines_of_the_plot():
