@@ -13,7 +13,8 @@ from jaxsafe.parallel import mesh_lengths
 from jaxsafe.prompts.roles import parse_spec
 
 READINGS = ("auto", "halves", "whole", *PROTOCOLS)
-# Prompt sets: "name", "name/split", a file "mine.csv", "mine.csv:safe" or ":harmful"; "#64" draws 64 by the seed.
+# Prompt sets: "name", "name/split", a file "mine.csv", "mine.csv:safe" or ":harmful"; "#64" draws 64 by the seed,
+# "#first64" takes the first.
 MODEL: Fields = {
     "model": Field("", str, "a folder, a GGUF file, a hub name, or smollm2-135m-instruct"),
     "adapter": Field("", str, "a PEFT adapter (LoRA), a folder or a hub name, merged into the model"),
@@ -85,6 +86,9 @@ SCORING: Fields = {
     ),
     "safety_pairs": Field("", str, "file with the columns prompt and response, in place of safety"),
     "utility_pairs": Field("", str, "file with the columns prompt and response, in place of utility"),
+    "score_system": Field(
+        True, bool, "scored prompts have the system prompt, too, unless their file holds the template"
+    ),
     "raw_pairs": Field(False, bool, "prompts of these files hold the template already"),
     "samples": Field(128, Count, "rows of each side that are scored"),
     "answer_tokens": Field(32, Count, "the most tokens of an own answer"),

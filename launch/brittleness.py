@@ -19,7 +19,19 @@ from jaxsafe.io.hub import located
 from jaxsafe.io.masks import save_mask
 from jaxsafe.kernels.lowrank import energy_shares, subspace_similarity
 from jaxsafe.kernels.selection import jaccard, top
-from jaxsafe.methods.brittleness import METHODS, RANKS, SIDES, Material, Point, edited, points, removed
+from jaxsafe.methods.brittleness import (
+    METHODS,
+    RANKS,
+    SIDES,
+    Material,
+    Point,
+    Protocol,
+    check_blocks,
+    edited,
+    noise,
+    points,
+    removed,
+)
 from jaxsafe.parallel import fetch
 from jaxsafe.records.brittleness import Details, Energy, Overlap, Similarity
 from jaxsafe.records.run import Run
@@ -46,14 +58,18 @@ def check(config: ConfigDict) -> None:
     for n, m in config.n_of_m:
         if n > m:
             raise ValueError(f"config.n_of_m {(n, m)} takes {n} of each {m} weights; need n <= m")
-    if config.sequential and not any(point.sides == SIDES[:1] for point in grid):
-        raise ValueError("config.sequential is for points that safety alone decides, as config.top; there are none")
+    for field in ("by_row", "sequential"):
+        if config[field] and not any(config[method] for method in config[field]):
+            raise ValueError(f"config.{field} names {', '.join(config[field])}, of which there is no point; give one")
     common.check_scored(config)
+    for point in grid:
+        check_blocks(common.score_settings(config), point, bool(config.base_model))
 
 
 def grid_of(config: ConfigDict) -> list[Point]:
     """The dense model and every point with its controls. Raises ValueError for an export that is none of them."""
-    grid = points({name: tuple(config[name]) for name in METHODS}, config.controls)
+    how = Protocol(tuple(config.by_row), tuple(config.sequential))
+    grid = points({name: tuple(config[name]) for name in METHODS}, config.controls, how)
     if config.export and config.export not in {point.name for point in grid}:
         raise ValueError(f"config.export {config.export!r} is no point; there are {[p.name for p in grid]}")
     return grid
@@ -108,7 +124,10 @@ def details_of(config: ConfigDict, material: Material, grid: Sequence[Point]) ->
         width = material.config.embed
         ranks = (*(k for k in (2**i for i in range(14)) if k < width), width)
         energy = Energy(ranks, curve(safety, ranks), curve(utility, ranks))
-    return Details(counts, sparsity, overlap, similarity, energy)
+    noisy = {point.name: share for point in grid if (share := noise(material, point))}
+    for name, share in noisy.items():
+        command.say(f"{name}: in {share:.0%} of the maps the ranks end among directions that float32 cannot tell apart")
+    return Details(counts, sparsity, overlap, similarity, energy, noisy)
 
 
 def by_map(values: dict[str, Any]) -> dict[str, tuple[float, ...]]:

@@ -21,11 +21,17 @@ from jaxsafe.evaluation.zero_shot import LM_EVAL_03, Shuffled
 from jaxsafe.io.hub import Adapted, Named
 from jaxsafe.io.store import Store
 from jaxsafe.kernels.sampling import Decoding, Sampling
-from jaxsafe.methods.attribution_data import OwnAnswers, draw, kept_count, own_answers_once, pairs_from_file
+from jaxsafe.methods.attribution_data import (
+    OwnAnswers,
+    draw,
+    kept_count,
+    own_answers_once,
+    pairs_from_file,
+    prompts_of_pairs,
+)
 from jaxsafe.methods.brittleness import SIDES, Material, ScoreSettings
 from jaxsafe.parallel import banner
-from jaxsafe.prompts.files import read_rows
-from jaxsafe.prompts.roles import Roles, assign_roles
+from jaxsafe.prompts.roles import Roles, assign_roles, check_unseen
 from jaxsafe.prompts.sets import PromptSet
 from jaxsafe.records.run import Run, Scored
 from jaxsafe.report.terminal import result_table, scored_lines
@@ -68,12 +74,12 @@ def check_scored(config: ConfigDict) -> None:
     """Raises ValueError for settings of scores that contradict each other, FileNotFoundError for files."""
     score_settings(config)
     files = [config[f"{side}_pairs"] for side in SIDES if config[f"{side}_pairs"]]
-    for file in files:
-        read_rows(pathlib.Path(file))
     if config.raw_pairs and not files:
         raise ValueError("config.raw_pairs is for config.safety_pairs and config.utility_pairs; neither is given")
     if config.score == "weight_difference" and not config.base_model:
         raise ValueError("config.score 'weight_difference' needs config.base_model, the model before its alignment")
+    if config.get("use_diff") and not config.base_model:
+        raise ValueError("config.use_diff needs config.base_model, the model before its alignment")
     scored_roles(config)
 
 
@@ -183,9 +189,12 @@ def scored_rows(
 ) -> list[Row]:
     """The rows of one side ("safety" or "utility"), from a file or answered by the model and kept in `store`.
 
-    The safety side has prompts that the model refuses, the other side those that it answers. Raises ValueError for a
-    side without prompts, and as `own_answers_once` and `pairs_from_file` do.
+    The safety side has prompts that the model refuses, the other side those that it answers. Asked without its system
+    prompt unless config.score_system. Raises ValueError for a side without prompts, and as `own_answers_once` and
+    `pairs_from_file` do.
     """
+    if not config.score_system:
+        model = model.with_prompt(system=None)
     if file := config[f"{side}_pairs"]:
         return draw(pairs_from_file(model, file, config.raw_pairs), config.samples, config.seed)
     prompts = [prompt for each in sets for prompt in each.prompts]
@@ -218,14 +227,18 @@ def scored_records(config: ConfigDict, model: ChatModel, roles: Roles, store: St
 def scored_roles(config: ConfigDict) -> Roles:
     """Prompt sets by role: scored for safety and for utility, evaluated, and harmless.
 
-    No prompt is both scored and evaluated. Pairs from files have no roles. Raises ValueError where there is nothing
-    to evaluate.
+    No prompt is both scored and evaluated, those of files of pairs included, which have no roles. Raises ValueError
+    where there is nothing to evaluate.
     """
     if not config.evaluation:
         raise ValueError("config.evaluation is empty; name at least one set of harmful prompts")
     scored = {side: () if config[f"{side}_pairs"] else config[side] for side in SIDES}
     evaluate = {name: config[name] for name in ("evaluation", "harmless")}
-    return assign_roles(scored, evaluate, config.data or None, (), config.seed)
+    roles = assign_roles(scored, evaluate, config.data or None, (), config.seed)
+    for file in (config[f"{side}_pairs"] for side in SIDES if config[f"{side}_pairs"]):
+        evaluated = [prompts for name in evaluate for prompts in roles[name]]
+        check_unseen(file, prompts_of_pairs(file), evaluated, config.raw_pairs)
+    return roles
 
 
 def score_settings(config: ConfigDict) -> ScoreSettings:
@@ -236,7 +249,7 @@ def score_settings(config: ConfigDict) -> ScoreSettings:
         config.loss,
         config.per,
         config.score_batch_size,
-        config.get("sequential", False),
+        config.get("use_diff", False),
         config.seed,
         config.batch_size,
     )

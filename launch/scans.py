@@ -76,7 +76,8 @@ def check_kinds(name: str, sets: Sequence[PromptSet]) -> None:
 
 def choice_of(config: ConfigDict) -> Choice | None:
     """The choice that the config makes by itself; see `scans.fixed_choice`."""
-    return scans.fixed_choice(*(config[name] for name in ("alpha", "alpha_rel", "scored", "layers", "threshold")))
+    given = ("alpha", "alpha_rel", "scored", "layers", "threshold", "share_of")
+    return scans.fixed_choice(*(config[name] for name in given))
 
 
 def roles_of(config: ConfigDict, extra: Sequence[PromptSet] = ()) -> Roles:
@@ -141,6 +142,7 @@ def calibration_of(config: ConfigDict, roles: Roles) -> Calibration:
         batch_size=config.batch_size,
         kl_limit=config.kl_limit,
         max_drop=config.max_drop,
+        share_of=config.share_of,
     )
 
 

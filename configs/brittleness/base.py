@@ -3,7 +3,8 @@
 from ml_collections import ConfigDict
 
 from jaxsafe.configs.common import EXAM, MODEL, SCORING, TASKS
-from jaxsafe.configs.fields import Count, Field, Fields, Natural, Share, config_of, with_defaults
+from jaxsafe.configs.fields import Count, Field, Fields, Natural, Share, Texts, config_of, with_defaults
+from jaxsafe.methods.brittleness import GROUPED, IN_BLOCKS
 
 PAIRS = ((0.01, 0.01), (0.02, 0.01), (0.03, 0.02), (0.05, 0.05))
 
@@ -11,7 +12,9 @@ PAIRS = ((0.01, 0.01), (0.02, 0.01), (0.03, 0.02), (0.05, 0.05))
 FIELDS: Fields = {
     **MODEL,
     **SCORING,
-    "sequential": Field(False, bool, "one-sided points: score each block on the model as changed below it"),
+    "use_diff": Field(False, bool, "snip and wanda count with |W - W of base_model| in place of |W|"),
+    "by_row": Field((), Texts, "methods that compare weights by row, whatever per is", GROUPED),
+    "sequential": Field((), Texts, "methods that score each block on the model as changed below it", IN_BLOCKS),
     "set_difference": Field(PAIRS, tuple[tuple[Share, Share], ...], "(q, p): top q of safety and not top p of utility"),
     "top": Field((), tuple[Share, ...], "shares: the weights that matter most to safety"),
     "bottom": Field((), tuple[Share, ...], "shares: the weights that matter least to safety"),

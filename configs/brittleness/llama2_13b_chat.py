@@ -3,7 +3,8 @@
 python -m launch.brittleness --config=configs/brittleness/llama2_13b_chat.py --config.data=DATA_FOLDER \
 --mesh=data:1,model:8 --out=runs/llama2_13b_brittleness
 
-See llama2_7b_chat.py for pairs from files, suffixes and zero-shot tasks.
+llama2_13b_chat.py:published in its place follows the paper's code. See llama2_7b_chat.py for what that is, pairs from
+files, suffixes and zero-shot tasks.
 
 Hardware, in bfloat16: 26 GB of weights, two trees of SNIP scores of 50 GB each: two 80 GB GPUs, or sixteen 16 GB chips.
 
@@ -22,9 +23,9 @@ from ml_collections import ConfigDict
 from jaxsafe.configs.brittleness.llama2_7b_chat import get_config as llama2_7b_chat
 
 
-def get_config() -> ConfigDict:
-    """The paper's grids."""
-    config = llama2_7b_chat()
+def get_config(variant: str = "") -> ConfigDict:
+    """The paper's grids; `variant` "published" follows its code. Raises ValueError for another."""
+    config = llama2_7b_chat(variant)
     config.model = "meta-llama/Llama-2-13b-chat-hf"
     config.orthogonal = ((5000, 3450), (5000, 3600), (5000, 3750), (5000, 3900), (5000, 4400))
     return config

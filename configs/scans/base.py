@@ -7,6 +7,7 @@ from msgspec import Meta
 
 from jaxsafe.configs.common import EXAM, MODEL
 from jaxsafe.configs.fields import Count, Field, Fields, Layers, NotNegative, Share, Texts, config_of, with_defaults
+from jaxsafe.methods.scans import SHARES
 from jaxsafe.prompts.roles import parse_spec
 
 ANCHORS = ("advbench#48", "malicious_instruct#16", "truthfulqa#32", "builtin:plain/anchor#32")
@@ -31,7 +32,8 @@ FIELDS: Fields = {
     "threshold": Field(None, Cosine | None, "cosine from which on a prompt counts as harmful"),
     "layers": Field(None, Layers | None, "layers [first, stop) that are steered"),
     "alpha": Field(None, float | None, "strength in every layer; needs scored, threshold and layers, too"),
-    "alpha_rel": Field(None, float | None, "strength as a share of each layer's mean state; not beside alpha"),
+    "alpha_rel": Field(None, float | None, "strength as a share of each layer's length; not beside alpha"),
+    "share_of": Field("state", str, "whose length: of the mean state, or of the difference of means (eq. 1)", SHARES),
     "alpha_grid": Field((0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1), Grid, "values of alpha_rel to choose from"),
     "kl_limit": Field(0.1, NotNegative, "nats a token, on safe prompts that the model answers anyway"),
     "max_drop": Field(0.05, Share, "of the refusal rate of harmful calibration prompts"),

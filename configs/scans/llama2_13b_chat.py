@@ -21,7 +21,8 @@ Refusals in percent, default -> SCANS (paper, table 2):
     OKTest           20.33 ->  0.33        MaliciousInstruct  100.00 ->  97.00
 
 The published threshold 0.75 was tuned on the test sets, as were 0.65 (LLM-Safeguard) and 0.68 (Held-out) for their two
-further sets. The published cosines were taken in float32 and the answers made in float16. The state of a layer is here
+further sets. The published cosines were taken in float32 and the answers made in float16; the variant does
+both in float32, with twice the memory (--config.dtype=bfloat16 where that is too much). The state of a layer is here
 the residual stream before the final norm, also for the last one, which the published range [10, 19) leaves out.
 """
 

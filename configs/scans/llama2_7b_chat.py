@@ -22,7 +22,7 @@ Refusals in percent, default -> SCANS (paper, table 2):
 
 The published threshold 0.75 was tuned on the test sets, as were 0.70 for their two further sets (LLM-Safeguard,
 Held-out); XSTest's refusals move steeply with it (safe / unsafe 3.6 / 71.0 at 0.80, 33.2 / 99.5 at 0.70, table 7). The
-published cosines were taken in float32 (--config.dtype=float32), and their last layer's state after the final
+variant runs in float32, as published: twice the memory. The published state of the last layer was taken after the final
 norm; here it is the residual stream before that norm, so the score of [10, 32) differs a little.
 """
 
@@ -40,6 +40,7 @@ PUBLISHED: dict[str, Any] = {
     "layers": (10, 20),
     "alpha": 3.5,
     "repetition_penalty": 1.1,
+    "dtype": "float32",
 }
 VARIANTS: dict[str, dict[str, Any]] = {"": {}, "published": PUBLISHED}
 

@@ -27,7 +27,8 @@ Refusals in percent, default -> SCANS (paper, table 2; its XSTest pair is also t
 The published thresholds were tuned on the test sets, one a set, and so were the scored layers: 0.70 with [10, 20) on
 AdvBench and TruthfulQA (the variant's values), 0.60 with [23, 33) on XSTest, 0.62 on OKTest, 0.60 on LLM-Safeguard and
 Held-out, 0.65 with layers 37 and 38 on RepE. Give them by hand with, for example,
---config.evaluation="('xstest',)" --config.threshold=0.6 --config.scored="(23, 33)". The state of a layer is here the
+--config.evaluation="('xstest',)" --config.threshold=0.6 --config.scored="(23, 33)". The variant runs
+in float32, where the published answers were made in float16: twice the memory. The state of a layer is here the
 residual stream before the final norm, also for the last one, which none of the published ranges holds.
 """
 

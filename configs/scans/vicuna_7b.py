@@ -32,8 +32,9 @@ lack the BOS and hold half the system sentence: the scores are not the published
 
 The published thresholds were tuned on the test sets, one a set: 0.75, but 0.65 on OKTest, 0.68 on LLM-Safeguard and
 Held-out, and on XSTest another rule (safe where the cosine of any layer is below 0.6). Give one by hand with, for
-example, --config.evaluation="('oktest',)" --config.threshold=0.65. The published state of the last layer was taken
-after the final norm; here it is the residual stream before that norm.
+example, --config.evaluation="('oktest',)" --config.threshold=0.65. The variant runs in float32, as published: twice
+the memory. The published state of the last layer was taken after the final norm; here it is the residual stream before
+that norm.
 """
 
 from typing import Any

@@ -32,6 +32,9 @@ from jaxsafe.progress import Progress, silent
 
 _EXACT = jax.lax.Precision.HIGHEST
 
+RESOLUTION = 3e-4
+"""The singular value, out of a map's largest, down to which a float32 Gram matrix tells directions apart."""
+
 Count = int | Int[Array, ""]
 """A number of directions, which may be traced."""
 
@@ -299,6 +302,20 @@ def energy_shares(bases: Bases) -> dict[str, Float[Array, "L R"]]:
         path: jnp.cumsum(b.energy, axis=1) / jnp.maximum(b.energy.sum(1, keepdims=True), jnp.finfo(jnp.float32).tiny)
         for path, b in flatten(bases).items()
     }
+
+
+def resolved(bases: Bases) -> dict[str, Int[Array, " L"]]:
+    """{path: [L]} how many directions of each map lie above `RESOLUTION`; the others are noise in their order."""
+    energies = {path: basis.energy for path, basis in flatten(bases).items()}
+    return {path: (e > RESOLUTION**2 * e.max(1, keepdims=True)).sum(1) for path, e in energies.items()}
+
+
+def cut_in_noise(config: ModelConfig, bases: Bases, r: int) -> float:
+    """The share of maps whose directions are cut among those that are not `resolved` where `r` are set aside."""
+    ranks = {path: basis.energy.shape[1] for path, basis in flatten(bases).items()}
+    cuts = {path: int(kept(config, R, r)) for path, R in ranks.items()}
+    lost = [(known < cuts[path]) & (cuts[path] < ranks[path]) for path, known in resolved(bases).items()]
+    return float(jnp.concatenate(lost).mean())
 
 
 def removed_ranks(config: ModelConfig, r_s: int, r_u: int) -> dict[str, int]:

@@ -115,6 +115,11 @@ def own_answers(
     return chosen
 
 
+def prompts_of_pairs(path: str | pathlib.Path) -> list[str]:
+    """The prompts of a file of pairs, in its order. Raises as `pairs_from_file` does, but for lengths."""
+    return [texts["prompt"] for texts in _pairs(path)]
+
+
 def pairs_from_file(model: ChatModel, path: str | pathlib.Path, raw: bool = False) -> list[Row]:
     """Rows of a file with the columns prompt and response, in its order.
 
@@ -122,16 +127,22 @@ def pairs_from_file(model: ChatModel, path: str | pathlib.Path, raw: bool = Fals
     ValueError for a missing column, an empty cell, and a row longer than the context.
     """
     asked = model.with_prompt(raw=raw or model.raw)
-    rows, prompts = [], []
+    pairs = _pairs(path)
+    rows = [asked.row(texts["prompt"], texts["response"]) for texts in pairs]
+    check_context(rows, model.config.context, name=str(path), texts=[texts["prompt"] for texts in pairs])
+    return rows
+
+
+def _pairs(path: str | pathlib.Path) -> list[dict[str, str]]:
+    """The texts of a file of pairs, by column."""
+    pairs = []
     for i, line in enumerate(read_rows(pathlib.Path(path)), 1):
         where = f"{path}, row {i}"
         texts = {name: cell_text(line, name, where, role) if line.get(name) else "" for name, role in PAIR.items()}
         if missing := [name for name, text in texts.items() if not text.strip()]:
             raise ValueError(f"{where}: no {missing[0]}; pairs need the columns prompt and response")
-        rows.append(asked.row(texts["prompt"], texts["response"]))
-        prompts.append(texts["prompt"])
-    check_context(rows, model.config.context, name=str(path), texts=prompts)
-    return rows
+        pairs.append(texts)
+    return pairs
 
 
 def draw(rows: Sequence[Row], n: int, seed: int) -> list[Row]:

@@ -16,6 +16,7 @@ from jaxsafe.io.sums import sums_once
 from jaxsafe.kernels.lowrank import (
     Bases,
     act_svd,
+    cut_in_noise,
     random_bases,
     remove_orthogonal,
     remove_ranks,
@@ -62,7 +63,11 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 """Method -> the numbers that it takes. Fractions are shares, ranks are counted out of the model's width."""
 RANKS = ("orthogonal", "top_ranks", "bottom_ranks")
 TWO_SIDED = ("set_difference", "orthogonal")
-"""Methods that both sides' data decide; of the others, those of scores and ranks can go block by block."""
+"""Methods that both sides' data decide."""
+GROUPED = ("set_difference", "top", "bottom")
+"""Methods that compare weights by group."""
+IN_BLOCKS = ("top", "bottom", "n_of_m", *RANKS)
+"""Methods that can go block by block; a set difference is published of the scores of the dense model alone."""
 SIDES = ("safety", "utility")
 SUMMED = ("snip", "wanda")
 SCORES = (*SUMMED, "magnitude", "weight_difference", "random")
@@ -72,12 +77,16 @@ SCORES = (*SUMMED, "magnitude", "weight_difference", "random")
 class Point:
     """One edit: a `method` with its numbers; `control` is the seed of its random counterpart, None for itself.
 
-    Raises ValueError for an unknown method and for another count of numbers.
+    per: the group in which weights are compared, one of `PER`, None for that of the settings; sequential: whether it
+    goes block by block, each block scored on the model as changed below it. Raises ValueError for an unknown method or
+    group, for another count of numbers, and for a method that knows no such group or order.
     """
 
     method: str
     values: tuple[float, ...] = ()
     control: int | None = None
+    per: str | None = None
+    sequential: bool = False
 
     def __post_init__(self) -> None:
         if self.method == "dense":
@@ -86,6 +95,12 @@ class Point:
             raise ValueError(f"method {self.method!r} is not known; use one of {', '.join(METHODS)}")
         if len(self.values) != len(METHODS[self.method]):
             raise ValueError(f"{self.method} takes {METHODS[self.method]}; got {self.values}")
+        if self.per is not None and self.per not in PER:
+            raise ValueError(f"per {self.per!r} is not known; use one of {', '.join(PER)}")
+        if self.per is not None and self.method not in GROUPED:
+            raise ValueError(f"{self.method} compares no weights per {self.per}; use it with {', '.join(GROUPED)}")
+        if self.sequential and self.method not in IN_BLOCKS:
+            raise ValueError(f"{self.method} does not go block by block; use one of {', '.join(IN_BLOCKS)}")
 
     @property
     def parameters(self) -> dict[str, float]:
@@ -111,6 +126,8 @@ class Point:
     def name(self) -> str:
         """A name that tells it from every other point."""
         words = [self.method.replace("_", " "), *(f"{k}={v:g}" for k, v in self.parameters.items())]
+        words += [f"per {self.per}"] if self.per is not None else []
+        words += ["block by block"] if self.sequential else []
         return " ".join(words if self.control is None else ["random for", *words, f"seed {self.control}"])
 
     @property
@@ -146,12 +163,29 @@ class Point:
 DENSE = Point("dense")
 
 
-def points(methods: Mapping[str, Any], controls: int) -> list[Point]:
+@dataclasses.dataclass(frozen=True)
+class Protocol:
+    """How the points of a sweep are made: `by_row`, the methods that compare weights by row, whatever the group of the
+    others is, and `sequential`, the methods that go block by block.
+
+    Published (arXiv 2402.05162): the set difference per matrix; top and bottom by row; these, and all ranks, block by
+    block.
+    """
+
+    by_row: tuple[str, ...] = ()
+    sequential: tuple[str, ...] = ()
+
+    def point(self, method: str, values: tuple[float, ...]) -> Point:
+        """The point of `method`. Raises ValueError as `Point` does."""
+        return Point(method, values, None, "row" if method in self.by_row else None, method in self.sequential)
+
+
+def points(methods: Mapping[str, Any], controls: int, how: Protocol = Protocol()) -> list[Point]:
     """The dense model, then every point of `methods` {method: its tuples of numbers}, each with its controls."""
     grid = [DENSE]
     for method, values in methods.items():
         for each in values:
-            point = Point(method, tuple(each) if isinstance(each, tuple | list) else (each,))
+            point = how.point(method, tuple(each) if isinstance(each, tuple | list) else (each,))
             grid += [point, *(dataclasses.replace(point, control=seed) for seed in range(controls))]
     return grid
 
@@ -161,10 +195,10 @@ class ScoreSettings:
     """How weights are scored and compared.
 
     score: one of `SCORES`; positions, loss, batch_size: of the sums behind scores and bases (see `Scoring`); per: the
-    group in which weights are compared; sequential: points that the safety data alone decide go block by block, each
-    block scored on the model as changed below it; seed: of random scores and of the probes of heads;
-    probe_batch_size: prompts that heads are read from at a time. Raises ValueError for an unknown name, and for a
-    score that has no place in blocks.
+    group in which weights are compared where a point names none; change:
+    the activation or gradient of snip and wanda counts with |W - W_base| in place of |W|; seed: of random scores and
+    of the probes of heads; probe_batch_size: prompts that heads are read from at a time. Raises ValueError for an
+    unknown name, and for a change by a score that has no data.
     """
 
     score: str = "snip"
@@ -172,7 +206,7 @@ class ScoreSettings:
     loss: str = "mean"
     per: str = "matrix"
     batch_size: int = 8
-    sequential: bool = False
+    change: bool = False
     seed: int = 0
     probe_batch_size: int = 32
 
@@ -180,8 +214,8 @@ class ScoreSettings:
         for name, known in (("score", SCORES), ("per", PER)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not known; use one of {', '.join(known)}")
-        if self.sequential and self.score not in SUMMED:
-            raise ValueError(f"sequential goes with score {' or '.join(map(repr, SUMMED))}, not with {self.score!r}")
+        if self.change and self.score not in SUMMED:
+            raise ValueError(f"change goes with score {' or '.join(map(repr, SUMMED))}, not with {self.score!r}")
         self.scoring("gram")
 
     def scoring(self, kind: str) -> Scoring:
@@ -195,7 +229,7 @@ class Material:
     model: the model that is edited; rows: gives the scored rows of a side, "safety" or "utility"; prompts: of each
     side, for the probes of heads; base: the model whose weights take the place of removed ones and are differed from,
     None for zero; watch: shows how far a stage is. Sums and rankings are kept in `store`. Raises ValueError for a
-    base of another architecture, one beside sequential edits, and none where the score needs it.
+    base of another architecture, and for none where the score needs it.
     """
 
     def __init__(
@@ -210,10 +244,8 @@ class Material:
     ) -> None:
         if base is not None and base.config_sha256() != model.config_sha256():
             raise ValueError(f"the base model {base.name!r} has another architecture than {model.name}")
-        if base is not None and settings.sequential:
-            raise ValueError(f"sequential edits put zeros in the place of weights; give no base model ({base.name!r})")
-        if base is None and settings.score == "weight_difference":
-            raise ValueError("score 'weight_difference' needs a base model")
+        if base is None and (settings.change or settings.score == "weight_difference"):
+            raise ValueError(f"score {settings.score!r}{' of changes' * settings.change} needs a base model")
         self.model, self.store, self.settings, self.base = model, store, settings, base
         self.config: ModelConfig = model.config
         self.params: Params = model.params
@@ -250,13 +282,18 @@ class Material:
                 return weight_difference(self.params, self.base.params)
             case "random":
                 return random_scores(self.config, self.settings.seed + SIDES.index(side), self.model.mesh)
-        return self.statistics(self.settings.score, side).scores(self.config, self.params)
+        weights: Params = self.params
+        if self.settings.change:
+            assert self.base is not None
+            weights = weight_difference(self.params, self.base.params)
+        return self.statistics(self.settings.score, side).scores(self.config, weights)
 
     def about_scores(self, side: str) -> dict[str, Json]:
         """What `save_scores` says of the scores of a side."""
         how, rows = self.settings, self.rows(side) if self.settings.score in SUMMED else []
         return {
             "kind": how.score,
+            "change_from": self.base.fingerprint() if how.change and self.base is not None else None,
             "model": self.model.fingerprint(),
             "data": data_sha256(rows),
             "n": len(rows),
@@ -294,11 +331,15 @@ class Material:
         follows = [self.model.fingerprint(), harmful, benign, self.settings.seed]
         return [(layer, head) for layer, head in self.store.once("heads", follows, make)]
 
-    def sequential(self, kind: str, change: Change) -> Params:
-        """The parameters with `change` applied block by block, each block scored by `kind` as changed below it."""
+    def sequential(self, kind: str, change: Change, sides: Sequence[str]) -> Params:
+        """The parameters with `change` applied block by block, each block scored by `kind` as changed below it.
+
+        `change` gets the statistics of each of the `sides`.
+        """
         with self._watch(f"{kind}, block by block", self.config.layers) as done:
+            rows, *beside = (self.rows(side) for side in sides)
             scoring = self.settings.scoring(kind)
-            return change_blocks(scoring, self.config, self.params, self.rows("safety"), change, done)
+            return change_blocks(scoring, self.config, self.params, rows, change, done, beside)
 
     def follows(self, point: Point) -> Json:
         """What the edit of `point` follows from besides the model, in values of JSON; None for the dense model."""
@@ -311,18 +352,27 @@ class Material:
         kind = "gram" if point.of_ranks else how.score
         if point.of_scores:
             base = None if self.base is None else self.base.fingerprint()
-            made |= {"score": how.score, "per": how.per, "base": base}
+            made |= {"score": how.score, "change": how.change, "per": point.per or how.per, "base": base}
             made |= {"seed": how.seed} if how.score == "random" else {}
         if kind in ("gram", *SUMMED):
             made |= how.scoring(kind).follows
             made |= {"data": {side: data_sha256(self.rows(side)) for side in point.sides}}
-        return made | {"sequential": in_turn(self, point)}
+        return made | {"sequential": in_turn(point)}
 
 
-def in_turn(material: Material, point: Point) -> bool:
-    """Whether a point goes block by block."""
-    possible = point.control is None and len(point.sides) == 1
-    return material.settings.sequential and possible
+def check_blocks(settings: ScoreSettings, point: Point, base: bool) -> None:
+    """Raises ValueError where `point` goes block by block and its score or a base model does not."""
+    if not point.sequential or not point.of_scores:
+        return
+    if settings.score not in SUMMED:
+        raise ValueError(f"{point.name} goes with score {' or '.join(SUMMED)}, not with {settings.score!r}")
+    if base or settings.change:
+        raise ValueError(f"{point.name} puts zeros in the place of weights, scored by |W|; give no base model")
+
+
+def in_turn(point: Point) -> bool:
+    """Whether a point goes block by block; a control is drawn at once."""
+    return point.sequential and point.control is None
 
 
 def mask_of(material: Material, point: Point) -> Mask:
@@ -330,7 +380,7 @@ def mask_of(material: Material, point: Point) -> Mask:
 
     A control removes as many weights of each matrix as its original, at random.
     """
-    config, values, per = material.config, point.values, material.settings.per
+    config, values, per = material.config, point.values, point.per or material.settings.per
     mask: Mask
     match point.method:
         case "set_difference":
@@ -356,22 +406,27 @@ def one_sided(config: ModelConfig, scores: Scores, point: Point, per: str) -> Ma
 
 
 def block_by_block(material: Material, point: Point) -> Params:
-    """The parameters at a one-sided `point` whose blocks are scored on the model as changed below them.
+    """The parameters at `point`, whose blocks are scored on the model as changed below them.
 
-    Source: Wanda (arXiv 2306.11695) and ActSVD as published (arXiv 2402.05162, appendix B).
+    Source: Wanda (arXiv 2306.11695), ActSVD and orthogonal projection as published (arXiv 2402.05162, appendix B).
+    Raises ValueError as `check_blocks` does.
     """
+    check_blocks(material.settings, point, material.base is not None)
 
-    def strip(config: ModelConfig, params: Params, found: Statistics) -> Params:
-        bases = act_svd(config, params, found.sums)
-        return remove_ranks(config, params, bases, int(point.values[0]), top=point.method == "top_ranks")
+    def strip(config: ModelConfig, params: Params, *found: Statistics) -> Params:
+        bases = [act_svd(config, params, each.sums) for each in found]
+        ranks = [int(value) for value in point.values]
+        if point.method == "orthogonal":
+            return remove_orthogonal(config, params, *bases, *ranks)
+        return remove_ranks(config, params, *bases, *ranks, top=point.method == "top_ranks")
 
     def prune(config: ModelConfig, params: Params, found: Statistics) -> Params:
-        scores = found.scores(config, params)
-        return apply_mask(params, one_sided(config, scores, point, material.settings.per))
+        per = point.per or material.settings.per
+        return apply_mask(params, one_sided(config, found.scores(config, params), point, per))
 
     if point.of_ranks:
-        return material.sequential("gram", strip)
-    return material.sequential(material.settings.score, prune)
+        return material.sequential("gram", strip, point.sides)
+    return material.sequential(material.settings.score, prune, point.sides)
 
 
 def edited(material: Material, point: Point) -> tuple[Params, Mask | None]:
@@ -382,7 +437,7 @@ def edited(material: Material, point: Point) -> tuple[Params, Mask | None]:
     config, params = material.config, material.params
     if point == DENSE:
         return params, None
-    if in_turn(material, point):
+    if in_turn(point):
         changed = material.held.pop(point) if point in material.held else block_by_block(material, point)
         return changed, None if point.of_ranks else _changes(params, changed, config)
     if not point.of_ranks:
@@ -413,7 +468,7 @@ def removed(material: Material, point: Point) -> dict[str, Any] | None:
 
     def make() -> Json:
         material.held.clear()
-        if in_turn(material, point):
+        if in_turn(point):
             material.held[point] = block_by_block(material, point)
             mask = _changes(material.params, material.held[point], material.config)
         else:
@@ -421,6 +476,20 @@ def removed(material: Material, point: Point) -> dict[str, Any] | None:
         return {"sparsity": sparsity(mask), "layers": {k: v.tolist() for k, v in layer_shares(mask).items()}}
 
     return material.store.once("removed", [material.model.fingerprint(), material.follows(point)], make, JSON)
+
+
+def noise(material: Material, point: Point) -> float:
+    """The largest share of maps, over the data of `point`, whose ranks are cut where they cannot be told apart.
+
+    Judged by the dense model. 0 where weights are removed, and for controls, whose directions are random.
+    """
+    if not point.of_ranks or point.control is not None:
+        return 0.0
+    ranks = [int(value) for value in point.values]
+    if point.method == "top_ranks":
+        ranks = [material.config.embed - ranks[0]]
+    cuts = zip(point.sides, ranks, strict=True)
+    return max(cut_in_noise(material.config, material.bases(side), r) for side, r in cuts)
 
 
 def mean_ranks(config: ModelConfig, point: Point) -> float | None:
@@ -438,4 +507,5 @@ def family(point: Point, score: str) -> str:
         return "dense"
     if point.control is not None:
         return "random ranks" if point.of_ranks else "random weights"
-    return point.method.replace("_", " ") if point.of_ranks else f"{point.method.replace('_', ' ')} ({score})"
+    words = [point.method.replace("_", " "), *(["block by block"] if point.sequential else [])]
+    return " ".join(words if point.of_ranks else [*words, f"({score})"])

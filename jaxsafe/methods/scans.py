@@ -29,6 +29,8 @@ from jaxsafe.records.scans import Choice, Classifier, Details, Preparation, Scor
 from jaxsafe.rows import Batch, Row, check_context, data_sha256
 
 AFFIRMATIVE = "Sure"
+SHARES = ("state", "difference")
+"""What a relative strength is a share of, layer by layer."""
 # What a projection of refusal looks like among tokens; used to mark a table, never to decide a verdict.
 REFUSAL_STEMS = (
     "refus reject cannot can't impossib deny denied declin sorry apolog unable forbid prohibit not illegal harm danger"
@@ -51,6 +53,16 @@ class Directions:
     residual_norm: np.ndarray
     reference: np.ndarray
     affirmative: np.ndarray
+
+    def lengths(self, share_of: str) -> np.ndarray:
+        """What relative strengths are shares of, float32 [L]: the length of the mean state, or of the difference.
+
+        A share of the "difference" adds that share of the raw vectors of eq. 1, so that layers where the means lie
+        far apart are steered more. Raises ValueError for neither of `SHARES`.
+        """
+        if share_of not in SHARES:
+            raise ValueError(f"share_of {share_of!r} is not known; use one of {', '.join(SHARES)}")
+        return self.residual_norm if share_of == "state" else self.norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +182,7 @@ def fixed_choice(
     scored: Sequence[int] | None,
     layers: Sequence[int] | None,
     threshold: float | None,
+    share_of: str = "state",
 ) -> Choice | None:
     """The choice that a config makes by itself, None where it leaves something to calibration.
 
@@ -177,9 +190,11 @@ def fixed_choice(
     """
     if alpha is not None and alpha_rel is not None:
         raise ValueError(f"config.alpha {alpha:g} and config.alpha_rel {alpha_rel:g} are two strengths; give one")
+    if alpha is not None and share_of != "state":
+        raise ValueError(f"config.alpha {alpha:g} is no share, so config.share_of {share_of!r} would do nothing")
     if scored is not None and layers is not None and threshold is not None and (alpha, alpha_rel) != (None, None):
         ranges = LayerRange.parse(scored, "config.scored"), LayerRange.parse(layers, "config.layers")
-        return Choice(*ranges, threshold, alpha, alpha_rel)
+        return Choice(*ranges, threshold, alpha, alpha_rel, share_of)
     if alpha is not None:
         raise ValueError("config.alpha needs config.layers, config.scored and config.threshold; else give alpha_rel")
     return None
@@ -188,14 +203,17 @@ def fixed_choice(
 def steering_of(directions: Directions, choice: Choice) -> Steering:
     """The `Steering` that averages cosines over the blocks `choice.scored` and adds to the blocks `choice.layers`.
 
-    The strength is `alpha` in every layer (as published), or `alpha_rel` times the mean length of the residual stream
-    of each layer. Raises ValueError unless exactly one is given, and for layers that the model does not have.
+    The strength is `alpha` in every layer (as published), or `alpha_rel` times the layer's length as
+    `Directions.lengths` has it. Raises ValueError unless exactly one is given, and for layers that the model does not
+    have.
     """
     alpha, alpha_rel = choice.alpha, choice.alpha_rel
     if (alpha is None) == (alpha_rel is None):
         raise ValueError(f"give either alpha or alpha_rel, not both and not neither; got {alpha} and {alpha_rel}")
     layers = len(directions.norm)
-    strength = np.full(layers, alpha) if alpha is not None else float(alpha_rel or 0) * directions.residual_norm
+    strength = (
+        np.full(layers, alpha) if alpha is not None else float(alpha_rel or 0) * directions.lengths(choice.share_of)
+    )
     return Steering(
         directions=jnp.asarray(directions.direction),
         reference=jnp.asarray(directions.reference),

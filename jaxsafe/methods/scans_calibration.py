@@ -42,8 +42,8 @@ class Calibration:
     """Labelled prompts that settings are tried on, how answers to them are made and judged, and what is allowed.
 
     kl_limit: nats a token on safe prompts that the model answers anyway; max_drop: of the refusal rate of harmful
-    prompts; broken: tells broken answers, which the unsteered model reads for it and which count as no success. See
-    `of` for whole prompt sets.
+    prompts; broken: tells broken answers, which the unsteered model reads for it and which count as no success;
+    share_of: what strengths are shares of (see `Directions.lengths`). See `of` for whole prompt sets.
     """
 
     prompts: tuple[str, ...]
@@ -54,6 +54,7 @@ class Calibration:
     kl_limit: float = 0.1
     max_drop: float = 0.05
     broken: BrokenJudge = BrokenJudge()
+    share_of: str = "state"
 
     @classmethod
     def of(cls, sets: Sequence[PromptSet], **settings: Any) -> "Calibration":
@@ -167,8 +168,8 @@ def try_strengths(
     hand: InHand = InHand(),
 ) -> Trial:
     """Answers the calibration prompts under each of `settings`, toward refusal and away from it, from one prefill."""
-    whole = LayerRange(0, len(directions.norm))
-    steerings = [steering_of(directions, Choice(whole, layers, 0.0, alpha_rel=a)) for layers, a in settings]
+    whole, share_of = LayerRange(0, len(directions.norm)), calibration.share_of
+    steerings = [steering_of(directions, Choice(whole, layers, 0.0, None, a, share_of)) for layers, a in settings]
     rules = [None, *(signed(steering) for steering in steerings for signed in (toward, away))]
     tried = _tried(model.steered(rules), calibration, hand)
     before, *both = (list(outcomes) for outcomes in zip(*(each.outcomes for each in tried), strict=True))
@@ -309,6 +310,7 @@ def calibrate(
             layers,
             best_outcome(trial, (layers, a), scores, harmful, calibration.max_drop) if threshold is None else threshold,
             alpha_rel=a,
+            share_of=calibration.share_of,
         )
         for layers, a in settings
     ]
@@ -317,10 +319,10 @@ def calibrate(
     answers = Answers((), trial.answers.tokens[some], trial.answers.lengths[some])
     nats = model.steered(steerings).divergences(rows, answers, calibration.batch_size)
     divergences = [float(total) / max(1, answers.written) for total in nats.sum(1)]
-    candidates = []
+    candidates, lengths = [], directions.lengths(calibration.share_of)
     for setting, choice, kl in zip(settings, choices, divergences, strict=True):
         found = shares(outcomes(trial, setting, scores, choice.threshold), harmful)
-        strength = setting[1] * float(directions.residual_norm[setting[0].slice].mean())
+        strength = setting[1] * float(lengths[setting[0].slice].mean())
         rates, allowed = (found.safe_refused, found.harmful_refused, found.accuracy), kl <= calibration.kl_limit
         candidates.append(Candidate(*setting, strength, choice.threshold, *rates, kl, allowed, False, found.broken))
     least = shares(trial.before, harmful).harmful_refused - calibration.max_drop
@@ -361,11 +363,11 @@ def choose_once(
         [calibration.kl_limit, calibration.max_drop],
         [decoding.max_new_tokens, decoding.seed, calibration.batch_size],
         [[float(value) for value in dataclasses.astuple(decoding.sampling)], list(model.tokenizer.eos_ids)],
-        plain([scored, settings, threshold]),
+        plain([scored, settings, threshold, calibration.share_of]),
     ]
     candidates = from_json(store.once("strength", follows, make), tuple[Candidate, ...])
     store.drop("strength", follows, ".jsonl")
     best = next(candidate for candidate in candidates if candidate.chosen)
-    choice = Choice(scored, best.layers, best.threshold, alpha_rel=best.alpha_rel)
+    choice = Choice(scored, best.layers, best.threshold, None, best.alpha_rel, calibration.share_of)
     strength = Strength(calibration.kl_limit, calibration.max_drop, len(calibration.prompts), candidates)
     return choice, strength, scores

@@ -20,9 +20,9 @@ from jaxsafe.model.transformer import Params
 from jaxsafe.progress import Progress, silent
 from jaxsafe.rows import Batch, Row, pad_rows
 
-Change = Callable[[ModelConfig, Params, Statistics], Params]
-"""(configuration of one layer, its weights, its statistics) -> its changed weights; every array keeps a layer axis
-of length 1, so that scores, selection and rank removal apply as they do to a whole model."""
+Change = Callable[..., Params]
+"""(configuration of one layer, its weights, its statistics by each data set) -> its changed weights; every array keeps
+a layer axis of length 1, so that scores, selection and rank removal apply as they do to a whole model."""
 
 
 def change_blocks(
@@ -32,27 +32,36 @@ def change_blocks(
     rows: Sequence[Row],
     change: Change,
     done: Progress = silent,
+    beside: Sequence[Sequence[Row]] = (),
 ) -> dict[str, Any]:
     """`params` with `change` applied to block after block, each with the statistics that it has by then.
 
-    Wanda and Gram sums are read from the kept inputs of the block. SNIP needs the gradient from above, so each block
-    costs a pass of the whole model. `done` is called when a block is finished.
+    `change` gets the statistics of `rows` and of each data set `beside`. Wanda and Gram sums are read from the kept
+    inputs of the block. SNIP needs the gradient from above, so each block costs a pass of the whole model. `done` is
+    called when a block is finished.
     """
     one = dataclasses.replace(config, layers=1)
     reducer = kind_of(scoring.kind).reducer
-    batches = [pad_rows([rows[i] for i in group]) for group in batches_of(scoring, rows)]
-    states = [] if reducer is None else [embed(config, params, jnp.asarray(batch.tokens)) for batch in batches]
+    data = (rows, *beside)
+    batches = [[pad_rows([each[i] for i in group]) for group in batches_of(scoring, each)] for each in data]
+    states = [
+        [] if reducer is None else [embed(config, params, jnp.asarray(batch.tokens)) for batch in own]
+        for own in batches
+    ]
     for layer in range(config.layers):
-        if reducer is None:
-            whole = gather(scoring, config, params, rows)
-            sums = jax.tree.map(lambda a, layer=layer: a[layer : layer + 1], whole.sums)
-        else:
-            shares = [jnp.asarray(counted(batch, scoring.positions), jnp.float32) for batch in batches]
-            reducers = [dict.fromkeys(kind_of(scoring.kind).outline(config), reducer(share)) for share in shares]
-            sums = _block_sums(config, params, layer, states, batches, reducers)
+        found = []
+        for each, own, inputs in zip(data, batches, states, strict=True):
+            if reducer is None:
+                whole = gather(scoring, config, params, each)
+                sums = jax.tree.map(lambda a, layer=layer: a[layer : layer + 1], whole.sums)
+            else:
+                shares = [jnp.asarray(counted(batch, scoring.positions), jnp.float32) for batch in own]
+                reducers = [dict.fromkeys(kind_of(scoring.kind).outline(config), reducer(share)) for share in shares]
+                sums = _block_sums(config, params, layer, inputs, own, reducers)
+            found.append(Statistics(scoring.kind, sums, len(each)))
         slot = slice(layer, layer + 1)
         view = {"layers": jax.tree.map(lambda a, slot=slot: a[slot], dict(params["layers"]))}
-        new = change(one, view, Statistics(scoring.kind, sums, len(rows)))
+        new = change(one, view, *found)
         put = {
             name: stack.at[slot].set(new["layers"][name]) if new["layers"][name] is not view["layers"][name] else stack
             for name, stack in params["layers"].items()
@@ -60,8 +69,11 @@ def change_blocks(
         params = {**params, "layers": put}
         weights = layer_of(params, layer)
         states = [
-            run_block(config, weights, layer, x, jnp.asarray(batch.valid))[0]
-            for x, batch in zip(states, batches, strict=False)
+            [
+                run_block(config, weights, layer, x, jnp.asarray(batch.valid))[0]
+                for x, batch in zip(inputs, own, strict=False)
+            ]
+            for inputs, own in zip(states, batches, strict=True)
         ]
         jax.block_until_ready((params, states))
         done(1)

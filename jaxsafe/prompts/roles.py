@@ -20,7 +20,7 @@ COLUMNS = r"(?:@(?P<columns>[^#]+))?"
 class Spec:
     """A prompt set as a config names it: a `name` with its `split`, or a file (`name` its path) with a label.
 
-    columns: those that it names itself; n: how many prompts are drawn.
+    columns: those that it names itself; n: how many prompts are drawn, or with `first`, are taken from the beginning.
     """
 
     name: str
@@ -29,28 +29,30 @@ class Spec:
     is_file: bool = False
     harmful: bool | None = None
     columns: Columns = Columns()
+    first: bool = False
 
 
 def parse_spec(text: str) -> Spec:
     """Reads "name", "name/split" or "file.csv", the latter with ":harmful" or ":safe".
 
-    Each may name its columns behind that, as in "file.csv@prompt=turns,label=unsafe,kind=topic", and may end in "#64".
+    Each may name its columns behind that, as in "file.csv@prompt=turns,label=unsafe,kind=topic", and may end in "#64"
+    or "#first64".
     Raises ValueError for anything else.
     """
-    match = re.fullmatch(rf"(?:{FILES}|{NAMES}){COLUMNS}(?:#(?P<n>\d+))?", text.strip())
+    match = re.fullmatch(rf"(?:{FILES}|{NAMES}){COLUMNS}(?:#(?P<first>first)?(?P<n>\d+))?", text.strip())
     if match is None:
         raise ValueError(
             f"prompt set {text!r} is not name, name/split or a file such as x.csv:safe (each may name its columns, "
-            "as in x.csv@prompt=question,label=harmful, and may end in #64)"
+            "as in x.csv@prompt=question,label=harmful, and may end in #64 or #first64)"
         )
-    n = int(match["n"]) if match["n"] else None
+    n, first = int(match["n"]) if match["n"] else None, bool(match["first"])
     columns = _columns(text, match["columns"])
     if match["file"]:
         if match["label"] and columns.label:
             raise ValueError(f"prompt set {text!r} has one label for all and a column of labels; give one of them")
         label = {None: None, "harmful": True, "safe": False}[match["label"]]
-        return Spec(match["file"], n=n, is_file=True, harmful=label, columns=columns)
-    return Spec(match["name"], match["split"], n, columns=columns)
+        return Spec(match["file"], n=n, is_file=True, harmful=label, columns=columns, first=first)
+    return Spec(match["name"], match["split"], n, columns=columns, first=first)
 
 
 def _columns(text: str, said: str | None) -> Columns:
@@ -81,7 +83,8 @@ def assign_roles(
     """Loads the sets of each role and checks that no prompt has two; roles that evaluate may share prompts.
 
     "name#64" draws 64 prompts by `seed`, of those that no earlier role took from the same set and that no
-    evaluation set of another name holds; a set without a number gives all that are left. `extra` are further sets of
+    evaluation set of another name holds; "name#first64" takes the first 64 of the set, which none may have taken; a
+    set without a number gives all that are left. `extra` are further sets of
     the first role that evaluates. Raises ValueError where sets of different names share a prompt across roles, and
     where a draw asks for more than there is.
     """
@@ -95,7 +98,8 @@ def assign_roles(
         whole = load_spec(spec, folder)
         others = [s for name, s in measured if name != spec.name] if spec.n and not evaluates else []
         avoided = used.union(*({normalised(p) for p in s.prompts} for s in others))
-        left = whole.select([normalised(p) not in avoided for p in whole.prompts])
+        reach = spec.n if spec.first and spec.n else len(whole)
+        left = whole.select([i < reach and normalised(p) not in avoided for i, p in enumerate(whole.prompts)])
         if not len(left) or (spec.n is not None and spec.n > len(left)):
             asked = spec.n or "some"
             raise ValueError(f"prompt set {text!r} has {len(left)} prompts left to draw from; {asked} are asked")
@@ -112,6 +116,22 @@ def assign_roles(
         for a, b in itertools.product(first, second):
             check_disjoint(a, b)
     return roles | tests
+
+
+def check_unseen(name: str, texts: Sequence[str], evaluated: Sequence[PromptSet], within: bool = False) -> None:
+    """Raises ValueError where the `texts` of `name` hold a prompt that is evaluated, compared by `normalised`.
+
+    `within`: texts hold the marks of a template around their prompts.
+    """
+    seen = [normalised(text) for text in texts]
+    whole, exact = "\n".join(f" {text} " for text in seen), set(seen)
+    for prompts in evaluated:
+        found = [p for p in prompts.prompts if (f" {normalised(p)} " in whole if within else normalised(p) in exact)]
+        if found:
+            raise ValueError(
+                f"{name} and {prompts.name} share {len(found)} prompts, for example {found[0]!r}; what is scored must "
+                "not be evaluated"
+            )
 
 
 def labelled(sets: Sequence[PromptSet]) -> tuple[list[str], list[bool]]:

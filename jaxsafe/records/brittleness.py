@@ -50,7 +50,8 @@ class Details:
     """Of a run on brittleness.
 
     scored: rows that scores are made from, by side ("safety", "utility"); sparsity: shares of the weights that each
-    variant removes, a number a layer, by map, by variant.
+    variant removes, a number a layer, by map, by variant; noise: the share of maps whose ranks a variant cuts where
+    float32 does not tell directions apart, by variant that does so.
     """
 
     scored: dict[str, int]
@@ -58,3 +59,4 @@ class Details:
     overlap: Overlap | None = None
     similarity: Similarity | None = None
     energy: Energy | None = None
+    noise: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -135,16 +135,21 @@ class Strength:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What the steered variant steers with: `alpha` (absolute) or `alpha_rel` (out of the residual's length)."""
+    """What the steered variant steers with: `alpha` (absolute), or `alpha_rel` of the length of a layer's state.
+
+    share_of: "difference" takes `alpha_rel` of the length of the layer's difference of means instead.
+    """
 
     scored: LayerRange
     layers: LayerRange
     threshold: float
     alpha: float | None = None
     alpha_rel: float | None = None
+    share_of: str = "state"
 
     def __str__(self) -> str:
-        strength = f"alpha_rel {self.alpha_rel:g}" if self.alpha is None else f"alpha {self.alpha:g}"
+        of = "" if self.share_of == "state" else f" of the {self.share_of}"
+        strength = f"alpha_rel {self.alpha_rel:g}{of}" if self.alpha is None else f"alpha {self.alpha:g}"
         return f"steered layers {self.layers} with {strength}; harmful from score {self.threshold:.3f} on"
 
 

@@ -17,6 +17,7 @@ from jaxsafe.kernels.lowrank import (
     act_svd,
     basis_of,
     by_layers,
+    cut_in_noise,
     energy_shares,
     kept,
     layer_axes,
@@ -24,6 +25,7 @@ from jaxsafe.kernels.lowrank import (
     remove_orthogonal,
     remove_ranks,
     removed_ranks,
+    resolved,
     subspace_similarity,
 )
 from jaxsafe.model.weights import flatten, linear_maps, shardings
@@ -247,6 +249,16 @@ def test_similarity_is_one_for_the_same_span_and_that_of_the_definition():
     for path, layer in ALL:
         a, b = (np.asarray(flatten(bases(w))[path].vectors[layer, :, :5], np.float64) for w in ("safety", "utility"))
         np.testing.assert_allclose(found[path][layer], np.linalg.norm(a.T @ b) ** 2 / 5, atol=1e-5)
+
+
+def test_ranks_that_end_in_noise_are_counted():
+    """Singular values fall by a decade a direction: 1e-3 is told from noise, 1e-4 is not."""
+    energy = jnp.asarray(np.stack([10.0 ** (-2.0 * np.arange(32)), np.ones(32)]), jnp.float32)
+    bases = {"layers": {name: Basis(jnp.zeros((2, 32, 32)), energy) for name in ("o", "down")}}
+    assert [count.tolist() for count in resolved(bases).values()] == [[4, 32]] * 2
+    wide = tiny_config(layers=2, embed=32)
+    # What is kept is the width less r.
+    assert [cut_in_noise(wide, bases, r) for r in (0, 1, 27, 28, 31)] == [0, 0.5, 0.5, 0, 0]
 
 
 def test_energy_shares_rise_to_one():

@@ -1,6 +1,7 @@
 """The brittleness run, from pairs to report and export."""
 
 import csv
+import importlib
 
 import numpy as np
 import pytest
@@ -86,6 +87,35 @@ def test_own_answers_that_are_left_out_are_counted(config, tmp_path):
     assert config.judge == "wei2024" and config.scoring_judge == "scans"
     assert found == Scored("utility", len(PROMPTS), len(kept), 3, "scans") and len(rows) == 3
     assert found.dropped == len(PROMPTS) - len(kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama2_7b_chat", "llama2_13b_chat"])
+def test_the_published_variants_run_from_pairs_to_report(name, config, tmp_path):
+    """On a small model of Llama's shape: every table's points, by their own orders and groups, in one sweep."""
+    c = importlib.import_module(f"configs.brittleness.{name}").get_config("published")
+    c.model, c.dtype, c.data = config.model, "float32", ""
+    c.safety_pairs, c.utility_pairs = config.safety_pairs, config.utility_pairs
+    c.evaluation, c.max_new_tokens, c.passages, c.controls = ("builtin:harmful/test#first3",), 2, 0, 0
+    c.set_difference, c.orthogonal, c.top, c.bottom = ((0.05, 0.02),), ((16, 8),), (0.05,), (0.1,)
+    c.top_ranks, c.bottom_ranks, c.similarity_rank = (1,), (2,), 4
+    record = run(c, load_chat_model(c.model, system=c.system), tmp_path / "out", Clock())
+    assert [result.variant.name for result in record.results] == [
+        "dense",
+        "set difference q=0.05 p=0.02",
+        "top fraction=0.05 per row block by block",
+        "bottom fraction=0.1 per row block by block",
+        "orthogonal r_s=16 r_u=8 block by block",
+        "top ranks rank=1 block by block",
+        "bottom ranks rank=2 block by block",
+    ]
+    for result in record.results:
+        rates = {f"asr_wei2024/{setting}" for setting in ("vanilla", "vanilla_no_system", "decoding_mean")}
+        assert rates <= result.rates.keys()
+    asked = {sample.prompt for sample in read_samples(tmp_path / "out")}
+    assert len(asked) == 3 and (tmp_path / "out/report.html").is_file()
+    again = run(c, load_chat_model(c.model, system=c.system), tmp_path / "out", Clock())
+    assert again.results == record.results
 
 
 def test_bad_settings_are_refused_before_anything_is_made(config, tmp_path):

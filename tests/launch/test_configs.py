@@ -45,7 +45,7 @@ def test_has_the_fields_and_types_of_the_base(name, variant):
         assert config.get_type(field) is whole.get_type(field), field
     assert config.model.count("/") == 1
     stored_in_float16 = config.model.startswith(("meta-llama/Llama-2", "lmsys/"))
-    assert config.dtype == ("bfloat16" if stored_in_float16 else "auto")
+    assert config.dtype == ("float32" if variant else "bfloat16" if stored_in_float16 else "auto")
     assert config.evaluation == ("xstest", "oktest", "advbench", "malicious_instruct", "truthfulqa")
 
 

@@ -11,6 +11,7 @@ from jaxsafe.evaluation.judges.keyword import judge
 from jaxsafe.io.masks import load_scores, save_scores
 from jaxsafe.io.store import Store
 from jaxsafe.kernels.importance import snip_scores, wanda_scores
+from jaxsafe.kernels.lowrank import act_svd, remove_orthogonal
 from jaxsafe.kernels.selection import layer_shares, magnitude, sparsity
 from jaxsafe.kernels.sums import Scoring, gather
 from jaxsafe.methods.attribution_data import (
@@ -26,11 +27,13 @@ from jaxsafe.methods.brittleness import (
     METHODS,
     Material,
     Point,
+    Protocol,
     ScoreSettings,
     edited,
     family,
     mask_of,
     mean_ranks,
+    noise,
     points,
     removed,
 )
@@ -112,28 +115,92 @@ def test_a_point_zeroes_its_mask_and_its_control_as_many_elsewhere(material, poi
     )
 
 
-@pytest.mark.parametrize("point", [Point("bottom", (0.25,)), Point("top_ranks", (4,))])
-def test_one_sided_points_can_go_block_by_block(model, point, tmp_path):
-    at_once, in_turn = (
-        Material(model, SIDES.get, Store(tmp_path), ScoreSettings("wanda", sequential=sequential))
-        for sequential in (False, True)
-    )
-    assert at_once.follows(point) != in_turn.follows(point)
-    (new, mask), (plain, _) = (edited(m, point) for m in (in_turn, at_once))
+@pytest.mark.parametrize(
+    "point", [Point("bottom", (0.25,), per="row"), Point("top_ranks", (4,)), Point("orthogonal", (16, 8))]
+)
+def test_a_point_can_go_block_by_block(model, point, tmp_path):
+    made = Material(model, SIDES.get, Store(tmp_path), ScoreSettings("wanda"))
+    at_once, point = point, dataclasses.replace(point, sequential=True)
+    assert made.follows(point) != made.follows(at_once) and point.name == f"{at_once.name} block by block"
+    (new, mask), (plain, _) = (edited(made, each) for each in (point, at_once))
     assert (mask is None) == point.of_ranks
     if mask is not None:
-        np.testing.assert_allclose(sparsity(mask), 0.25, atol=0.01)
+        rows = np.asarray(mask["layers"]["down"]).sum(1)  # [layer, output]
+        assert (rows == int(mask["layers"]["down"].shape[1] * 0.25)).all()
     down, other = (np.asarray(p["layers"]["down"]) for p in (new, plain))
     np.testing.assert_allclose(down[0], other[0], atol=1e-5)
     assert np.abs(down[-1] - other[-1]).max() > 1e-3, "the last block did not see what the others lost"
     assert new["embed"] is model.params["embed"]
     # What it removes is known without making it twice.
-    found = removed(in_turn, point)
+    found = removed(made, point)
     assert found == (None if mask is None else {"sparsity": sparsity(mask), "layers": found["layers"]})
-    assert list(in_turn.held) == ([] if mask is None else [point])
-    again, _ = edited(in_turn, point)
+    assert list(made.held) == ([] if mask is None else [point])
+    again, _ = edited(made, point)
     np.testing.assert_array_equal(again["layers"]["down"], new["layers"]["down"])
-    assert not in_turn.held
+    assert not made.held
+
+
+def test_an_orthogonal_point_in_blocks_is_a_loop_over_the_changed_model(material):
+    """Against a loop that decomposes the whole, already changed, model anew for every block, by both data sets."""
+    point = Point("orthogonal", (16, 8), sequential=True)
+    params, scoring = PARAMS, material.settings.scoring("gram")
+    for layer in range(CONFIG.layers):
+        bases = [act_svd(CONFIG, params, gather(scoring, CONFIG, params, rows).sums) for rows in SIDES.values()]
+        changed = remove_orthogonal(CONFIG, params, *bases, 16, 8)
+        layers = {name: old.at[layer].set(changed["layers"][name][layer]) for name, old in params["layers"].items()}
+        params = {**params, "layers": layers}
+    found, _ = edited(material, point)
+    for path, wanted in flatten(params).items():
+        np.testing.assert_allclose(flatten(found)[path], wanted, atol=2e-4, err_msg=path)
+    assert np.abs(np.asarray(found["layers"]["up"] - PARAMS["layers"]["up"])).max() > 0.01
+
+
+def test_one_sweep_holds_several_protocols(material):
+    how = Protocol(by_row=("top",), sequential=("top", "orthogonal"))
+    grid = points({"set_difference": ((0.1, 0.2),), "top": (0.1,), "orthogonal": ((16, 8),)}, 1, how)
+    assert [p.name for p in grid if p.control is None] == [
+        "dense",
+        "set difference q=0.1 p=0.2",
+        "top fraction=0.1 per row block by block",
+        "orthogonal r_s=16 r_u=8 block by block",
+    ]
+    assert all(p.original in grid for p in grid)
+    assert len({json.dumps(material.follows(p)) for p in grid}) == len(grid)
+    by_row = np.asarray(mask_of(material, Point("top", (0.1,), per="row"))["layers"]["down"]).sum(1)
+    by_matrix = np.asarray(mask_of(material, Point("top", (0.1,)))["layers"]["down"]).sum(1)
+    assert len(set(by_row.ravel().tolist())) == 1 < len(set(by_matrix.ravel().tolist()))
+    for wrong, said in [
+        (("heads", (1,), None, "row"), "heads compares no weights per row"),
+        (("top", (0.1,), None, "layer"), "per 'layer' is not known"),
+        (("set_difference", (0.1, 0.1), None, None, True), "set_difference does not go block by block"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            Point(*wrong)
+
+
+@pytest.mark.parametrize("score", ["snip", "wanda"])
+def test_scores_can_count_the_change_of_weights(model, material, tmp_path, score):
+    (tmp_path / "base").mkdir()
+    base = tiny_chat_model(tmp_path / "base", seed=1)
+    settings = [ScoreSettings(score, change=change) for change in (False, True)]
+    plain, changed = (Material(model, SIDES.get, material.store, how, base=base) for how in settings)
+    point = Point("top", (0.1,))
+    assert plain.follows(point) != changed.follows(point)
+    sums = changed.statistics(score, "safety").sums
+    for path, weight in linear_maps(CONFIG).items():
+        W, old = (np.asarray(flatten(m.params)[path], np.float64) for m in (model, base))
+        if score == "snip":
+            importance = np.asarray(flatten(sums)[path], np.float64) / len(SIDES["safety"])
+        else:
+            inputs = W.reshape(CONFIG.layers, -1).shape[1] // np.prod(W.shape[-len(weight.outputs) :])
+            norm = np.sqrt(np.asarray(sums[str(weight.tap)], np.float64) / len(SIDES["safety"]))
+            assert norm.shape == (CONFIG.layers, inputs)
+            importance = norm.reshape(CONFIG.layers, *W.shape[1 : 1 + len(weight.inputs)], *[1] * len(weight.outputs))
+        np.testing.assert_allclose(
+            flatten(changed.scores("safety"))[path], np.abs(W - old) * importance, rtol=1e-5, atol=1e-9
+        )
+    with pytest.raises(ValueError, match=f"score '{score}' of changes needs a base model"):
+        Material(model, SIDES.get, material.store, settings[1])
 
 
 @pytest.mark.parametrize("point", [Point("orthogonal", (16, 8)), Point("top_ranks", (4,)), Point("bottom_ranks", (8,))])
@@ -146,6 +213,14 @@ def test_rank_points_lower_the_rank_of_the_change_only(material, point):
         expected = {"orthogonal": 8, "top_ranks": 4, "bottom_ranks": 8}[point.method]
         assert np.linalg.matrix_rank(change, tol=1e-4) == expected
     assert not np.allclose(params["layers"]["gate"], control["layers"]["gate"], atol=1e-4)
+
+
+def test_ranks_that_end_where_the_data_end_are_noise(material):
+    """24 safety tokens fill 24 of the 32 directions of a map, and all 16 of keys and values."""
+    assert noise(material, Point("top_ranks", (4,))) == noise(material, Point("orthogonal", (16, 8))) == 0
+    assert noise(material, Point("orthogonal", (4, 8), sequential=True)) == pytest.approx(5 / 7)
+    assert noise(material, Point("bottom_ranks", (4,))) == pytest.approx(5 / 7)
+    assert noise(material, Point("orthogonal", (4, 8), 0)) == noise(material, Point("top", (0.1,))) == 0
 
 
 def test_families_name_the_lines_of_the_plot():
@@ -194,7 +269,7 @@ def test_material_that_makes_no_sense_is_refused(model, tmp_path):
     for change, said in [
         ({"score": "snap"}, "score 'snap' is not known; use one of snip, wanda, magnitude"),
         ({"per": "layer"}, "per 'layer' is not known; use one of row, matrix, model"),
-        ({"score": "random", "sequential": True}, "sequential goes with score 'snip' or 'wanda', not with 'random'"),
+        ({"score": "random", "change": True}, "change goes with score 'snip' or 'wanda', not with 'random'"),
         ({"positions": "answer"}, "positions 'answer' is not known"),
     ]:
         with pytest.raises(ValueError, match=said):
@@ -204,8 +279,11 @@ def test_material_that_makes_no_sense_is_refused(model, tmp_path):
     (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match="the base model 'tiny' has another architecture than tiny"):
         Material(model, never, Store(tmp_path), base=tiny_chat_model(tmp_path / "other", layers=2))
+    in_blocks = Point("top", (0.1,), sequential=True)
     with pytest.raises(ValueError, match="give no base model"):
-        Material(model, never, Store(tmp_path), ScoreSettings(sequential=True), base=model)
+        edited(Material(model, never, Store(tmp_path), base=model), in_blocks)
+    with pytest.raises(ValueError, match="goes with score snip or wanda, not with 'random'"):
+        edited(Material(model, never, Store(tmp_path), ScoreSettings("random")), in_blocks)
 
 
 def test_removed_weights_become_those_of_the_base_model(model, tmp_path):

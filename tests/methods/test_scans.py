@@ -175,6 +175,22 @@ def test_a_config_that_says_all_needs_no_calibration(name):
     assert fixed_choice(None, None, (0, 3), (1, 3), 0.0) is None
 
 
+def test_a_share_of_the_difference_adds_the_raw_vectors(directions, slow):
+    """Against the means themselves: eq. 1 without the division by its length."""
+    raw = slow[0][:4].mean(0) - slow[0][4:8].mean(0)
+    steering = steering_of(directions, Choice(WHOLE, LAST, 0.0, None, 0.5, "difference"))
+    added = np.asarray(steering.strength)[:, None] * np.asarray(steering.directions)
+    np.testing.assert_allclose(added[1:], 0.5 * raw[1:], rtol=1e-4, atol=1e-5)
+    assert not added[0].any()
+    given = (None, 0.5, (0, 3), (1, 3), 0.0, "difference")
+    assert fixed_choice(*given) == Choice(WHOLE, LAST, 0.0, None, 0.5, "difference")
+    assert str(fixed_choice(*given)).startswith("steered layers 1 to 2 with alpha_rel 0.5 of the difference; ")
+    with pytest.raises(ValueError, match=r"config\.alpha 2 is no share, so config.share_of 'difference' would do noth"):
+        fixed_choice(2.0, None, *given[2:])
+    with pytest.raises(ValueError, match="share_of 'norm' is not known; use one of state, difference"):
+        directions.lengths("norm")
+
+
 @pytest.mark.parametrize("missing", ["scored", "layers", "threshold"])
 def test_an_absolute_strength_leaves_nothing_to_calibration(missing):
     given = {"scored": (0, 3), "layers": (1, 3), "threshold": 0.1} | {missing: None}

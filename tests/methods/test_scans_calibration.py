@@ -324,6 +324,26 @@ def test_calibration_chooses_among_its_candidates(model, directions, scores, tri
         calibrate(*given, dataclasses.replace(CALIBRATION, kl_limit=0.0))
 
 
+def test_strengths_can_be_shares_of_the_difference(model, directions, scores):
+    """The same strengths, told by the other length, do the same."""
+    layers = LayerRange(1, 2)
+    length = {share_of: float(directions.lengths(share_of)[1]) for share_of in ("state", "difference")}
+    by_state, by_difference = (
+        calibrate(
+            model,
+            directions,
+            (WHOLE, scores),
+            [(layers, 0.5 / length[share_of])],
+            dataclasses.replace(CALIBRATION, share_of=share_of, kl_limit=99.0),
+            threshold=0.1,
+        )[0]
+        for share_of in length
+    )
+    assert by_state.alpha_rel != pytest.approx(by_difference.alpha_rel)
+    assert by_difference.alpha == pytest.approx(by_state.alpha) == pytest.approx(0.5)
+    assert by_difference.kl_benign == pytest.approx(by_state.kl_benign, rel=1e-3) and by_state.kl_benign > 0
+
+
 def test_exactly_one_of_equal_candidates_is_chosen(model, directions, scores):
     tried = calibrate(model, directions, (WHOLE, scores), [SETTINGS[0]] * 2, CALIBRATION)
     assert [c.chosen for c in tried] == [True, False]
