@@ -116,7 +116,10 @@ def sides(torch: Any, path: Any, tokens: np.ndarray, R: int, dtype: str) -> tupl
     """The run of each side on `tokens` int [B, T], of which the last R are answers."""
     import transformers
 
-    (B, T), (config, params) = tokens.shape, load_hf(path, dtype)
+    B, T = tokens.shape
+    # Weights that bfloat16 holds exactly would not move in its passes before steps add up to half of its spacing.
+    config, params = load_hf(path, "float32")
+    config = dataclasses.replace(config, dtype=dtype)
     batch = Batch(tokens, np.ones((B, T), bool), np.full(B, T - R - 1, np.int32))
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     ids = torch.from_numpy(tokens.astype(np.int64))

@@ -27,7 +27,7 @@ What stays otherwise than in the code: sums and projections are float32 (theirs 
 a randomised decomposition), answers at temperature 1 are other draws.
 
 Hardware, in bfloat16: 13.5 GB of weights; SNIP adds two trees of float32 scores, 26 GB each: one 80 GB GPU, or eight
-16 GB chips with --mesh=data:1,model:8. Grams of ActSVD take 22 GB (4 bytes x 32 x (3 x 4096^2 + 11008^2)).
+16 GB chips with --mesh=data:1,model:8. Grams of ActSVD take 8.6 GB (4 bytes x 32 x 4 x 4096^2).
 
 Published, SNIP set difference with p and q in percent (table 6a), and orthogonal projection (table 7a); ASR of the
 settings vanilla / suffix / decoding_mean, zero-shot accuracy (dense: 0.00 / 0.09 / 0.27 in a reproduction, 0.58):
