@@ -147,7 +147,7 @@ def as_json(found: Plan, device: Chip) -> str:
     return json.dumps(content | summary | {"seconds": found.seconds(device)})
 
 
-def markdown_table(names: Sequence[str], work: Work, devices: Sequence[Any]) -> str:
+def markdown_table(names: Sequence[str], tasks: Sequence[str], work: Work, devices: Sequence[Any]) -> str:
     """For every model and task the smallest slice of each chip, with its mesh (data x model) and the roofline time."""
     lines = [
         "| model | task | " + " | ".join(CHIPS) + " |",
@@ -155,7 +155,7 @@ def markdown_table(names: Sequence[str], work: Work, devices: Sequence[Any]) -> 
     ]
     for name in names:
         known: dict[Any, Plan] = {}
-        for task in TASKS:
+        for task in tasks:
             found = [smallest(preset(name), each, task, work, devices, known) for each in CHIPS.values()]
             cells = [
                 "-" if p is None else f"{p.mesh['data']}x{p.mesh['model']}: {seconds(p.seconds(each))}"
@@ -173,7 +173,7 @@ def main() -> None:
     if TABLE.value:
         jax.config.update("jax_num_cpu_devices", MOST_DEVICES)
         names = MODEL.value.split(",") if MODEL.value else TABLE_MODELS
-        print(markdown_table(names, work, jax.devices()), end="")
+        print(markdown_table(names, TASK.value or list(TASKS), work, jax.devices()), end="")
         return
     config, device, asked = model_config(MODEL.value, CONFIG.value), chip(DEVICE.value), flags.FLAGS["mesh"].value or ""
     lengths = mesh_lengths(asked)
