@@ -14,8 +14,9 @@ python -m launch.brittleness --config=configs/brittleness/llama2_7b_chat.py:publ
 follows the paper's code: it asks the first 100 lines of AdvBench, under "vanilla" with Llama-2's system prompt and
 under the others without; scores the pairs of the published files (safety-full or safety-short, and Alpaca without
 safety), whose prompts hold the template and no system prompt; takes the set difference per matrix from the dense model,
-as the code does (the paper's text: by row), and top, ranks and orthogonal projection block by block, top by row. For
-the points of the other end: --config.bottom="(0.1,)" --config.bottom_ranks="(100,)".
+as the code does (the paper's text: by row), and top, ranks and orthogonal projection block by block, top by row; reads
+the text of --config.text=FILE in windows of the context, and asks the questions of a task in the code's order. For the
+points of the other end: --config.bottom="(0.1,)" --config.bottom_ranks="(100,)".
 
 DATA_FOLDER holds the published AdvBench file. Adversarial suffixes are the user's, in both variants:
 --config.settings="('vanilla','suffix','decoding')" --config.suffixes=FILE (the published rate is the largest over the
@@ -69,6 +70,8 @@ PUBLISHED: dict[str, Any] = {
     "per": "matrix",
     "by_row": ("top", "bottom"),
     "sequential": ("top", "bottom", "top_ranks", "bottom_ranks", "orthogonal"),
+    "reading": "wei2024",
+    "zero_shot_order": "lm_eval_0.3",
 }
 VARIANTS: dict[str, dict[str, Any]] = {"": {}, "published": PUBLISHED}
 

@@ -40,6 +40,7 @@ PUBLISHED: dict[str, Any] = {
     "layers": (10, 20),
     "alpha": 3.5,
     "repetition_penalty": 1.1,
+    "reading": "scans",
     "dtype": "float32",
 }
 VARIANTS: dict[str, dict[str, Any]] = {"": {}, "published": PUBLISHED}

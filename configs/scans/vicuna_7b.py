@@ -53,7 +53,7 @@ CHAT_TEMPLATE = """\
 {% endif %}\
 {% endfor %}\
 {% if add_generation_prompt %}ASSISTANT:{% endif %}"""
-VARIANTS: dict[str, dict[str, Any]] = {"": {}, "published": PUBLISHED | {"alpha": 4.0}}
+VARIANTS: dict[str, dict[str, Any]] = {"": {}, "published": PUBLISHED | {"alpha": 4.0, "reading": "scans_vicuna"}}
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -1,6 +1,7 @@
 """The launch scripts as a person meets them: a run from start to report, resumption, and bad input."""
 
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -76,6 +77,29 @@ def test_what_a_run_says_of_its_answers_follows_from_them(config, tmp_path):
     for sample in samples["SCANS"]:
         assert sample.steered_as_harmful is (sample.score >= found.choice.threshold)
     assert list(found.classifier.test.scores) == [s.score for s in samples["SCANS"]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama2_7b_chat", "llama2_13b_chat", "vicuna_7b", "vicuna_13b"])
+def test_the_published_variants_run_on_a_small_model(name, config, tmp_path):
+    c = importlib.import_module(f"configs.scans.{name}").get_config("published")
+    c.model, c.batch_size, c.max_new_tokens, c.scored, c.layers, c.window, c.passages = (
+        config.model,
+        8,
+        4,
+        (1, 3),
+        (1, 2),
+        60,
+        2,
+    )
+    c.anchors, c.evaluation, c.harmless, c.data = config.anchors, config.evaluation, (), ""
+    check(c)
+    template = c.chat_template or None
+    model = load_chat_model(c.model, c.dtype, template=template, system=c.system)
+    record = run(c, model, roles_of(c), tmp_path, Clock())
+    assert [result.variant.name for result in record.results] == ["as it is", "SCANS"]
+    assert details(record).choice.threshold == c.threshold and details(record).preparation is not None
+    assert all(result.perplexity and result.perplexity_tokens for result in record.results)
 
 
 @pytest.mark.parametrize("own", [False, True])
