@@ -41,6 +41,7 @@ PUBLISHED: dict[str, Any] = {
     "alpha": 3.5,
     "repetition_penalty": 1.1,
     "dtype": "float32",
+    "expected": ("arXiv 2408.11491, table 2, Llama-2-7B",),
 }
 VARIANTS: dict[str, dict[str, Any]] = {"": {}, "published": PUBLISHED}
 
