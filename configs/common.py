@@ -2,6 +2,7 @@
 
 from jaxsafe.chat.tokenizer import template_arg
 from jaxsafe.configs.fields import Count, Field, Fields, Natural, Positive, SomeTexts, Texts
+from jaxsafe.configs.published import TABLES
 from jaxsafe.evaluation.judges.keyword import JUDGES
 from jaxsafe.evaluation.settings import SETTINGS
 from jaxsafe.evaluation.windows import PROTOCOLS
@@ -66,6 +67,13 @@ EXAM: Fields = {
     "window": Field(0, Natural, "tokens of a window; 0: as published, the context or 2048 (wei2024, scans)"),
 }
 """What every variant is put to."""
+
+EXPECTED: Fields = {
+    "expected": Field(
+        (), Texts, "tables of a paper that the report holds the run against", tuple(TABLES), identifies=False
+    ),
+}
+"""For tasks that a paper has tables of."""
 
 TASKS: Fields = {
     "zero_shot": Field((), Texts, 'tasks of lm-eval, as ("boolq", "rte"); needs the extra "eval"'),

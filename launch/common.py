@@ -12,6 +12,7 @@ from rich.console import Console
 
 from jaxsafe.chat.model import ChatModel, load_chat_model
 from jaxsafe.chat.tokenizer import template_args
+from jaxsafe.configs.published import TABLES
 from jaxsafe.devices import multiplies_bfloat16
 from jaxsafe.evaluation.judges.keyword import judge
 from jaxsafe.evaluation.language import Reading, builtin_prose, load_passages, text_rows
@@ -33,7 +34,7 @@ from jaxsafe.methods.brittleness import SIDES, Material, ScoreSettings
 from jaxsafe.parallel import banner
 from jaxsafe.prompts.roles import Roles, assign_roles, check_unseen
 from jaxsafe.prompts.sets import PromptSet
-from jaxsafe.records.run import Run, Scored
+from jaxsafe.records.run import PublishedTable, Run, Scored
 from jaxsafe.report.terminal import result_table, scored_lines
 from jaxsafe.rows import Row
 from jaxsafe.study.exam import Exam
@@ -276,11 +277,17 @@ def finish(study: Study, task: str, config: ConfigDict, roles: Roles, clock: Clo
     for tokens in study.tokens:
         clock.count("exam_s", tokens)
     run = record(study, task, config.to_dict(), data_records(roles), details)
-    run = dataclasses.replace(run, scored=scored_records(config, study.model, roles, study.store))
+    scored = scored_records(config, study.model, roles, study.store)
+    run = dataclasses.replace(run, scored=scored, published=published(config))
     files = {"samples": "samples.jsonl", "report": "report.html"}
     run = timed(run, clock.record(study.model.config, config.batch_size), files)
     write_run(study.out, run, study)
     return run
+
+
+def published(config: ConfigDict) -> tuple[PublishedTable, ...]:
+    """The tables that the config holds the run against."""
+    return tuple(TABLES[source] for source in config.get("expected", ()))
 
 
 def show(run: Run, out: pathlib.Path) -> None:

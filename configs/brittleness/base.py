@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from jaxsafe.configs.common import EXAM, MODEL, SCORING, TASKS
+from jaxsafe.configs.common import EXAM, EXPECTED, MODEL, SCORING, TASKS
 from jaxsafe.configs.fields import Count, Field, Fields, Natural, Share, Texts, config_of, with_defaults
 from jaxsafe.methods.brittleness import GROUPED, IN_BLOCKS
 
@@ -24,6 +24,7 @@ FIELDS: Fields = {
     "top_ranks": Field((), tuple[Count, ...], "numbers of ranks that safety data uses most"),
     "bottom_ranks": Field((), tuple[Count, ...], "numbers of ranks that safety data uses least"),
     "controls": Field(1, Natural, "random counterparts of every point"),
+    **EXPECTED,
     **with_defaults(EXAM, settings=("vanilla", "decoding")),
     **TASKS,
     "similarity_rank": Field(100, Count, "of the subspace similarity"),

@@ -28,4 +28,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config = llama2_7b_chat(variant)
     config.model = "meta-llama/Llama-2-13b-chat-hf"
     config.orthogonal = ((5000, 3450), (5000, 3600), (5000, 3750), (5000, 3900), (5000, 4400))
+    if variant:
+        config.expected = ("arXiv 2402.05162, table 7b",)
     return config

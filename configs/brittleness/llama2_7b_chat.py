@@ -69,6 +69,7 @@ PUBLISHED: dict[str, Any] = {
     "settings": ("vanilla", "vanilla_no_system", "decoding"),
     "per": "matrix",
     "by_row": ("top", "bottom"),
+    "expected": ("arXiv 2402.05162, table 6a", "arXiv 2402.05162, table 7a"),
     "sequential": ("top", "bottom", "top_ranks", "bottom_ranks", "orthogonal"),
     "reading": "wei2024",
     "zero_shot_order": "lm_eval_0.3",

@@ -5,7 +5,7 @@ from typing import Annotated
 from ml_collections import ConfigDict
 from msgspec import Meta
 
-from jaxsafe.configs.common import EXAM, MODEL
+from jaxsafe.configs.common import EXAM, EXPECTED, MODEL
 from jaxsafe.configs.fields import Count, Field, Fields, Layers, NotNegative, Share, Texts, config_of, with_defaults
 from jaxsafe.methods.scans import SHARES
 from jaxsafe.prompts.roles import parse_spec
@@ -24,6 +24,7 @@ Grid = Annotated[tuple[float, ...], Meta(min_length=1)]
 
 FIELDS: Fields = {
     **MODEL,
+    **EXPECTED,
     **with_defaults(EXAM, evaluation=PUBLISHED_SETS, harmless=(), judge="scans"),
     "anchors": Field(ANCHORS, Texts, "prompt sets that refusal directions are made from", entry=parse_spec),
     "calibration": Field(CALIBRATION, Texts, "prompt sets on which what is open is chosen", entry=parse_spec),

@@ -33,7 +33,8 @@ from ml_collections import ConfigDict
 from jaxsafe.configs.scans.base import base
 from jaxsafe.configs.scans.llama2_7b_chat import PUBLISHED
 
-VARIANTS: dict[str, dict[str, Any]] = {"": {}, "published": PUBLISHED | {"scored": (10, 19)}}
+CHOICES: dict[str, Any] = {"scored": (10, 19), "expected": ("arXiv 2408.11491, table 2, Llama-2-13B",)}
+VARIANTS: dict[str, dict[str, Any]] = {"": {}, "published": PUBLISHED | CHOICES}
 
 
 def get_config(variant: str = "") -> ConfigDict:

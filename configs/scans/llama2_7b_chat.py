@@ -42,6 +42,7 @@ PUBLISHED: dict[str, Any] = {
     "repetition_penalty": 1.1,
     "reading": "scans",
     "dtype": "float32",
+    "expected": ("arXiv 2408.11491, table 2, Llama-2-7B",),
 }
 VARIANTS: dict[str, dict[str, Any]] = {"": {}, "published": PUBLISHED}
 

@@ -40,7 +40,13 @@ from jaxsafe.configs.scans.base import base
 from jaxsafe.configs.scans.llama2_7b_chat import PUBLISHED
 from jaxsafe.configs.scans.vicuna_7b import CHAT_TEMPLATE
 
-CHOICES = {"alpha": 4.0, "reading": "scans_vicuna", "scored": (10, 20), "threshold": 0.70}
+CHOICES: dict[str, Any] = {
+    "alpha": 4.0,
+    "reading": "scans_vicuna",
+    "scored": (10, 20),
+    "threshold": 0.70,
+    "expected": ("arXiv 2408.11491, table 2, Vicuna-13B",),
+}
 VARIANTS: dict[str, dict[str, Any]] = {"": {}, "published": PUBLISHED | CHOICES}
 
 

@@ -53,7 +53,12 @@ CHAT_TEMPLATE = """\
 {% endif %}\
 {% endfor %}\
 {% if add_generation_prompt %}ASSISTANT:{% endif %}"""
-VARIANTS: dict[str, dict[str, Any]] = {"": {}, "published": PUBLISHED | {"alpha": 4.0, "reading": "scans_vicuna"}}
+CHOICES: dict[str, Any] = {
+    "alpha": 4.0,
+    "reading": "scans_vicuna",
+    "expected": ("arXiv 2408.11491, table 2, Vicuna-7B",),
+}
+VARIANTS: dict[str, dict[str, Any]] = {"": {}, "published": PUBLISHED | CHOICES}
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -100,44 +100,58 @@ def plan(config: ModelConfig, mesh: Mesh, task: str, work: Work, described: Sequ
     `described` are devices of a chip's own compiler (`jax.experimental.topologies`), as many as the mesh has; they
     give the temporaries. Raises ValueError for an unknown task and for rows that do not divide over the data axis.
     """
+    rough = outline(config, mesh, task, work)
+    compiled = TASKS[task](dataclasses.replace(config, dtype="float32"), mesh, work)
+    own = compiled if described is None else TASKS[task](config, make_mesh(mesh.shape, described), work)
+    item = jnp.dtype(config.dtype).itemsize / 4
+    steps = tuple(_with_compiled(*each, item) for each in zip(rough.steps, compiled, own, strict=True))
+    return dataclasses.replace(rough, steps=steps)
+
+
+def outline(config: ModelConfig, mesh: Mesh, task: str, work: Work) -> Plan:
+    """The plan of `task` without what a compiler alone knows, temporaries and what is sent; nothing is compiled.
+
+    Raises ValueError as `plan`.
+    """
     if task not in TASKS:
         raise ValueError(f"task {task!r} is not known; use one of {', '.join(TASKS)}")
     rows = work.batch if task == "generation" else work.sample_batch
     if rows % mesh.shape["data"]:
         raise ValueError(f"a batch of {rows} rows does not divide over {mesh.shape['data']} devices of the data axis")
-    programs = TASKS[task](config, mesh, work)
-    compiled = TASKS[task](dataclasses.replace(config, dtype="float32"), mesh, work)
-    own = compiled if described is None else TASKS[task](config, make_mesh(mesh.shape, described), work)
-    item = jnp.dtype(config.dtype).itemsize / 4
-    steps = tuple(_step(*each, item) for each in zip(programs, compiled, own, strict=True))
-    return Plan(task, dict(mesh.shape), steps)
+    return Plan(task, dict(mesh.shape), tuple(map(_outlined, TASKS[task](config, mesh, work))))
 
 
-def _step(program: Program, in_float32: Program, own: Program, item: float) -> Step:
+def _outlined(program: Program) -> Step:
+    groups = {name: device_bytes(tree) for name, tree in program.groups.items()}
+    return Step(
+        name=program.name,
+        runs=program.runs,
+        groups=groups,
+        temporaries=0.0,
+        flops=program.flops,
+        exact=program.exact,
+        moved=sum(times * groups[name] for name, times in program.touched.items()),
+        collectives=(),
+        instructions=0,
+        compile_seconds=0.0,
+    )
+
+
+def _with_compiled(step: Step, in_float32: Program, own: Program, item: float) -> Step:
     start = time.perf_counter()
     compiled = in_float32.compile()
     took = time.perf_counter() - start
     text = compiled.as_text()
     stats = (compiled if own is in_float32 else own.compile()).memory_analysis()
     made = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    groups = {name: device_bytes(tree) for name, tree in program.groups.items()}
-    return Step(
-        name=program.name,
-        runs=program.runs,
-        groups=groups,
+    found = collectives(text, in_float32.turn)
+    return dataclasses.replace(
+        step,
         temporaries=max(made - device_bytes(own.covered), 0.0),
-        flops=program.flops,
-        exact=program.exact,
-        moved=sum(times * groups[name] for name, times in program.touched.items()),
-        collectives=tuple(Collectives(c.kind, c.count, item * c.bytes) for c in collectives(text, program.turn)),
+        collectives=tuple(Collectives(c.kind, c.count, item * c.bytes) for c in found),
         instructions=text.count(" = "),
         compile_seconds=took,
     )
-
-
-def held(config: ModelConfig, mesh: Mesh, task: str, work: Work) -> float:
-    """Bytes of every group that a device holds, without temporaries; nothing is compiled."""
-    return max(sum(map(device_bytes, p.groups.values())) for p in TASKS[task](config, mesh, work))
 
 
 def meshes(config: ModelConfig, devices: int, batch: int) -> Iterator[dict[str, int]]:
@@ -166,7 +180,7 @@ def smallest(
     rows = work.batch if task == "generation" else work.sample_batch
     for lengths in meshes(config, len(devices), rows):
         mesh = make_mesh(lengths, devices[: math.prod(lengths.values())])
-        if held(config, mesh, task, work) > FILLED * chip.memory:
+        if not outline(config, mesh, task, work).fits(chip):
             continue
         key = task, tuple(lengths.values())
         if key not in known:

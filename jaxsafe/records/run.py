@@ -264,12 +264,33 @@ class Scored:
 
 
 @dataclasses.dataclass(frozen=True)
+class PublishedRate:
+    """One number of a paper, by the names of the run's own table.
+
+    group: of variants; rate: its name among theirs; value: in [0, 1].
+    """
+
+    group: str
+    rate: str
+    value: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PublishedTable:
+    """A table of a paper; source: which one; tasks: those that its zero-shot accuracy is the mean of."""
+
+    source: str
+    rates: tuple[PublishedRate, ...]
+    tasks: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Run:
     """A finished run: named variants of one model put to one exam.
 
     judge, broken_judge: what told refusals and broken answers; new_tokens: how long an answer may be; scored: of the
-    sides that own answers were made for; details: what is
-    the task's own, a type of `jaxsafe.records.<task>` in values of JSON, empty for others.
+    sides that own answers were made for; published: what a paper gives for these variants; details: what is the task's
+    own, a type of `jaxsafe.records.<task>` in values of JSON, empty for others.
     """
 
     task: str
@@ -287,6 +308,7 @@ class Run:
     files: dict[str, str] = dataclasses.field(default_factory=dict)
     details: dict[str, Json] = dataclasses.field(default_factory=dict)
     scored: tuple[Scored, ...] = ()
+    published: tuple[PublishedTable, ...] = ()
     schema: int = SCHEMA
 
     def row(self, group: str) -> TableRow:

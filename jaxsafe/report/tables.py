@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from jaxsafe.records.run import Comparison, Difference, Json, Rate, Run, TableRow, to_json
 from jaxsafe.report.page import is_number, number, p_value, words
+from jaxsafe.report.published import Beside, beside
 from jaxsafe.report.sections import columns, rate_label
 
 Cell = str | float | int | None
@@ -13,12 +14,14 @@ Cell = str | float | int | None
 
 def files(run: Run) -> dict[str, str]:
     """Name of a file -> its text."""
-    return {
+    published = [_published(row) for row in beside(run)]
+    named = {
         "results.csv": _csv([_result(run, row) for row in run.table]),
         "results.tex": results_tex(run),
         "comparisons.csv": _csv([_comparison(*entry) for entry in _compared(run)]),
         "comparisons.tex": comparisons_tex(run),
     }
+    return named | ({"published.csv": _csv(published)} if published else {})
 
 
 def _csv(rows: Sequence[Mapping[str, Cell]]) -> str:
@@ -39,6 +42,13 @@ def _result(run: Run, row: TableRow) -> dict[str, Cell]:
     for name in dict.fromkeys(name for other in run.table for name in other.rates):
         cells |= _rate(name, row.rates.get(name))
     return cells
+
+
+def _published(row: Beside) -> dict[str, Cell]:
+    """A published rate beside ours, None where the run has no such rate."""
+    cells: dict[str, Cell] = {"source": row.source, "group": row.published.group, "rate": row.published.rate}
+    cells |= {"published": row.published.value, "difference": row.difference, "within": row.within}
+    return cells | _rate("ours", row.ours)
 
 
 def _plain(value: Json) -> Cell:

@@ -10,6 +10,7 @@ from jaxsafe.report import attack, brittleness, overrefusal, scans, sections, ta
 from jaxsafe.report.answers import VERDICTS, judgement, reading, side_by_side, verdict
 from jaxsafe.report.own import Own
 from jaxsafe.report.page import page, words
+from jaxsafe.report.published import beside
 from jaxsafe.report.style import Drawing
 
 LISTED = 200
@@ -66,6 +67,7 @@ def render(run: Run, samples: Sequence[Sample]) -> tuple[str, list[Drawing]]:
         columns=named,
         rate_label=lambda name: sections.rate_label(name, [*named.main, *named.other]),
         notes=sections.notes(named.main),
+        published=beside(run),
         damaged_above=sections.DAMAGED,
         main_comparison=sections.main_comparison,
         prompts_words=sections.prompts_words,

@@ -97,6 +97,7 @@ OTHER = {
     "settings": ("vanilla", "decoding"),
     "suffixes": lambda pairs: pairs,
     "judge": "wei2024",
+    "expected": ("arXiv 2402.05162, table 6a",),
     "batch_size": 4,
     "max_new_tokens": 5,
     "repetition_penalty": 1.2,
@@ -283,7 +284,7 @@ def seen(model, monkeypatch):
 
     def finished(study, task, config, roles, clock, details=None):
         datasets = common.data_records(roles)
-        seen.note("finish", task, described(datasets), described(details))
+        seen.note("finish", task, described(datasets), described(details), described(common.published(config)))
 
     monkeypatch.setattr(common, "load_chat_model", loaded)
     monkeypatch.setattr(command, "mesh_of", lambda *asked: seen.note("mesh", *map(str, asked)))

@@ -22,7 +22,7 @@ from jaxsafe.model.transformer import forward
 from jaxsafe.parallel import default_mesh, make_mesh, mesh_lengths, parse_mesh, undivided
 from jaxsafe.plan.collectives import collectives, sent
 from jaxsafe.plan.costs import decomposition_flops, flops
-from jaxsafe.plan.plan import meshes, plan, smallest
+from jaxsafe.plan.plan import meshes, outline, plan, smallest
 from jaxsafe.plan.tasks import TASKS, Work, device_bytes, parameters
 from launch.plan import model_config
 
@@ -121,6 +121,11 @@ def test_every_task_has_a_plan(task, mesh):
     assert all(any(c.bytes > 0 for c in step.collectives) for step in found.steps if step.name != "decompositions")
     assert found.memory >= max(sum(step.groups.values()) for step in found.steps)
     assert 0 < found.seconds(chip("v5p")) < found.seconds(chip("v5e"))
+    rough = outline(WIDE, parse_mesh(mesh), task, WORK)
+    for step, known in zip(rough.steps, found.steps, strict=True):
+        assert (step.groups, step.flops, step.moved) == (known.groups, known.flops, known.moved)
+        assert (step.temporaries, step.collectives) == (0, ())
+    assert 0 < rough.seconds(chip("v5e")) <= found.seconds(chip("v5e")) and rough.memory < found.memory
 
 
 def test_a_model_in_bfloat16_holds_and_sends_half():
