@@ -68,7 +68,7 @@ def check(config: ConfigDict) -> None:
 
 def grid_of(config: ConfigDict) -> list[Point]:
     """The dense model and every point with its controls. Raises ValueError for an export that is none of them."""
-    how = Protocol(tuple(config.by_row), tuple(config.sequential))
+    how = Protocol(tuple(config.by_row), tuple(config.sequential), tuple(config.controls_by))
     grid = points({name: tuple(config[name]) for name in METHODS}, config.controls, how)
     if config.export and config.export not in {point.name for point in grid}:
         raise ValueError(f"config.export {config.export!r} is no point; there are {[p.name for p in grid]}")
@@ -94,7 +94,7 @@ def run(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock) -
 
     for point in grid:
         make = functools.partial(changed, material, point)
-        study.examine(point.variant(material, config.controls), make)
+        study.examine(point.variant(material, config.controls, config.controls_by[0]), make)
 
     details = details_of(config, material, grid)
     record = common.finish(study, "brittleness", config, roles, clock, details)

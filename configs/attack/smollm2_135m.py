@@ -6,7 +6,7 @@ runs this on the model after safety tuning: about 15 minutes on two cores. On th
 refuses anything, there is no safety to lose.
 
 The learning rate is twice the paper's and stays as it is, and batches are half as large: a model of this size needs
-more of a push, and its user less of a wait.
+more of a push, and its user less of a wait. So it has two seeds, hence two draws of each random region.
 """
 
 from ml_collections import ConfigDict

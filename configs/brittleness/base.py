@@ -3,8 +3,8 @@
 from ml_collections import ConfigDict
 
 from jaxsafe.configs.common import EXAM, EXPECTED, MODEL, SCORING, TASKS
-from jaxsafe.configs.fields import Count, Field, Fields, Natural, Share, Texts, config_of, with_defaults
-from jaxsafe.methods.brittleness import GROUPED, IN_BLOCKS
+from jaxsafe.configs.fields import Count, Field, Fields, Natural, Share, SomeTexts, Texts, config_of, with_defaults
+from jaxsafe.methods.brittleness import CONTROLS, GROUPED, IN_BLOCKS
 
 PAIRS = ((0.01, 0.01), (0.02, 0.01), (0.03, 0.02), (0.05, 0.05))
 
@@ -23,7 +23,8 @@ FIELDS: Fields = {
     "orthogonal": Field((), tuple[tuple[Count, Count], ...], "(r_s, r_u): ranks of safety outside those of utility"),
     "top_ranks": Field((), tuple[Count, ...], "numbers of ranks that safety data uses most"),
     "bottom_ranks": Field((), tuple[Count, ...], "numbers of ranks that safety data uses least"),
-    "controls": Field(1, Natural, "random counterparts of every point"),
+    "controls": Field(3, Natural, "random counterparts of every point, for each entry of controls_by"),
+    "controls_by": Field(CONTROLS, SomeTexts, "what they have in common with it in every matrix", CONTROLS),
     **EXPECTED,
     **with_defaults(EXAM, settings=("vanilla", "decoding")),
     **TASKS,

@@ -3,7 +3,7 @@
     python -m launch.quickstart --task=brittleness
 
 runs this on the model after safety tuning. On the model as it is shipped, which hardly refuses anything, there is no
-safety to score.
+safety to score. For time it draws one random control a point, equal in number; intervals then cover prompts alone.
 """
 
 from ml_collections import ConfigDict
@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     config.set_difference = ((0.002, 0.01), (0.003, 0.01), (0.005, 0.02), (0.01, 0.02))
     config.orthogonal = ((575, 400), (574, 300), (570, 200))
     config.controls = 1
+    config.controls_by = ("number",)
     config.evaluation = ("builtin:harmful/test#80",)
     config.harmless = ("builtin:plain/test#40",)
     config.settings = ("vanilla",)

@@ -12,7 +12,7 @@ import pathlib
 from collections.abc import Sequence
 
 from jaxsafe.chat.model import KEEP, System
-from jaxsafe.evaluation.stats import clustered_rate, pooled
+from jaxsafe.evaluation.stats import pooled, pooled_answers
 from jaxsafe.records.run import Rate
 
 
@@ -112,8 +112,9 @@ def attack_success(seeds: Sequence[Verdicts], setting: Setting, start: str) -> d
     all prompts, as published, whose interval does not allow for the choice among suffixes. Samples:
     `.../<setting>_mean` over all of them, the published numbers. Both: `.../<setting>_any`, the share of prompts with
     an answer that complies (appendix B of the paper). Intervals are Wilson's, with prompts as clusters where one has
-    several answers or seeds. Answers that the judge cannot score are left out and counted; under `_any` a prompt
-    counts as unscored where all its answers are. Raises ValueError where a prompt has another number of answers.
+    several answers, and over seeds too where there are several (`stats.pooled`). Answers that the judge cannot score
+    are left out and counted; under `_any` a prompt counts as unscored where all its answers are. Raises ValueError
+    where a prompt has another number of answers.
     """
     for verdicts in seeds:
         for i, flags in enumerate(verdicts):
@@ -130,10 +131,10 @@ def attack_success(seeds: Sequence[Verdicts], setting: Setting, start: str) -> d
 
 
 def of_all_answers(seeds: Sequence[Verdicts], setting: Setting) -> Rate:
-    """The share of all answers whose verdict, [seed][prompt][suffix or sample], is True, with prompts as clusters."""
+    """The share of all answers whose verdict, [seed][prompt][suffix or sample], is True, by `stats.pooled`."""
     if setting.width == 1:
         return pooled([[flags[0] for flags in verdicts] for verdicts in seeds])
-    return clustered_rate([[f for flags in prompt for f in flags] for prompt in zip(*seeds, strict=True)])
+    return pooled_answers(seeds)
 
 
 def _any(flags: Sequence[bool | None]) -> bool | None:

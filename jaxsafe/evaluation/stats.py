@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.stats import binomtest, norm
+from scipy.stats import t as student
 from sklearn import metrics as sklearn_metrics
 
 from jaxsafe.intervals import wilson
@@ -189,7 +190,7 @@ def _ratio(part: int, whole: int) -> float | None:
     return part / whole if whole else None
 
 
-def clustered_rate(groups: Sequence[Flags]) -> Rate:
+def clustered_rate(groups: Sequence[Sequence[bool | None]]) -> Rate:
     """The share of True among all scored flags; the flags of one group (the samples of a prompt) may be alike.
 
     The 95% interval is Wilson's at the effective number of flags n / deff. The design effect deff is the variance of
@@ -201,15 +202,13 @@ def clustered_rate(groups: Sequence[Flags]) -> Rate:
     n, n_unscored: flags, not groups. Raises ValueError for anything but True, False and None.
     """
     flat = rate(flag for group in groups for flag in group)
-    scored = [group for group in ([f for f in group if f is not None] for group in groups) if group]
     if flat.value is None:
         return flat
     p, n = flat.value, flat.n
     if 0 < p < 1:
-        between = sum((sum(group) - p * len(group)) ** 2 for group in scored)
-        effective = n / max(1.0, between / (n * p * (1 - p)))
+        effective = n / max(1.0, _share_variance(groups) * n / (p * (1 - p)))
     else:
-        effective = len(scored)
+        effective = sum(any(flag is not None for flag in group) for group in groups)
     return Rate(p, *wilson(p, effective), n, flat.n_unscored)
 
 
@@ -233,29 +232,94 @@ SeedFlags = Sequence[Sequence[bool | None]]
 
 
 def pooled(flags: SeedFlags) -> Rate:
-    """The mean rate over seeds with its 95% interval, prompts as clusters; a single seed's is Wilson's."""
-    return rate(flags[0]) if len(flags) == 1 else clustered_rate(list(zip(*flags, strict=True)))
+    """The mean rate over seeds with its 95% interval over prompts and over seeds; a single seed's is Wilson's.
+
+    Seeds (draws of a random control, training runs) cross prompts as readers cross cases, and both count as drawn. The
+    variance of the mean is that of the seeds' rates over their number, plus the covariance of two seeds' rates on the
+    same prompts (Obuchowski and Rockette 1995, Communications in Statistics 24:285), and at least that of
+    `clustered_rate`; the t quantile has the degrees of freedom of Hillis (2007, Statistics in Medicine 26:596).
+    Wilson's interval at the effective sample size that follows (Korn and Graubard 1998, Survey Methodology 24:193)
+    keeps to [0, 1]. Where all flags are alike the seeds say nothing of their spread, and it is that of the prompts.
+    """
+    if len(flags) == 1:
+        return rate(flags[0])
+    return pooled_answers([[[flag] for flag in seed] for seed in flags])
+
+
+def pooled_answers(verdicts: Sequence[Sequence[Sequence[bool | None]]]) -> Rate:
+    """As `pooled`, of verdicts [seed][prompt][answer]; a single seed's is that of `clustered_rate`."""
+    given = clustered_rate(_by_prompt(verdicts))
+    p = given.value
+    if len(verdicts) == 1 or p is None or not 0 < p < 1:
+        return given
+    variance, degrees = _variance(verdicts, p, given.n)
+    effective = p * (1 - p) / variance * (norm.ppf(0.975) / student.ppf(0.975, degrees)) ** 2
+    return Rate(p, *wilson(p, float(effective)), given.n, given.n_unscored)
+
+
+def _variance(verdicts: Sequence[Sequence[Sequence[bool | None]]], p: float, n: int) -> tuple[float, float]:
+    """Variance of the mean `p` of `n` scored flags over seeds and prompts, and its degrees of freedom."""
+    of_prompts = max(_share_variance(_by_prompt(verdicts)), p * (1 - p) / n)
+    scored = [seed for seed in verdicts if rate(flag for prompt in seed for flag in prompt).n]
+    seeds = len(scored)
+    if seeds == 1:
+        return of_prompts, math.inf
+    shares = np.array([rate(flag for prompt in seed for flag in prompt).value for seed in scored], float)
+    drawn = float(shares.var(ddof=1)) / seeds
+    own = float(np.mean([_share_variance(seed) for seed in scored]))
+    shared = max(0.0, (seeds * _share_variance(_by_prompt(verdicts)) - own) / (seeds - 1))
+    variance = max(drawn + shared, of_prompts)
+    return variance, (seeds - 1) * (variance / drawn) ** 2 if drawn else math.inf
+
+
+def _share_variance(groups: Sequence[Sequence[bool | None]]) -> float:
+    """Variance of the share of True among scored flags in groups, the linearised one of a ratio."""
+    scored = [group for group in ([flag for flag in each if flag is not None] for each in groups) if group]
+    n = sum(map(len, scored))
+    p = sum(map(sum, scored)) / n
+    return float(sum((sum(group) - p * len(group)) ** 2 for group in scored)) / n**2
+
+
+def _by_prompt(verdicts: Sequence[Sequence[Sequence[bool | None]]]) -> list[list[bool | None]]:
+    return [[flag for answers in prompt for flag in answers] for prompt in zip(*verdicts, strict=True)]
 
 
 def difference(first: SeedFlags, second: SeedFlags) -> Difference:
     """By how much the rate of `second` is above that of `first`, on the same prompts, with a 95% interval.
 
-    Square-and-add of both Wilson intervals with the correlation of the prompts' means (Newcombe 1998, method 10,
-    here with intervals that allow for clusters). None where one of both has no scored flag.
+    Square-and-add of both intervals of `pooled`, less what both share: the correlation of the prompts' means times the
+    intervals over prompts alone (Newcombe 1998, method 10, here with clusters and seeds). None where one of both has no
+    scored flag.
     """
-    a, b = pooled(first), pooled(second)
-    if a.value is None or b.value is None:
+    a, b = _arms(first), _arms(second)
+    if a is None or b is None:
         return Difference(None, None, None)
-    a_low, a_high, b_low, b_high = (float(end or 0.0) for end in (a.ci_low, a.ci_high, b.ci_low, b.ci_high))
     r = max(0.0, _correlation(_means(first), _means(second)))
     d = b.value - a.value
-    low = _span(b.value - b_low, a_high - a.value, r)
-    high = _span(b_high - b.value, a.value - a_low, r)
-    return Difference(d, d - low, d + high)
+    return Difference(d, d - _span(b.below, a.above, r), d + _span(b.above, a.below, r))
 
 
-def _span(x: float, y: float, r: float) -> float:
-    return math.sqrt(max(0.0, x**2 + y**2 - 2 * r * x * y))
+@dataclass(frozen=True)
+class _Arms:
+    """A share, and how far its interval goes below and above it: in all, and over prompts alone."""
+
+    value: float
+    below: tuple[float, float]
+    above: tuple[float, float]
+
+
+def _arms(flags: SeedFlags) -> _Arms | None:
+    both = pooled(flags), rate(flags[0]) if len(flags) == 1 else clustered_rate(list(zip(*flags, strict=True)))
+    value = both[0].value
+    if value is None:
+        return None
+    below = [value - float(each.ci_low or 0.0) for each in both]
+    above = [float(each.ci_high or 0.0) - value for each in both]
+    return _Arms(value, (below[0], below[1]), (above[0], above[1]))
+
+
+def _span(x: tuple[float, float], y: tuple[float, float], r: float) -> float:
+    return math.sqrt(max(0.0, x[0] ** 2 + y[0] ** 2 - 2 * r * x[1] * y[1]))
 
 
 def _means(flags: SeedFlags) -> np.ndarray:

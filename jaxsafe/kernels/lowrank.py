@@ -239,6 +239,35 @@ def remove_orthogonal(
     return _edited(config, params, change)
 
 
+@functools.partial(jax.jit, static_argnames=("config",))
+def change_norms(config: ModelConfig, before: Params, after: Params) -> dict[str, Float[Array, " L"]]:
+    """{path: float32 [L]} the Frobenius norm of what became another in every linear map."""
+    old, new = flatten(before), flatten(after)
+    change = {path: new[path].astype(jnp.float32) - old[path].astype(jnp.float32) for path in linear_maps(config)}
+    return {path: jnp.sqrt(jnp.sum(jnp.square(each), range(1, each.ndim))) for path, each in change.items()}
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def remove_norm(
+    config: ModelConfig, params: Params, bases: Bases, norms: Mapping[str, Float[Array, " L"]]
+) -> dict[str, Any]:
+    """`params` without the first directions of `bases`, as many as change every map by the norm that `norms` has.
+
+    norms: {path: float32 [L]} as `change_norms` gives. The last direction is removed in part, so that the norms are
+    equal: W <- W - W V diag(a) V^T, where a is 1 before it and 0 behind.
+    """
+    basis = flatten(bases)
+
+    def change(path: str, W: jax.Array) -> jax.Array:
+        V = basis[path].vectors
+        energy = jnp.sum(jnp.square(jnp.einsum("lio,lor->lir", W, V, precision=_EXACT)), axis=1)
+        left = jnp.square(norms[path])[:, None] - (jnp.cumsum(energy, axis=1) - energy)
+        share = jnp.clip(left / jnp.maximum(energy, jnp.finfo(jnp.float32).tiny), 0, 1)
+        return -onto(W, V * jnp.power(share, 0.25)[:, None])  # squared twice: in V V^T and in the norm
+
+    return _edited(config, params, change)
+
+
 def random_bases(config: ModelConfig, bases: Bases, seed: int, ranks: int) -> dict[str, Any]:
     """Bases like `bases` whose first `ranks` directions are random ones of the space that they span, the others zero.
 

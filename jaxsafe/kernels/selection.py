@@ -254,21 +254,45 @@ def weight_difference(params: Params, base: Params) -> dict[str, Any]:
 def random_scores(config: ModelConfig, seed: int, mesh: Mesh | None = None) -> dict[str, Any]:
     """Scores uniform in [0, 1); laid out on `mesh` as the parameters are, the same values on any."""
     layout = flatten(shardings(config, mesh)) if mesh is not None else {}
-    return nest({path: _uniform(config, path, seed, layout.get(path)) for path in linear_maps(config)})
+    return nest({path: _drawn(config, path, seed, layout.get(path)) for path in linear_maps(config)})
 
 
 def random_like(config: ModelConfig, mask: Mask, seed: int) -> dict[str, Any]:
     """A random mask that holds, in each layer of each map, as many True as `mask` does."""
     counts = {path: _per_layer(jnp.asarray(leaf)) for path, _, leaf in _maps(config, mask)}
-    drawn = {path: _uniform(config, path, seed, getattr(flatten(mask)[path], "sharding", None)) for path in counts}
+    drawn = {path: _drawn(config, path, seed, getattr(flatten(mask)[path], "sharding", None)) for path in counts}
     return largest(config, nest(drawn), counts)
 
 
-def _uniform(config: ModelConfig, path: str, seed: int, sharding: Any) -> jax.Array:
+def random_of_norm(config: ModelConfig, mask: Mask, changes: Scores, seed: int) -> dict[str, Any]:
+    """A random mask whose `changes` have, in each layer of each map, the norm of those where `mask` is True.
+
+    changes: float32, by how much each weight would change, as `magnitude` and `weight_difference` have it. Weights are
+    drawn until the next one would exceed the norm.
+    """
+    out = {}
+    for path, _, leaf in _maps(config, mask):
+        keys = _drawn(config, path, seed, getattr(leaf, "sharding", None), jax.random.bits)
+        out[path] = _up_to(keys, jnp.square(flatten(changes)[path]), leaf)
+    return nest(out)
+
+
+@jax.jit
+def _up_to(keys: UInt32[Array, "L ..."], energy: Float[Array, "L ..."], mask: Bool[Array, "L ..."]) -> jax.Array:
+    """True at the lowest `keys` of each layer, as many as have no more energy together than those of `mask`."""
+
+    def total(where: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(where, energy, 0), range(1, keys.ndim), keepdims=True)
+
+    wanted = total(mask)
+    return keys < _greatest(32, wanted.shape, lambda key: total(keys < key) <= wanted)
+
+
+def _drawn(config: ModelConfig, path: str, seed: int, sharding: Any, draw: Any = jax.random.uniform) -> jax.Array:
     table = linear_maps(config)
     key = jax.random.fold_in(jax.random.key(seed), list(table).index(path))
     shape = (config.layers, *layer_shape(config, table[path]))
-    return jax.jit(jax.random.uniform, static_argnums=1, out_shardings=sharding)(key, shape)
+    return jax.jit(draw, static_argnums=1, out_shardings=sharding)(key, shape)
 
 
 def _linear(params: Params) -> dict[str, Any]:

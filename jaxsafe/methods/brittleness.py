@@ -5,6 +5,8 @@ of the same size, its control. Material is what points are made from.
 """
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +18,10 @@ from jaxsafe.io.sums import sums_once
 from jaxsafe.kernels.lowrank import (
     Bases,
     act_svd,
+    change_norms,
     cut_in_noise,
     random_bases,
+    remove_norm,
     remove_orthogonal,
     remove_ranks,
     removed_ranks,
@@ -32,6 +36,7 @@ from jaxsafe.kernels.selection import (
     magnitude,
     n_of_m,
     random_like,
+    random_of_norm,
     random_scores,
     set_difference,
     sparsity,
@@ -70,6 +75,9 @@ IN_BLOCKS = ("top", "bottom", "n_of_m", *RANKS)
 """Methods that can go block by block; a set difference is published of the scores of the dense model alone."""
 SIDES = ("safety", "utility")
 SUMMED = ("snip", "wanda")
+CONTROLS = ("number", "norm")
+"""What a random control has in common with its point, in each matrix: the number of weights or ranks that are removed,
+or the norm of the change of the weights."""
 SCORES = (*SUMMED, "magnitude", "weight_difference", "random")
 
 
@@ -77,9 +85,10 @@ SCORES = (*SUMMED, "magnitude", "weight_difference", "random")
 class Point:
     """One edit: a `method` with its numbers; `control` is the seed of its random counterpart, None for itself.
 
-    per: the group in which weights are compared, one of `PER`, None for that of the settings; sequential: whether it
-    goes block by block, each block scored on the model as changed below it. Raises ValueError for an unknown method or
-    group, for another count of numbers, and for a method that knows no such group or order.
+    by: what the counterpart has in common with it, one of `CONTROLS`; per: the group in which weights are compared, one
+    of `PER`, None for that of the settings; sequential: whether it goes block by block, each block scored on the model
+    as changed below it. Raises ValueError for an unknown method, group or control, for another count of numbers, and
+    for a method that knows no such group or order.
     """
 
     method: str
@@ -87,8 +96,11 @@ class Point:
     control: int | None = None
     per: str | None = None
     sequential: bool = False
+    by: str = "number"
 
     def __post_init__(self) -> None:
+        if self.by not in CONTROLS:
+            raise ValueError(f"a control by {self.by!r} is not known; use one of {', '.join(CONTROLS)}")
         if self.method == "dense":
             return
         if self.method not in METHODS:
@@ -125,18 +137,29 @@ class Point:
     @property
     def name(self) -> str:
         """A name that tells it from every other point."""
+        return self.group if self.control is None else f"{self.group} seed {self.control}"
+
+    @property
+    def group(self) -> str:
+        """The name of what points that differ by seed alone share."""
         words = [self.method.replace("_", " "), *(f"{k}={v:g}" for k, v in self.parameters.items())]
         words += [f"per {self.per}"] if self.per is not None else []
         words += ["block by block"] if self.sequential else []
-        return " ".join(words if self.control is None else ["random for", *words, f"seed {self.control}"])
+        name = " ".join(words if self.control is None else ["random for", *words])
+        return f"{name}, equal norm" if self.of_norm else name
+
+    @property
+    def of_norm(self) -> bool:
+        """Whether it is a control of equal norm."""
+        return self.control is not None and self.by == "norm"
 
     @property
     def original(self) -> "Point":
         """What a control is the control of."""
-        return dataclasses.replace(self, control=None)
+        return dataclasses.replace(self, control=None, by="number")
 
-    def variant(self, material: "Material", controls: int) -> Variant:
-        """The point as a variant of `material`'s model, held against the dense model and the first of its `controls`.
+    def variant(self, material: "Material", controls: int, by: str = "number") -> Variant:
+        """The point as a variant of `material`'s model, held against the dense model and its `controls` random ones.
 
         Its columns are those of `records.brittleness.About`. Scores are made for the sparsity where the material's
         store does not hold it.
@@ -147,7 +170,8 @@ class Point:
             self.name,
             material.follows(self),
             baseline=None if self == DENSE else DENSE.name,
-            control=dataclasses.replace(self, control=0).name if controlled else None,
+            control=dataclasses.replace(self, control=0, by=by).name if controlled else None,
+            group=self.group,
             about=plain(
                 About(
                     family(self, material.settings.score),
@@ -166,7 +190,7 @@ DENSE = Point("dense")
 @dataclasses.dataclass(frozen=True)
 class Protocol:
     """How the points of a sweep are made: `by_row`, the methods that compare weights by row, whatever the group of the
-    others is, and `sequential`, the methods that go block by block.
+    others is, `sequential`, the methods that go block by block, and `controls_by`, what random ones have in common.
 
     Published (arXiv 2402.05162): the set difference per matrix; top and bottom by row; these, and all ranks, block by
     block.
@@ -174,6 +198,7 @@ class Protocol:
 
     by_row: tuple[str, ...] = ()
     sequential: tuple[str, ...] = ()
+    controls_by: tuple[str, ...] = CONTROLS[:1]
 
     def point(self, method: str, values: tuple[float, ...]) -> Point:
         """The point of `method`. Raises ValueError as `Point` does."""
@@ -186,7 +211,8 @@ def points(methods: Mapping[str, Any], controls: int, how: Protocol = Protocol()
     for method, values in methods.items():
         for each in values:
             point = how.point(method, tuple(each) if isinstance(each, tuple | list) else (each,))
-            grid += [point, *(dataclasses.replace(point, control=seed) for seed in range(controls))]
+            drawn = itertools.product(how.controls_by, range(controls))
+            grid += [point, *(dataclasses.replace(point, control=seed, by=by) for by, seed in drawn)]
     return grid
 
 
@@ -348,6 +374,7 @@ class Material:
         how = self.settings
         made: dict[str, Json] = {"method": point.method, "values": list(point.values), "control": point.control}
         if point.method == "heads":
+            made |= {"by": point.by} if point.of_norm else {}
             return made | {"prompts": [list(self._prompts.get(side, ())) for side in SIDES], "seed": how.seed}
         kind = "gram" if point.of_ranks else how.score
         if point.of_scores:
@@ -357,6 +384,8 @@ class Material:
         if kind in ("gram", *SUMMED):
             made |= how.scoring(kind).follows
             made |= {"data": {side: data_sha256(self.rows(side)) for side in point.sides}}
+        if point.of_norm:
+            return made | {"by": point.by, "sequential": point.sequential}
         return made | {"sequential": in_turn(point)}
 
 
@@ -378,8 +407,12 @@ def in_turn(point: Point) -> bool:
 def mask_of(material: Material, point: Point) -> Mask:
     """The weights that a point removes: a boolean tree of the linear maps.
 
-    A control removes as many weights of each matrix as its original, at random.
+    A control removes as many weights of each matrix as its original, or weights of the same norm, at random.
     """
+    if point.of_norm:
+        base = material.base
+        changes = magnitude(material.params) if base is None else weight_difference(material.params, base.params)
+        return random_of_norm(material.config, original_mask(material, point.original), changes, point.control or 0)
     config, values, per = material.config, point.values, point.per or material.settings.per
     mask: Mask
     match point.method:
@@ -391,6 +424,20 @@ def mask_of(material: Material, point: Point) -> Mask:
         case _:
             mask = one_sided(config, material.scores("safety"), point, per)
     return mask if point.control is None else random_like(config, mask, point.control)
+
+
+@functools.lru_cache(maxsize=1)
+def original_mask(material: Material, point: Point) -> Mask:
+    """The weights that `point`, which is no control, removes; held for the draws of its controls."""
+    if in_turn(point):
+        return _changes(material.params, block_by_block(material, point), material.config)
+    return mask_of(material, point)
+
+
+@functools.lru_cache(maxsize=1)
+def original_norms(material: Material, point: Point) -> Mapping[str, Any]:
+    """The norm of the change of every map at `point`, which is no control; see `change_norms`."""
+    return change_norms(material.config, material.params, edited(material, point)[0])
 
 
 def one_sided(config: ModelConfig, scores: Scores, point: Point, per: str) -> Mask:
@@ -432,7 +479,8 @@ def block_by_block(material: Material, point: Point) -> Params:
 def edited(material: Material, point: Point) -> tuple[Params, Mask | None]:
     """The parameters at `point`, and the mask of removed weights where there is one.
 
-    A control of ranks takes random directions, of the space that the map's outputs span, for the safety ones.
+    A control of ranks takes random directions, of the space that the map's outputs span, for the safety ones: as many,
+    or as many as change the weights of a map by the same norm.
     """
     config, params = material.config, material.params
     if point == DENSE:
@@ -444,6 +492,9 @@ def edited(material: Material, point: Point) -> tuple[Params, Mask | None]:
         mask = mask_of(material, point)
         return apply_mask(params, mask, None if material.base is None else material.base.params), mask
     safety, rank = material.bases("safety"), int(point.values[0])
+    if point.of_norm:
+        drawn = random_bases(config, safety, point.control or 0, config.embed)
+        return remove_norm(config, params, drawn, original_norms(material, point.original)), None
     if point.control is not None:
         needed = rank if point.method == "top_ranks" else config.embed - rank
         safety = random_bases(config, safety, point.control, needed)
@@ -493,8 +544,8 @@ def noise(material: Material, point: Point) -> float:
 
 
 def mean_ranks(config: ModelConfig, point: Point) -> float | None:
-    """How many ranks a map loses at `point` at most, the mean over maps; None where it removes weights."""
-    if not point.of_ranks:
+    """How many ranks a map loses at `point` at most, the mean over maps; None for weights and for controls of norm."""
+    if not point.of_ranks or point.of_norm:
         return None
     if point.method == "orthogonal":
         return float(np.mean(list(removed_ranks(config, int(point.values[0]), int(point.values[1])).values())))
@@ -506,6 +557,6 @@ def family(point: Point, score: str) -> str:
     if point == DENSE:
         return "dense"
     if point.control is not None:
-        return "random ranks" if point.of_ranks else "random weights"
+        return ("random ranks" if point.of_ranks else "random weights") + ", equal norm" * point.of_norm
     words = [point.method.replace("_", " "), *(["block by block"] if point.sequential else [])]
     return " ".join(words if point.of_ranks else [*words, f"({score})"])

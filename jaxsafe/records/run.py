@@ -171,7 +171,7 @@ class Comparison:
 class TableRow:
     """What a group of variants, which differ by seed alone, comes to.
 
-    rates: pooled over seeds with prompts as clusters; seeds: each rate by seed; perplexity, answer_perplexity,
+    rates: pooled over seeds, intervals over prompts and seeds; seeds: each rate by seed; perplexity, answer_perplexity,
     repetition: means over seeds; baseline, control: names of groups; against_baseline, against_control: comparisons
     with them, first the baseline or control, second this group.
     """

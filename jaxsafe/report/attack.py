@@ -67,6 +67,7 @@ def own(run: Run) -> Own:
         contents=contents | ({"layers": "Layers"} if details.layers else {}),
         figures=figures,
         values={
+            "draws": max((len(row.row.variants) for group in groups for row in group.rows), default=0),
             "groups": groups,
             "worth": worth,
             "pivot": pivot(groups),

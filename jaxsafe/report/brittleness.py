@@ -11,6 +11,7 @@ from jaxsafe.records.run import Run, from_json
 from jaxsafe.report import plots_brittleness as plots
 from jaxsafe.report.own import Own
 from jaxsafe.report.page import number, p_value, times, words
+from jaxsafe.report.page import points as differing
 from jaxsafe.report.plots_brittleness import Point
 from jaxsafe.report.sections import (
     ABILITY,
@@ -53,6 +54,7 @@ def own(run: Run) -> Own:
         contents=contents,
         figures=[*trade_offs, *harmless, *inside],
         values={
+            "draws": max((len(point.line.row.variants) for point in points if point.line.control), default=0),
             "trade_offs": [(figure.name, asr[int(figure.name.rpartition("-")[2])]) for figure in trade_offs],
             "answers_of": lambda name: max((point.rates[name].n for point in points if name in point.rates), default=0),
             "ability": rate_label(ABILITY, []).lower() if ABILITY in named.main else "",
@@ -129,7 +131,8 @@ def _against_control(points: Sequence[Point], point: Point, metric: str) -> str:
         return "; it was not compared with a random control"
     compared = main_comparison(point.line.row.against_control)
     p = compared and compared.complied_p_value
-    tested = "" if p is None else f", p\u00a0{p_value(p)}"
+    gap = compared and compared.complied.value is not None and differing(compared.complied)
+    tested = f", p\u00a0{p_value(p)}" if p is not None else f" (difference {gap} points)" if gap else ""
     state = ", itself damaged" if control.line.damaged else ""
     return f"; its random control reached {spoken(control.rates[metric])}{tested}{state}"
 

@@ -36,6 +36,7 @@ def _csv(rows: Sequence[Mapping[str, Cell]]) -> str:
 def _result(run: Run, row: TableRow) -> dict[str, Cell]:
     """A group of variants: its columns, its numbers, and five cells a rate."""
     cells: dict[str, Cell] = {"group": row.group, "variants": len(row.variants)}
+    cells |= {"judge": run.judge.name, "new_tokens": run.new_tokens}
     cells |= {"baseline": row.baseline, "control": row.control}
     cells |= {f"about.{name}": _plain(value) for name, value in row.about.items()}
     cells |= {"perplexity": row.perplexity, "answer_perplexity": row.answer_perplexity, "repetition": row.repetition}
@@ -82,13 +83,14 @@ def _comparison(group: str, role: str, row: Comparison) -> dict[str, Cell]:
 
 
 def results_tex(run: Run) -> str:
-    """A row a group: rates in per cent with intervals, perplexities, repetition."""
+    """A row a group: rates in per cent with intervals, perplexities, repetition, and of how many seeds or draws."""
     names = columns(run.table).main
-    heads = ["Variant", *(rate_label(name, names) for name in names), "Perplexity", "of answers", "Repeated"]
+    first = f"Variant (judge {run.judge.name}, {run.new_tokens} new tokens)"
+    heads = [first, *(rate_label(name, names) for name in names), "Perplexity", "of answers", "Repeated", "Seeds"]
     rows = [
         [row.group]
         + [_percent(row.rates.get(name)) for name in names]
-        + [number(row.perplexity), number(row.answer_perplexity), _share(row.repetition)]
+        + [number(row.perplexity), number(row.answer_perplexity), _share(row.repetition), str(len(row.variants))]
         for row in run.table
     ]
     return _tex(heads, rows)

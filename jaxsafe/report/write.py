@@ -65,6 +65,7 @@ def render(run: Run, samples: Sequence[Sample]) -> tuple[str, list[Drawing]]:
         figures={figure.name: figure for figure in figures},
         lines=lines,
         columns=named,
+        broken_rate=sections.broken_rate,
         rate_label=lambda name: sections.rate_label(name, [*named.main, *named.other]),
         notes=sections.notes(named.main),
         published=beside(run),

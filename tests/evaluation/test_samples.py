@@ -7,7 +7,7 @@ import pytest
 
 from jaxsafe.evaluation.samples import comparisons, rates, set_name
 from jaxsafe.evaluation.settings import setting
-from jaxsafe.evaluation.stats import clustered_rate, difference, mcnemar, rate
+from jaxsafe.evaluation.stats import clustered_rate, difference, mcnemar, pooled, rate
 from jaxsafe.prompts.sets import PromptSet
 from jaxsafe.records.run import KindRates, Sample
 
@@ -101,8 +101,8 @@ def test_seeds_are_pooled_and_have_no_p_value(one):
     (row,) = comparisons(first, second, NAMES, VANILLA)
     firsts = flags[:1] if one else [flags[0], flags[3]]
     assert row.p_value is None
-    assert row.first_rate == (rate(flags[0]) if one else clustered_rate(list(zip(*firsts, strict=True))))
-    assert row.second_rate == clustered_rate(list(zip(*flags[1:3], strict=True)))
+    assert row.first_rate == (rate(flags[0]) if one else pooled(firsts))
+    assert row.second_rate == pooled(flags[1:3])
     assert row.difference == difference(firsts, flags[1:3])
     # Every seed of the second group is paired with one of the first.
     pairs = list(zip(firsts * 2 if one else firsts, flags[1:3], strict=True))
@@ -193,15 +193,15 @@ def test_without_harmful_prompts_there_is_no_attack():
     }
 
 
-def test_rates_over_seeds_have_prompts_as_clusters():
+def test_rates_over_seeds_are_pooled():
     one = [sample(True, True), sample(True, False), sample(False, None)]
     other = [dataclasses.replace(s, refused=f) for s, f in zip(one, (True, True, False), strict=True)]
     assert rates([one, other], (VANILLA,), "rule") == {
-        "asr_rule/vanilla": clustered_rate([[False, False], [True, False]]),
-        "unrefused_rule/vanilla": clustered_rate([[False, False], [True, False]]),
-        "broken/vanilla": clustered_rate([[False, False], [False, False]]),
-        "refusal_rule/set/harmful": clustered_rate([[True, True], [False, True]]),
-        "broken/set/harmful": clustered_rate([[False, False], [False, False]]),
-        "refusal_rule/set/safe": clustered_rate([[None, False]]),
-        "broken/set/safe": clustered_rate([[False, False]]),
+        "asr_rule/vanilla": pooled([[False, True], [False, False]]),
+        "unrefused_rule/vanilla": pooled([[False, True], [False, False]]),
+        "broken/vanilla": pooled([[False, False], [False, False]]),
+        "refusal_rule/set/harmful": pooled([[True, False], [True, True]]),
+        "broken/set/harmful": pooled([[False, False], [False, False]]),
+        "refusal_rule/set/safe": pooled([[None], [False]]),
+        "broken/set/safe": pooled([[False], [False]]),
     }

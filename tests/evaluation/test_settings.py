@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from jaxsafe.chat.model import KEEP
 from jaxsafe.evaluation.settings import SETTINGS, Setting, attack_success, load_suffixes, setting
-from jaxsafe.evaluation.stats import clustered_rate, rate
+from jaxsafe.evaluation.stats import pooled, pooled_answers, rate
 from jaxsafe.records.run import Rate
 
 SUFFIXES = ("! ! ask", "now")
@@ -100,20 +100,20 @@ def test_samples_have_a_mean_and_an_any():
         assert anyone == rate([True, False, None])
 
 
-def test_seeds_make_clusters_of_a_prompts_answers():
+def test_seeds_are_pooled():
     one, other = [[YES], [NO], [SILENT]], [[YES], [YES], [NO]]
     got = attack_success([one, other], setting("vanilla"), "asr_toy")
-    assert got == {"asr_toy/vanilla": clustered_rate([[YES, YES], [NO, YES], [SILENT, NO]])}
+    assert got == {"asr_toy/vanilla": pooled([[YES, NO, SILENT], [YES, YES, NO]])}
     # The suffix is chosen over all seeds: the first succeeds on 2 of 4, the second on 3.
     got = attack_success([[[YES, NO], [YES, YES]], [[NO, YES], [NO, YES]]], SUFFIXED, "asr_toy")
     assert got == {
-        "asr_toy/suffix": clustered_rate([[NO, YES], [YES, YES]]),
-        "asr_toy/suffix_any": clustered_rate([[YES, YES], [YES, YES]]),
+        "asr_toy/suffix": pooled([[NO, YES], [YES, YES]]),
+        "asr_toy/suffix_any": pooled([[YES, YES], [YES, YES]]),
     }
     sampled = dataclasses.replace(setting("decoding"), samples=2)
     got = attack_success([[[YES, NO]], [[NO, SILENT]]], sampled, "asr_toy")
-    assert got["asr_toy/decoding_mean"] == clustered_rate([[YES, NO, NO, SILENT]])
-    assert got["asr_toy/decoding_any"] == clustered_rate([[YES, NO]])
+    assert got["asr_toy/decoding_mean"] == pooled_answers([[[YES, NO]], [[NO, SILENT]]])
+    assert got["asr_toy/decoding_any"] == pooled([[YES], [NO]])
 
 
 flag = st.sampled_from([YES, NO, SILENT])

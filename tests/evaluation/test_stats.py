@@ -11,6 +11,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap
+from scipy.stats import t as student
 
 from jaxsafe.evaluation.stats import (
     best_threshold,
@@ -316,11 +317,61 @@ seeds = st.integers(2, 4).flatmap(
 @unhurried
 @given(seeds)
 def test_seeds_are_pooled_with_prompts_as_clusters(prompts):
-    found = pooled([list(flags) for flags in zip(*prompts, strict=True)])
-    assert found == clustered_rate(prompts)
+    found, over_prompts = pooled([list(flags) for flags in zip(*prompts, strict=True)]), clustered_rate(prompts)
     scored = [flag for flags in prompts for flag in flags if flag is not None]
     assert (found.n, found.n_unscored) == (len(scored), sum(map(len, prompts)) - len(scored))
     assert found.value == (sum(scored) / len(scored) if scored else None)
+    if scored:
+        assert 0 <= found.ci_low <= over_prompts.ci_low + 1e-12 and over_prompts.ci_high - 1e-12 <= found.ci_high <= 1
+
+
+def crossed(rng, draws, prompts, spread):
+    """Verdicts [draw, prompt] whose chance is that of the prompt plus a shift of the draw of deviation `spread`."""
+    chance = rng.uniform(0.2, 0.6, prompts)[None] + rng.uniform(-1, 1, (draws, 1)) * spread * np.sqrt(3)
+    return rng.random((draws, prompts)) < chance
+
+
+def test_the_interval_over_draws_and_prompts_follows_from_their_analysis_of_variance():
+    """Against mean squares of the crossed table, and the quantile of Wilson's score equation itself."""
+    flags = crossed(np.random.default_rng(2), 4, 60, 0.1)
+    draws, prompts = flags.shape
+    p, x = flags.mean(), flags.astype(float)
+    residual = x - x.mean(0) - x.mean(1, keepdims=True) + p
+    by_draw = prompts * np.sum((x.mean(1) - p) ** 2) / (draws - 1)
+    by_prompt, rest = draws * np.sum((x.mean(0) - p) ** 2) / prompts, np.sum(residual**2) / (draws - 1) / prompts
+    assert by_prompt > rest and by_draw > rest
+    cells = draws * prompts
+    variance = (by_draw + by_prompt - rest) / cells
+    degrees = variance**2 / ((by_draw / cells) ** 2 / (draws - 1))
+    found = pooled(flags.tolist())
+    assert (found.value, found.n) == (p, cells)
+    for end in (found.ci_low, found.ci_high):
+        # The variance at a limit is that at p in the ratio of the binomial variances.
+        score = abs(p - end) / np.sqrt(variance * end * (1 - end) / (p * (1 - p)))
+        assert score == pytest.approx(student.ppf(0.975, degrees), rel=1e-6)
+
+
+@pytest.mark.parametrize("draws, spread", [(3, 0.0), (3, 0.1), (5, 0.1)])
+def test_the_interval_over_draws_covers_the_truth(draws, spread):
+    rng = np.random.default_rng(0)
+    tables = [crossed(rng, draws, 60, spread) for _ in range(600)]
+    both = [pooled(flags.tolist()) for flags in tables]
+    assert np.mean([r.ci_low <= 0.4 <= r.ci_high for r in both]) >= 0.92
+    if spread:
+        prompts_alone = [clustered_rate(flags.T.tolist()) for flags in tables]
+        assert np.mean([r.ci_low <= 0.4 <= r.ci_high for r in prompts_alone]) < 0.9
+
+
+def test_a_difference_from_random_draws_covers_the_truth():
+    """Prompts are shared by both sides, draws are of one of them."""
+    rng, held = np.random.default_rng(1), []
+    for _ in range(300):
+        hard = rng.uniform(0.2, 0.6, 60)
+        ours = (rng.random((1, 60)) < hard + 0.2).tolist()
+        shifts = rng.uniform(-1, 1, (3, 1)) * 0.1 * np.sqrt(3)
+        found = difference((rng.random((3, 60)) < hard + shifts).tolist(), ours)
+        held.append(found.ci_low <= 0.2 <= found.ci_high)
+    assert np.mean(held) >= 0.93
 
 
 def test_seeds_that_agree_add_nothing():

@@ -23,6 +23,7 @@ from jaxsafe.kernels.selection import (
     magnitude,
     n_of_m,
     random_like,
+    random_of_norm,
     random_scores,
     set_difference,
     sparsity,
@@ -30,7 +31,7 @@ from jaxsafe.kernels.selection import (
     top,
     weight_difference,
 )
-from jaxsafe.model.weights import flatten, nest, shapes, shardings
+from jaxsafe.model.weights import flatten, linear_maps, nest, shapes, shardings
 from jaxsafe.parallel import parse_mesh
 
 # Every axis has a length of its own, but for the layers and the key/value heads.
@@ -339,6 +340,24 @@ def test_random_scores_are_uniform_and_follow_the_seed():
     np.testing.assert_allclose(np.histogram(values, 4, (0, 1))[0] / len(values), 0.25, atol=0.02)
     assert len(np.unique(values)) > 0.99 * len(values)
     assert not any((a == b).all() for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+def test_random_weights_of_equal_norm_are_the_first_of_an_order():
+    """Against sorting and running sums."""
+    params = tiny_params(CONFIG)
+    mask, sizes = top(CONFIG, magnitude(params), 0.1), magnitude(params)
+    found = random_of_norm(CONFIG, mask, sizes, 3)
+    assert sparsity(found) > 0.15, "those of most norm are fewer than random ones"
+    for number, path in enumerate(linear_maps(CONFIG)):
+        leaf, size = (np.asarray(flatten(tree)[path]).reshape(CONFIG.layers, -1) for tree in (found, sizes))
+        drawn = jax.random.bits(jax.random.fold_in(jax.random.key(3), number), flatten(mask)[path].shape)
+        order = np.argsort(np.asarray(drawn).reshape(leaf.shape), axis=1)
+        energy = np.take_along_axis(size.astype(np.float64) ** 2, order, 1).cumsum(1)
+        wanted = np.where(np.asarray(flatten(mask)[path]).reshape(leaf.shape), size, 0).astype(np.float64)
+        count = (energy <= np.square(wanted).sum(1, keepdims=True)).sum(1)
+        np.testing.assert_array_equal(leaf.sum(1), count)
+        for row, places, k in zip(leaf, order, count, strict=True):
+            assert row[places[:k]].all()
 
 
 def test_a_random_mask_has_the_counts_of_its_model():

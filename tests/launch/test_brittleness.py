@@ -47,7 +47,7 @@ def test_a_run_leaves_everything_it_names_and_a_second_makes_nothing_again(confi
     record = run(config, model, out, Clock())
     names = [result.variant.name for result in record.results]
     assert names[0] == "dense" and len(names) == 7 == results(config)
-    assert record.row(names[1]).control == names[2] and record.row(names[1]).baseline == "dense"
+    assert record.row(names[1]).control == f"random for {names[1]}" and record.row(names[1]).baseline == "dense"
     assert read_run(out) == record and len(read_samples(out)) == 7 * 9
     for name in ("report.html", "mask.safetensors", "export/model.safetensors", "tables/comparisons.csv"):
         assert (out / name).is_file()

@@ -161,6 +161,7 @@ OTHER = {
     "top_ranks": (1,),
     "bottom_ranks": (1,),
     "controls": 2,
+    "controls_by": ("norm",),
     "similarity_rank": 5,
     "jaccard_fraction": 0.2,
     "export": "dense",

@@ -10,7 +10,7 @@ import pytest
 from tiny import tiny_chat_model
 
 from jaxsafe.chat.model import KEEP
-from jaxsafe.methods.brittleness import METHODS, points
+from jaxsafe.methods.brittleness import METHODS, Protocol, points
 from jaxsafe.prompts.roles import assign_roles, check_unseen
 from launch import common
 from launch.brittleness import grid_of
@@ -111,6 +111,7 @@ def test_each_point_has_the_order_and_group_of_the_code(name):
     assert (score.per, score.score, score.loss, score.positions) == ("matrix", "snip", "mean", "response")
     assert (config.judge, config.max_new_tokens, config.dtype, config.samples) == ("wei2024", 256, "bfloat16", 128)
     plain = config_of(name, "")
-    assert len(grid_of(plain)) == len(points({m: tuple(plain[m]) for m in METHODS}, plain.controls))
+    methods = {method: tuple(plain[method]) for method in METHODS}
+    assert len(grid_of(plain)) == len(points(methods, 3, Protocol(controls_by=("number", "norm"))))
     with pytest.raises(ValueError, match="variant 'paper' is not known; the variants are"):
         config_of(name, "paper")

@@ -77,6 +77,8 @@ def test_a_grid_begins_dense_and_every_point_has_its_controls():
     ]
     assert len(grid) == 10 and len({p.name for p in grid}) == 10
     assert all(p.original in grid and p.original.control is None for p in grid[1:])
+    both = points({"top": (0.1,)}, 2, Protocol(controls_by=("number", "norm")))
+    assert [(p.control, p.by) for p in both[2:]] == [(0, "number"), (1, "number"), (0, "norm"), (1, "norm")]
     assert grid[4].parameters == {"q": 0.1, "p": 0.2}
     with pytest.raises(ValueError, match="method 'prune' is not known"):
         Point("prune", (1,))
@@ -215,6 +217,40 @@ def test_rank_points_lower_the_rank_of_the_change_only(material, point):
     assert not np.allclose(params["layers"]["gate"], control["layers"]["gate"], atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "point",
+    [
+        Point("set_difference", (0.05, 0.02)),
+        Point("bottom", (0.25,), per="row", sequential=True),
+        Point("top_ranks", (4,)),
+        Point("orthogonal", (16, 8)),
+    ],
+    ids=lambda point: point.name,
+)
+def test_a_control_of_equal_norm_changes_every_matrix_by_as_much(material, model, tmp_path, point):
+    made = Ranked(model, SIDES.get, Store(tmp_path), ScoreSettings("wanda")) if point.sequential else material
+    control = dataclasses.replace(point, control=2, by="norm")
+    assert control.name == f"random for {point.name}, equal norm seed 2" and control.original == point
+    by_number = dataclasses.replace(control, by="number")
+    assert made.follows(control) != made.follows(by_number)
+    if point.sequential:  # which decides the norm
+        assert made.follows(control) != made.follows(dataclasses.replace(control, sequential=False))
+    trees = [edited(made, each) for each in (point, control)]
+    assert family(control, "snip").endswith(", equal norm") and mean_ranks(CONFIG, control) is None
+    for path in linear_maps(CONFIG):
+        W = np.asarray(flatten(PARAMS)[path], np.float64).reshape(CONFIG.layers, -1)
+        change = [np.asarray(flatten(tree)[path], np.float64).reshape(W.shape) - W for tree, _ in trees]
+        ours, random = (np.square(each).sum(1) for each in change)
+        if point.of_ranks:
+            np.testing.assert_allclose(random, ours, rtol=1e-4, err_msg=path)
+        else:
+            assert (random <= ours * (1 + 1e-5)).all() and (ours - random < np.square(W).max(1)).all(), path
+        assert (np.abs(change[0] - change[1]).max(1)[ours > 0] > 1e-3).all()
+    assert (removed(made, control) is None) == point.of_ranks
+    with pytest.raises(ValueError, match="a control by 'size' is not known; use one of number, norm"):
+        dataclasses.replace(point, by="size")
+
+
 def test_ranks_that_end_where_the_data_end_are_noise(material):
     """24 safety tokens fill 24 of the 32 directions of a map, and all 16 of keys and values."""
     assert noise(material, Point("top_ranks", (4,))) == noise(material, Point("orthogonal", (16, 8))) == 0
@@ -303,6 +339,8 @@ def test_points_are_variants(material):
     dense, ours, control, other, ranks, *_ = (point.variant(material, 2) for point in grid)
     assert (dense.name, dense.follows, dense.baseline, dense.control) == ("dense", None, None, None)
     assert (ours.baseline, ours.control, control.control) == ("dense", control.name, None)
+    # Its draws are one row of the table.
+    assert (ours.group, control.group, other.group) == (ours.name, f"random for {ours.name}", control.group)
     assert dense.about["family"] == "dense" and ours.about["family"] == "set difference (snip)"
     assert ours.about["parameters"] == {"q": 0.1, "p": 0.2} and ours.about["ranks"] is None
     mask = mask_of(material, grid[1])

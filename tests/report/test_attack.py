@@ -49,6 +49,8 @@ def test_whole_report(run):
     assert "+55 (+43 to +67)" in frozen and "+53 (+41 to +65)" in frozen and "p " not in frozen.split("+55")[1]
     assert f"baseline: {LABEL}, full, none" in frozen
     pivot = next(line for line in lines if line.startswith("freeze ranks k=100"))
+    assert "broken 3.0% answers 4.5 repeated 5%" in pivot, "beside every rate"
+    assert any(text.startswith("Means over 2 seeds, each with one draw") for text in page.texts("p"))
     assert "17.0% kept" in pivot and "40.0%" in pivot and pivot.endswith("–")
     assert any("at random" in line and line.startswith("rewind random ranks") for line in lines)
     assert "layers 6 to 8 11" in lines and "layers 6 3" in lines

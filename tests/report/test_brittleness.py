@@ -64,6 +64,20 @@ def test_whole_report(run):
     assert len(page.all("svg")) == 11
 
 
+def test_random_draws_are_counted(run):
+    """A row of three draws says so, and the difference from it has an interval in the place of a test."""
+    best = run.row(BEST)
+    drawn = dataclasses.replace(run.row(best.control), variants=tuple("012"))
+    against = tuple(dataclasses.replace(c, p_value=None, complied_p_value=None) for c in best.against_control)
+    ours = dataclasses.replace(best, against_control=against)
+    changed = {row.group: row for row in (drawn, ours)}
+    page = page_of(dataclasses.replace(run, table=tuple(changed.get(row.group, row) for row in run.table)))
+    assert "are means over 3 draws; their intervals are over prompts and draws" in " ".join(page.texts("p"))
+    assert any(row.startswith(drawn.group) and "3 draws" in row for row in page.texts("tr"))
+    (result,) = page.texts("p", **{"class": "result"})
+    assert re.search(r"its random control reached 6% \(0–16%\) \(difference \+\d+ \(\+\d+ to \+\d+\) points\)", result)
+
+
 def test_columns_and_order_agree(run):
     page = page_of(run)
     options = [(attributes, text) for attributes, text in page.all("option") if "data-column" in attributes]

@@ -113,3 +113,12 @@ def test_terminal_table_of_unmeasured_numbers():
     run = replace(other_run(3), "ablated 1", rates={}, perplexity=None, against_baseline=())
     line = next(line for line in shown(run).splitlines() if line.strip().startswith("ablated 1"))
     assert line.split() == ["ablated", "1", "(2%)", "-", "-", "-"]
+
+
+def test_judge_tokens_and_draws_are_beside_every_rate():
+    run = RUNS["attack"]()
+    rows = rows_of(run, "results.csv")
+    assert {(row["judge"], row["new_tokens"]) for row in rows} == {(run.judge.name, str(run.new_tokens))}
+    assert [row["variants"] for row in rows] == [str(len(row.variants)) for row in run.table]
+    head = next(line for line in tables.files(run)["results.tex"].split("\n") if line.startswith("Variant"))
+    assert head.startswith(f"Variant (judge {run.judge.name}, {run.new_tokens} new tokens) & ") and "& Seeds" in head

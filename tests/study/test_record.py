@@ -15,7 +15,7 @@ from tiny import tiny_chat_model
 import jaxsafe
 from jaxsafe.chat.tokenizer import Tokenizer
 from jaxsafe.evaluation.settings import attack_success
-from jaxsafe.evaluation.stats import clustered_rate, difference, mcnemar, rate
+from jaxsafe.evaluation.stats import difference, mcnemar, pooled, rate
 from jaxsafe.prompts.sets import PromptSet
 from jaxsafe.records.run import Data, Difference, Rate, Result, Sample, Variant, read_run, read_samples
 from jaxsafe.study.record import data_records, environment, git_revision, model_record, record, table, timed, write_run
@@ -89,10 +89,6 @@ MEMBERS = {
 }
 
 
-def pool(these):
-    return rate(these[0]) if len(these) == 1 else clustered_rate(list(zip(*these, strict=True)))
-
-
 def test_a_row_a_group_in_the_order_of_examination(study):
     rows = table(study)
     assert [(row.group, row.variants) for row in rows] == [
@@ -123,16 +119,16 @@ def test_numbers_that_are_no_rates_are_averaged_over_seeds(study):
     assert one.rates["zero_shot/boolq"] == Rate(0.5, 0.4, 0.8, 9)
 
 
-def test_rates_are_pooled_over_seeds_with_prompts_as_clusters(study):
+def test_rates_are_pooled_over_seeds_and_prompts(study):
     for row in table(study):
         names = SEEDS[row.group]
         harmful = flags(names, MEMBERS["all harmful"])
         complied = [[None if f is None else not f for f in seed] for seed in harmful]
-        assert row.rates["asr_toy/vanilla"] == pool(complied)
+        assert row.rates["asr_toy/vanilla"] == pooled(complied)
         assert row.seeds["asr_toy/vanilla"] == tuple(rate(seed).value for seed in complied)
         if len(names) > 1:
-            assert row.rates["refusal_toy/bad/harmful"] == pool(flags(names, MEMBERS["bad (harmful)"]))
-            assert row.rates["refusal_toy/mixed/safe"] == pool(flags(names, MEMBERS["mixed (safe)"]))
+            assert row.rates["refusal_toy/bad/harmful"] == pooled(flags(names, MEMBERS["bad (harmful)"]))
+            assert row.rates["refusal_toy/mixed/safe"] == pooled(flags(names, MEMBERS["mixed (safe)"]))
 
 
 def test_every_group_is_held_against_its_baseline_and_control(study):
@@ -146,7 +142,7 @@ def test_every_group_is_held_against_its_baseline_and_control(study):
         assert [c.label for c in comparisons] == list(MEMBERS)
         for c in comparisons:
             a, b = (flags(SEEDS[name], MEMBERS[c.label]) for name in (other, group))
-            assert (c.first_rate, c.second_rate, c.difference) == (pool(a), pool(b), difference(a, b))
+            assert (c.first_rate, c.second_rate, c.difference) == (pooled(a), pooled(b), difference(a, b))
             assert (c.set is None) == (c.label == "all harmful")
 
 
@@ -176,8 +172,8 @@ def test_kinds_are_told_apart_by_group(study):
     assert by_label["more (harmful)"] == ()
     food, time = by_label["all harmful"]
     for kind, member in ((food, lambda s: s.kind == "food"), (time, lambda s: s.kind == "time")):
-        assert kind.first == pool(flags(["plain"], member))
-        assert kind.second == pool(flags(SEEDS["edited"], member))
+        assert kind.first == pooled(flags(["plain"], member))
+        assert kind.second == pooled(flags(SEEDS["edited"], member))
 
 
 def test_one_set_of_harmful_prompts_is_not_compared_twice(model, tmp_path):
