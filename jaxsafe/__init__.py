@@ -99,10 +99,8 @@ if TYPE_CHECKING:
     from jaxsafe.methods.scans_calibration import Calibration as Calibration
     from jaxsafe.methods.scans_calibration import OpenChoice as OpenChoice
     from jaxsafe.methods.scans_preparation import prepare_scans as prepare_scans
-    from jaxsafe.methods.ssah import InputMoments as InputMoments
     from jaxsafe.methods.ssah import Role as Role
     from jaxsafe.methods.ssah import RoleShares as RoleShares
-    from jaxsafe.methods.ssah import input_moments as input_moments
     from jaxsafe.methods.ssah import random_units as random_units
     from jaxsafe.methods.ssah import role_transfer as role_transfer
     from jaxsafe.methods.ssah import unit_roles as unit_roles
@@ -112,6 +110,8 @@ if TYPE_CHECKING:
     from jaxsafe.methods.trainer import FineTuning as FineTuning
     from jaxsafe.methods.trainer import train as train
     from jaxsafe.methods.trainer import trained as trained
+    from jaxsafe.methods.unit_inputs import InputMoments as InputMoments
+    from jaxsafe.methods.unit_inputs import input_moments as input_moments
     from jaxsafe.model.config import ModelConfig as ModelConfig
     from jaxsafe.model.layers import LayerRange as LayerRange
     from jaxsafe.model.taps import At as At
@@ -253,8 +253,8 @@ _WHERE = {
     "head_mask": "jaxsafe.kernels.units",
     "Units": "jaxsafe.kernels.units",
     "unit_mask": "jaxsafe.kernels.units",
-    "input_moments": "jaxsafe.methods.ssah",
-    "InputMoments": "jaxsafe.methods.ssah",
+    "input_moments": "jaxsafe.methods.unit_inputs",
+    "InputMoments": "jaxsafe.methods.unit_inputs",
     "unit_scores": "jaxsafe.methods.ssah",
     "unit_roles": "jaxsafe.methods.ssah",
     "RoleShares": "jaxsafe.methods.ssah",

@@ -14,8 +14,6 @@ from jaxsafe.methods.ssah import (
     Role,
     RoleShares,
     head_cost,
-    input_moments,
-    merged,
     random_units,
     role_transfer,
     unit_roles,
@@ -23,6 +21,7 @@ from jaxsafe.methods.ssah import (
     units_of,
     without_units,
 )
+from jaxsafe.methods.unit_inputs import input_moments, merged
 from jaxsafe.model.taps import RowMoments, edit
 from jaxsafe.model.transformer import forward
 from jaxsafe.model.weights import flatten, nest
