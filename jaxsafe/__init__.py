@@ -72,8 +72,10 @@ if TYPE_CHECKING:
     from jaxsafe.kernels.sums import Statistics as Statistics
     from jaxsafe.kernels.sums import gather as gather
     from jaxsafe.kernels.sums import merge as merge
+    from jaxsafe.kernels.units import Units as Units
     from jaxsafe.kernels.units import head_mask as head_mask
     from jaxsafe.kernels.units import layer_mask as layer_mask
+    from jaxsafe.kernels.units import unit_mask as unit_mask
     from jaxsafe.methods.brittleness import Material as Material
     from jaxsafe.methods.brittleness import Point as Point
     from jaxsafe.methods.brittleness import ScoreSettings as ScoreSettings
@@ -97,9 +99,19 @@ if TYPE_CHECKING:
     from jaxsafe.methods.scans_calibration import Calibration as Calibration
     from jaxsafe.methods.scans_calibration import OpenChoice as OpenChoice
     from jaxsafe.methods.scans_preparation import prepare_scans as prepare_scans
+    from jaxsafe.methods.ssah import Role as Role
+    from jaxsafe.methods.ssah import RoleShares as RoleShares
+    from jaxsafe.methods.ssah import random_units as random_units
+    from jaxsafe.methods.ssah import role_transfer as role_transfer
+    from jaxsafe.methods.ssah import unit_roles as unit_roles
+    from jaxsafe.methods.ssah import unit_scores as unit_scores
+    from jaxsafe.methods.ssah import units_of as units_of
+    from jaxsafe.methods.ssah import without_units as without_units
     from jaxsafe.methods.trainer import FineTuning as FineTuning
     from jaxsafe.methods.trainer import train as train
     from jaxsafe.methods.trainer import trained as trained
+    from jaxsafe.methods.unit_inputs import InputMoments as InputMoments
+    from jaxsafe.methods.unit_inputs import input_moments as input_moments
     from jaxsafe.model.config import ModelConfig as ModelConfig
     from jaxsafe.model.layers import LayerRange as LayerRange
     from jaxsafe.model.taps import At as At
@@ -239,6 +251,18 @@ _WHERE = {
     "LayerRange": "jaxsafe.model.layers",
     "layer_mask": "jaxsafe.kernels.units",
     "head_mask": "jaxsafe.kernels.units",
+    "Units": "jaxsafe.kernels.units",
+    "unit_mask": "jaxsafe.kernels.units",
+    "input_moments": "jaxsafe.methods.unit_inputs",
+    "InputMoments": "jaxsafe.methods.unit_inputs",
+    "unit_scores": "jaxsafe.methods.ssah",
+    "unit_roles": "jaxsafe.methods.ssah",
+    "RoleShares": "jaxsafe.methods.ssah",
+    "Role": "jaxsafe.methods.ssah",
+    "units_of": "jaxsafe.methods.ssah",
+    "without_units": "jaxsafe.methods.ssah",
+    "random_units": "jaxsafe.methods.ssah",
+    "role_transfer": "jaxsafe.methods.ssah",
     "write_report": "jaxsafe.report.write",
     "Variant": "jaxsafe.records.run",
     "json_schema": "jaxsafe.records.run",

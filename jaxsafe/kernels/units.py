@@ -1,15 +1,19 @@
-"""Units of a model as masks of its weights: heads, ranges of layers."""
+"""Units of a model as masks of its weights: heads, neurons, ranges of layers.
 
-from collections.abc import Collection
+L layers, N heads, F mlp
+"""
 
+from collections.abc import Collection, Mapping
+
+import flax.struct
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Shaped
 
 from jaxsafe.kernels.selection import Mask
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.layers import LayerRange
-from jaxsafe.model.weights import Weight, layer_shape, linear_maps, nest
+from jaxsafe.model.weights import Weight, layer_shape, linear_maps, nest, weights
 
 
 def layer_mask(config: ModelConfig, layers: LayerRange) -> Mask:
@@ -43,14 +47,38 @@ def head_mask(config: ModelConfig, heads: Collection[Head]) -> Mask:
         chosen[layer, head] = True
     group = chosen.reshape(config.layers, config.kv_heads, config.groups).all(-1)
     units = {"heads": chosen, "kv_heads": group}
+    return nest({path: _along(config, weight, units) for path, weight in linear_maps(config).items()})
 
-    def mask(weight: Weight) -> Bool[Array, "L ..."]:
-        shape = (config.layers, *layer_shape(config, weight))
-        axes = (*weight.inputs, *weight.outputs)
-        axis = next((axis for axis in axes if axis in units), None)
-        if axis is None:
-            return jnp.zeros(shape, bool)
-        along = [size if name == axis else 1 for name, size in zip(axes, shape[1:], strict=True)]
-        return jnp.broadcast_to(units[axis].reshape(config.layers, *along), shape)
 
-    return nest({path: mask(weight) for path, weight in linear_maps(config).items()})
+@flax.struct.dataclass
+class Units:
+    """One value for each unit: attention heads and MLP neurons."""
+
+    heads: Shaped[np.ndarray, "L N"]
+    neurons: Shaped[np.ndarray, "L F"]
+
+
+def unit_mask(config: ModelConfig, units: Units) -> Mask:
+    """The mask that freezes `units` (booleans): every weight of the blocks with an axis of heads or neurons.
+
+    Rows of q and columns of o, of gate, up and down, with their biases and norms of their own; k and v of a group where
+    any of its query heads is in `units`. For `freeze` and `rewind`. Raises ValueError for units of another model.
+    """
+    expected = ((config.layers, config.heads), (config.layers, config.mlp))
+    if (units.heads.shape, units.neurons.shape) != expected:
+        raise ValueError(f"units have shapes {units.heads.shape} and {units.neurons.shape}; the model has {expected}")
+    group = units.heads.reshape(config.layers, config.kv_heads, config.groups).any(-1)
+    chosen = {"heads": units.heads, "kv_heads": group, "mlp": units.neurons}
+    owned = {path: w for path, w in weights(config).items() if w.stacked and chosen.keys() & {*w.inputs, *w.outputs}}
+    return nest({path: _along(config, weight, chosen) for path, weight in owned.items()})
+
+
+def _along(config: ModelConfig, weight: Weight, chosen: Mapping[str, Bool[np.ndarray, "L _"]]) -> Bool[Array, "L ..."]:
+    """True where the axis of `weight` that `chosen` names runs through a chosen unit."""
+    shape = (config.layers, *layer_shape(config, weight))
+    axes = (*weight.inputs, *weight.outputs)
+    axis = next((axis for axis in axes if axis in chosen), None)
+    if axis is None:
+        return jnp.zeros(shape, bool)
+    along = [size if name == axis else 1 for name, size in zip(axes, shape[1:], strict=True)]
+    return jnp.broadcast_to(chosen[axis].reshape(config.layers, *along), shape)

@@ -134,6 +134,12 @@ class At:
         return jnp.take_along_axis(x, self.slots[..., None], axis=1)
 
 
+def _row_mean(x: Float[Array, "B T F"], counted: Bool[Array, "B T"]) -> Float[Array, "B F"]:
+    weight = counted.astype(jnp.float32)
+    weight /= jnp.maximum(weight.sum(1, keepdims=True), 1)
+    return jnp.einsum("btf,bt->bf", x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
+
+
 @flax.struct.dataclass
 class AtAndMean:
     """Reads the given slots, and behind them the mean over the slots that are `counted`."""
@@ -142,11 +148,23 @@ class AtAndMean:
     counted: Bool[Array, "B T"]
 
     def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B P+1 F"]:
-        weight = self.counted.astype(jnp.float32)
-        weight /= jnp.maximum(weight.sum(1, keepdims=True), 1)
-        mean = jnp.einsum("btf,bt->bf", x.astype(jnp.float32), weight, precision=jax.lax.Precision.HIGHEST)
+        mean = _row_mean(x, self.counted)
         read = jnp.take_along_axis(x, self.slots[..., None], axis=1).astype(jnp.float32)
         return jnp.concatenate([read, mean[:, None]], axis=1)
+
+
+@flax.struct.dataclass
+class RowMoments:
+    """Each row's mean over the slots that are `counted`, and its sum of squares about that mean, in float32."""
+
+    counted: Bool[Array, "B T"]
+
+    def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "B 2 F"]:
+        mean = _row_mean(x, self.counted)
+        squares = jnp.square(x.astype(jnp.float32) - mean[:, None])
+        weight = self.counted.astype(jnp.float32)
+        summed = jnp.einsum("btf,bt->bf", squares, weight, precision=jax.lax.Precision.HIGHEST)
+        return jnp.stack([mean, summed], axis=1)
 
 
 @flax.struct.dataclass
