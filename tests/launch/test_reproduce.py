@@ -66,9 +66,10 @@ def test_memory_is_that_of_weights_scores_caches_and_state():
 
 
 def test_what_is_done_is_counted_by_hand():
-    # The dense model, ten points and as many controls; a hundred prompts plain, with a suffix, and five samples.
+    # The dense model, ten points and for each three controls of two kinds; a hundred prompts plain, with a suffix, and
+    # five samples.
     answered, scored = works(BY_TABLE["arXiv 2402.05162, table 6a"])
-    assert (answered[0], answered[2]) == ("generation", 21 * 22) and (scored[0], scored[2]) == ("snip", 2)
+    assert (answered[0], answered[2]) == ("generation", 71 * 22) and (scored[0], scored[2]) == ("snip", 2)
     # Each point is scored anew on both sides.
     assert works(BY_TABLE["arXiv 2402.05162, table 7a"])[1][::2] == ("act_svd", 10)
     # Two variants of 2,059 prompts in batches of 32.

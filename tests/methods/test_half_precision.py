@@ -38,9 +38,10 @@ def test_the_weights_that_matter_most_are_the_same(models, prompts, kind):
         assert (exact & masks[1][path]).sum() >= 0.95 * exact.sum() > 0, path
 
 
-def test_scores_of_prompts_are_the_same(models, prompts):
+def test_scores_of_prompts_move_by_less_than_they_differ(models, prompts):
+    """By 0.002 (root mean square); a single prompt may move by more."""
     scores = []
     for model in models:
         cosines = read_prompts(model, find_directions(model, *prompts), [*prompts[0][:16], *prompts[1][:16]]).cosines
         scores.append(cosines[:, model.config.layers // 3 : -1].mean(1))
-    assert np.abs(scores[0] - scores[1]).max() <= 0.002 < np.ptp(scores[0])
+    assert np.sqrt(np.square(scores[0] - scores[1]).mean()) <= 0.002 < 0.1 * scores[0].std()
