@@ -18,7 +18,7 @@ from jaxsafe.evaluation.samples import rates, set_name
 from jaxsafe.evaluation.settings import Setting, setting
 from jaxsafe.evaluation.utilisation import Tokens
 from jaxsafe.evaluation.windows import Windows, read_by_rule
-from jaxsafe.evaluation.zero_shot import LM_EVAL_03, Shuffled
+from jaxsafe.evaluation.zero_shot import LM_EVAL_03, Shuffled, zero_shot
 from jaxsafe.io.store import Log, by_batch
 from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.progress import Progress, silent
@@ -322,8 +322,6 @@ def _tasks(model: ChatModel, exam: Exam) -> dict[str, Rate]:
     """Accuracies of lm-eval tasks, where the exam has some."""
     if not exam.tasks:
         return {}
-        from jaxsafe.evaluation.zero_shot import zero_shot
-
     seed = exam.decoding.seed
     found = zero_shot(model, exam.tasks, exam.task_limit, exam.batch_size, seed)
     return {f"zero_shot/{task}": rate for task, rate in found.items()}

@@ -431,3 +431,16 @@ def test_tasks_are_not_asked_of_a_rule(model):
     with pytest.raises(ValueError, match="zero-shot tasks are asked of models without a steering rule"):
         examinee = model.steered([exams.steering(model, 1.0)])
         examine(examinee, model, exams.quick_exam(model, tasks=("boolq",)), ["steered"])
+
+
+def test_tasks_are_asked_of_the_model(model, monkeypatch):
+    asked = []
+
+    def answered(*given):
+        asked.append(given[:3])
+        return {"boolq": rate([True, False, True])}
+
+    monkeypatch.setattr("jaxsafe.study.exam.zero_shot", answered)
+    exam = exams.quick_exam(model, tasks=("boolq",), task_limit=3)
+    (findings,), _ = examine(model.steered([None]), model, exam, ["as it is"])
+    assert findings.rates["zero_shot/boolq"] == rate([True, False, True]) and asked == [(model, ("boolq",), 3)]
