@@ -44,20 +44,20 @@ def change_blocks(
     reducer = kind_of(scoring.kind).reducer
     data = (rows, *beside)
     batches = [[pad_rows([each[i] for i in group]) for group in batches_of(scoring, each)] for each in data]
-    states = [
-        [] if reducer is None else [embed(config, params, jnp.asarray(batch.tokens)) for batch in own]
-        for own in batches
-    ]
+    states, reducers = [list[jax.Array]() for _ in data], [list[Mapping[str, Reducer]]() for _ in data]
+    if reducer is not None:
+        taps = tuple(kind_of(scoring.kind).outline(config))
+        states = [[embed(config, params, jnp.asarray(batch.tokens)) for batch in own] for own in batches]
+        shares = [[jnp.asarray(counted(batch, scoring.positions), jnp.float32) for batch in own] for own in batches]
+        reducers = [[dict.fromkeys(taps, reducer(share)) for share in own] for own in shares]
     for layer in range(config.layers):
         found = []
-        for each, own, inputs in zip(data, batches, states, strict=True):
+        for each, own, inputs, reduce in zip(data, batches, states, reducers, strict=True):
             if reducer is None:
                 whole = gather(scoring, config, params, each)
                 sums = jax.tree.map(lambda a, layer=layer: a[layer : layer + 1], whole.sums)
             else:
-                shares = [jnp.asarray(counted(batch, scoring.positions), jnp.float32) for batch in own]
-                reducers = [dict.fromkeys(kind_of(scoring.kind).outline(config), reducer(share)) for share in shares]
-                sums = _block_sums(config, params, layer, inputs, own, reducers)
+                sums = _block_sums(config, params, layer, inputs, own, reduce)
             found.append(Statistics(scoring.kind, sums, len(each)))
         slot = slice(layer, layer + 1)
         view = {"layers": jax.tree.map(lambda a, slot=slot: a[slot], dict(params["layers"]))}
