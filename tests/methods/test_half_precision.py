@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from jaxsafe.chat.model import load_chat_model
+from jaxsafe.devices import multiplies_bfloat16
 from jaxsafe.kernels.selection import top
 from jaxsafe.kernels.sums import Scoring, gather
 from jaxsafe.methods.safety_tuning import builtin_refusals
@@ -48,8 +49,13 @@ def scores(models, prompts):
     return found
 
 
+NEWER = jax.__version_info__ >= (0, 12)
+
+
 @pytest.mark.xfail(
-    jax.__version_info__ >= (0, 12), strict=True, reason="native bfloat16 products move one prompt of 32 by 0.0029"
+    NEWER or multiplies_bfloat16(),
+    strict=NEWER,
+    reason="bfloat16 moves one prompt of 32 by 0.0029 under jax 0.12; older ones are not known on native products",
 )
 def test_scores_of_prompts_are_the_same(scores):
     assert np.abs(scores[0] - scores[1]).max() <= 0.002 < np.ptp(scores[0])
