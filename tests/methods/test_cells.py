@@ -22,7 +22,7 @@ from jaxsafe.kernels.units import layer_mask
 from jaxsafe.methods import cells
 from jaxsafe.methods.attacks import preset
 from jaxsafe.methods.brittleness import Material
-from jaxsafe.methods.cells import Cell, Grid, Tuning, before, examine_run, runs
+from jaxsafe.methods.cells import Cell, Grid, Tuning, Work, before, examine_run, examine_together, runs
 from jaxsafe.methods.defences import NONE, Defence, Keep, defences
 from jaxsafe.methods.trainer import FineTuning, train
 from jaxsafe.model.layers import LayerRange
@@ -228,6 +228,12 @@ def test_losses_and_results_are_those_of_a_plain_loop(model, material, exam, tmp
     assert study.examined[name].result.variant.baseline == f"{free.name}, step 4"
 
 
+def test_steps_that_are_named_are_examined_too(model, material, exam, tmp_path):
+    study, cell = study_in(tmp_path, model, exam), Cell(SHIFT, FULL, NONE, 1)
+    losses = examine_run(study, [cell], SETTINGS, ROWS, Grid(material, (NONE,), at=(1, 3)))
+    assert [*losses] == [*study.examined] == [f"{cell.name}, step {n}" for n in (1, 3, 4)]
+
+
 def test_only_the_end_is_examined_where_no_step_is_due(model, material, exam, tmp_path):
     study = study_in(tmp_path, model, exam)
     losses = examine_run(study, [Cell(SHIFT, FULL, NONE, 1)], SETTINGS, ROWS, Grid(material, (NONE,)))
@@ -346,6 +352,73 @@ def test_steps_behind_a_checkpoint_that_are_not_examined_are_trained_again(model
     losses = examine_run(study_in(tmp_path, model, exam), [cell], SETTINGS, ROWS, closer)
     assert losses == {f"{cell.name}, step {n}": loss for n, loss in weights_of(SETTINGS, model, ROWS)[0].items()}
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+# Runs at once
+
+
+SWEPT = [Tuning("lora", LoRA(4, 16.0), 3e-3), Tuning("lora r=2 rate=0.01", LoRA(2, 16.0), 1e-2)]
+
+
+def work_of(study, grid, guards, tunings, seeds=(0, 1)):
+    """The runs of a grid, as a launch script makes them."""
+    return [
+        Work(study, group, settings_of(group[0]), ROWS[group[0].seed :], grid)
+        for group in runs([SHIFT], tunings, guards, seeds)
+    ]
+
+
+def settings_of(cell):
+    rate = cell.tuning.learning_rate or 3e-3
+    return dataclasses.replace(SETTINGS, seed=cell.seed, lora=cell.tuning.lora, learning_rate=rate)
+
+
+def losses_of(work):
+    return {k: v for w in work for k, v in examine_run(w.study, w.cells, w.settings, w.rows, w.grid).items()}
+
+
+def test_runs_at_once_leave_what_runs_alone_do_and_go_on(model, material, exam, tmp_path, monkeypatch):
+    guards = [NONE, Averaged(0.5)]
+    alone = study_in(tmp_path / "alone", model, exam)
+    wanted = losses_of(work_of(alone, Grid(material, tuple(guards), 2), guards, SWEPT))
+    begun, whole = [], cells.train_together
+
+    def noted(config, params, trainings, mesh):
+        for step in whole(config, params, trainings, mesh):
+            if step[0].begins:
+                begun.append((len(trainings), step[0].number))
+            yield step
+
+    monkeypatch.setattr(cells, "train_together", noted)
+    monkeypatch.setattr(cells, "train", lambda *_: pytest.fail("trained alone"))
+    out = tmp_path / "out"
+    with pytest.raises(Stopped):
+        stopping = Grid(material, tuple(guards), 2, out / "checkpoints", stops_at(3))
+        examine_together(work_of(study_in(out, model, exam), stopping, guards, SWEPT), 3)
+    grid = Grid(material, tuple(guards), 2, out / "checkpoints")
+    study = study_in(out, model, exam)
+    work = work_of(study, grid, guards, SWEPT)
+    # The three that were stopped go on; the fourth, which has no like at their step, is left to be trained alone.
+    examine_together(work, 3)
+    assert begun == [(3, 0), (3, 3)] and not study.examined
+    examine_together(work, 3)
+    assert len(begun) == 2
+    monkeypatch.undo()
+    assert losses_of(work) == pytest.approx(wanted, abs=1e-4)
+    assert [*study.examined] == [*alone.examined]
+    for name, result in alone.examined.items():
+        assert study.examined[name].result.variant == result.result.variant
+        assert study.examined[name].result.perplexity == pytest.approx(result.result.perplexity, rel=1e-3)
+    assert not list((out / "checkpoints").iterdir())
+
+
+def test_what_has_no_like_is_left_alone(model, material, exam, tmp_path, monkeypatch):
+    monkeypatch.setattr(cells, "train_together", lambda *_: pytest.fail("trained together"))
+    study, guards = study_in(tmp_path, model, exam), defences({"layers": ((1, 2),)}, controls=False, rewinds=False)
+    grid = Grid(material, tuple(guards))
+    examine_together(work_of(study, grid, [NONE], [FULL]), 4)
+    examine_together(work_of(study, grid, guards, SWEPT[:1], seeds=(0,)), 4)
+    examine_together(work_of(study, grid, [NONE], SWEPT), 1)
 
 
 def test_seeds_share_one_compiled_step(model, material, exam, tmp_path):
