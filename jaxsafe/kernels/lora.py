@@ -131,13 +131,14 @@ def unmerged(
 
 
 def beside_changes(
-    params: Params, changes: Mapping[str, Any], keys: UInt[Array, "B 2"], dropout: float
+    config: ModelConfig, params: Params, changes: Mapping[str, Any], keys: UInt[Array, "B 2"], dropout: float
 ) -> dict[str, Any]:
     """`params` with whole `changes` of weights, as of `changes`, beside them, whose inputs are dropped."""
 
+    table, L = linear_maps(config), config.layers
+
     def part(name: str, change: Float[Array, "L ..."]) -> Change:
-        L, inputs = change.shape[0], {"o": 2}.get(name, 1)
-        I = math.prod(change.shape[1 : 1 + inputs])
+        I = math.prod(sizes(config, table[f"layers/{name}"].inputs))
         return Change(change.reshape(L, I, -1), row_keys(keys, name, L), dropout)
 
     return beside(params, {name: part(name, change) for name, change in changes["layers"].items()})

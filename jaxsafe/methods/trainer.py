@@ -288,7 +288,7 @@ def _running(
         return lora.unmerged(fixed["params"], adapters, fixed["scale"], keys, dropout)
     if keys is None:
         return adapted(frozen, config, adapters, fixed)
-    return lora.beside_changes(fixed["params"], _change(frozen, adapters, fixed), keys, dropout)
+    return lora.beside_changes(config, fixed["params"], _change(frozen, adapters, fixed), keys, dropout)
 
 
 def adapted(frozen: optax.GradientTransformation, config: ModelConfig, adapters: Any, fixed: Any) -> dict[str, Any]:

@@ -196,7 +196,7 @@ def test_only_the_adapters_of_a_map_see_dropped_inputs(params, name):
     kept = np.asarray(dropped(jnp.ones_like(x), row_keys(keys, name, 2)[1], 0.5), np.float64)
     wanted = ALPHA / 3 * (kept * x) @ a.reshape(-1, 3) @ b.reshape(3, -1)
     np.testing.assert_allclose(layer(jnp.asarray(x)), wanted, atol=1e-5)
-    whole = beside_changes(params, changes(adapters, ALPHA), keys, 0.5)["layers"][f"{name}_adapter"]
+    whole = beside_changes(CONFIG, params, changes(adapters, ALPHA), keys, 0.5)["layers"][f"{name}_adapter"]
     np.testing.assert_allclose(jax.tree.map(lambda a: a[1], whole)(jnp.asarray(x)), wanted, atol=1e-5)
 
 
