@@ -25,7 +25,7 @@ from jaxsafe.kernels.training import Recipe, batch_plan, one_step
 from jaxsafe.methods.trainer import FREE, FineTuning, Step, begin, check_rows, identity, weights_program
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params
-from jaxsafe.rows import Row, pad_rows
+from jaxsafe.rows import Batch, Row, pad_rows
 
 Folder = str | os.PathLike
 
@@ -79,17 +79,18 @@ def _steps(
     settings = runs[0].settings
     steps, every = settings.steps, settings.checkpoint_every
     ranks = [_lora(run).rank for run in runs]
-    batches = [batch_plan([1] * len(run.rows), settings.batch_size, steps, run.settings.seed) for run in runs]
+    plans = [batch_plan([1] * len(run.rows), settings.batch_size, steps, run.settings.seed) for run in runs]
     begun = [begin(config, params, run.rows, run.settings, FREE, mesh) for run in runs]
     fixed, recipe = [each[1] for each in begun], begun[0][2]
     weights = weights_program(config, params, settings, FREE)
     together = {**fixed[0], "scale": jnp.stack([each["scale"] for each in fixed])}
 
     with contextlib.ExitStack() as stack:
-        whole = stack.enter_context(stoppable())
+        saves = any(run.folder is not None for run in runs)
+        whole = stack.enter_context(stoppable()) if saves else contextlib.nullcontext
         kept = [stack.enter_context(open_checkpoints(run.folder)) if run.folder else None for run in runs]
         names = [
-            identity(params, run.rows, run.settings, FREE) if store else {}
+            {} if store is None else identity(params, run.rows, run.settings, FREE)
             for run, store in zip(runs, kept, strict=True)
         ]
         found = [_resumed(store, tree, name) for store, (tree, *_), name in zip(kept, begun, names, strict=True)]
@@ -115,14 +116,13 @@ def _steps(
         try:
             yield now(begins=True)
             for i in range(done, steps):
-                rows = [[run.rows[j] for j in plan[i]] for run, plan in zip(runs, batches, strict=True)]
-                batch = put([pad_rows(each, settings.slots[0], settings.batch_size) for each in rows], mesh)
+                batch = put([_batch(run, plan[i]) for run, plan in zip(runs, plans, strict=True)], mesh)
                 with whole():  # a step consumes the tree that it is given
                     tree, nats = program(recipe)(tree, batch, together)
                     losses, done = [float(loss) for loss in nats], i + 1
                 yield now()
-                end = any(kept) and preempted(i)
-                if end or done == steps or done % every == 0:
+                end = saves and preempted(i)
+                if saves and (end or done == steps or done % every == 0):
                     with whole():
                         keep()
                         saved = done
@@ -130,9 +130,14 @@ def _steps(
                     raise SystemExit(143)
         except (KeyboardInterrupt, SystemExit, GeneratorExit):
             # Of several processes, which save together, each may be interrupted at another step.
-            if saved < done and jax.process_count() == 1:
+            if saves and saved < done and jax.process_count() == 1:
                 keep()
             raise
+
+
+def _batch(run: Training, indices: Sequence[int]) -> Batch:
+    assert run.settings.slots is not None
+    return pad_rows([run.rows[j] for j in indices], run.settings.slots[0], run.settings.batch_size)
 
 
 def _lora(run: Training) -> LoRA:
@@ -180,7 +185,7 @@ def program(recipe: Recipe) -> Any:
     return jax.jit(jax.vmap(functools.partial(one_step, recipe), in_axes=(0, 0, fixed)), donate_argnums=0)
 
 
-def put(batches: Sequence[Any], mesh: Mesh | None) -> Any:
+def put(batches: Sequence[Batch], mesh: Mesh | None) -> Any:
     """Batches of all runs on the devices, [N, B, ...], B split over `data`."""
     whole = jax.tree.map(lambda *parts: np.stack(parts), *batches)
     return jax.device_put(whole, None if mesh is None else NamedSharding(mesh, PartitionSpec(None, "data")))
