@@ -249,7 +249,7 @@ def examine_together(runs: Sequence[Work], most: int) -> None:
         return
     # Results take their places among the examined in the order of the grid, whatever is trained with what.
     apart = [dataclasses.replace(run, study=dataclasses.replace(run.study, examined={})) for run in runs]
-    alike: dict[object, list[Work]] = {}
+    alike: dict[tuple[FineTuning, int | None], list[Work]] = {}
     for run in apart:
         if run.settings.lora is not None and run.cell.defence == NONE and not run.finished:
             alike.setdefault((shared(run.settings), _begins(run)), []).append(run)

@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import jax
@@ -52,7 +52,7 @@ def shared(settings: FineTuning) -> FineTuning:
 
 def train_together(
     config: ModelConfig, params: Params, runs: Sequence[Training], mesh: Mesh | None = None
-) -> Iterator[tuple[Step, ...]]:
+) -> Generator[tuple[Step, ...], None, None]:
     """What `train` yields of each of `runs`, which differ in rows, seed, learning rate and rank alone.
 
     Runs go on from their latest checkpoints, which must be of the same step. Signals and closing are as of `train`.
@@ -75,7 +75,7 @@ def latest_step(folder: Folder | None) -> int:
 
 def _steps(
     config: ModelConfig, params: Params, runs: Sequence[Training], mesh: Mesh | None
-) -> Iterator[tuple[Step, ...]]:
+) -> Generator[tuple[Step, ...], None, None]:
     settings = runs[0].settings
     steps, every = settings.steps, settings.checkpoint_every
     ranks = [_lora(run).rank for run in runs]
@@ -135,7 +135,7 @@ def _steps(
             raise
 
 
-def _batch(run: Training, indices: Sequence[int]) -> Batch:
+def _batch(run: Training, indices: np.ndarray) -> Batch:
     assert run.settings.slots is not None
     return pad_rows([run.rows[j] for j in indices], run.settings.slots[0], run.settings.batch_size)
 

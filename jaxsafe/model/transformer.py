@@ -116,7 +116,8 @@ class Block(nn.Module):
             w = weight(name)
             features = w.shape[1:] if name in "qkv" else w.shape[-1:]
             y = product(h, w.reshape(h.shape[-1], -1))
-            adapter = self.get_variable("params", f"{name}_adapter")  # a pytree beside the weight, while it is trained
+            # A pytree beside the weight, while adapters are trained.
+            adapter: Callable[[Array], Array] | None = self.get_variable("params", f"{name}_adapter")
             if adapter is not None:
                 y = (y.astype(jnp.float32) + adapter(h)).astype(y.dtype)
             if f"layers/{name}_bias" in table:

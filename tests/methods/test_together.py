@@ -120,10 +120,8 @@ def test_what_is_dropped_follows_from_seed_step_and_row_and_from_no_padding(want
     plain = alone(dataclasses.replace(run, settings=trainings(dropout=0.0)[0].settings))
     assert plain[1][1] == pytest.approx(wanted[0][1][1], abs=1e-6), "B is zero at first"
     assert all(abs(a[1] - b[1]) > 1e-5 for a, b in zip(plain[2:], wanted[0][2:], strict=True))
-    wider = dataclasses.replace(run, settings=dataclasses.replace(run.settings, slots=(23, 10)))
-    close(alone(wider)[-1][3], wanted[0][-1][3])
-    parts = dataclasses.replace(run, settings=dataclasses.replace(run.settings, accumulation=3))
-    close(alone(parts)[-1][3], wanted[0][-1][3])
+    other = dataclasses.replace(run, settings=dataclasses.replace(run.settings, slots=(23, 10), accumulation=3))
+    close(alone(other)[-1][3], wanted[0][-1][3])
 
 
 def test_runs_that_differ_in_more_are_refused():
