@@ -23,7 +23,7 @@ from absl import app, flags
 from benchmarks.measure import CORES, alternate, emit
 from jaxsafe.io.hub import load_hf, resolve
 from jaxsafe.kernels.lora import LoRA
-from jaxsafe.methods.together import Training, program, put, stacked
+from jaxsafe.methods.together import Training, fixed_together, program, put, stacked
 from jaxsafe.methods.trainer import FREE, FineTuning, begin, compiled_step
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params, init
@@ -68,8 +68,8 @@ def sides(config: ModelConfig, params: Params, runs: list[Training]) -> tuple[li
     """The runs each by itself, and all of them at once."""
     batches = [pad_rows(run.rows, run.settings.slots[0]) for run in runs if run.settings.slots]
     begun = [begin(config, params, run.rows, run.settings, FREE, None) for run in runs]
-    together = {**begun[0][1], "scale": jax.numpy.stack([fixed["scale"] for _, fixed, _ in begun])}
-    at_once = Taken(program(begun[0][2]), stacked([tree for tree, _, _ in begun]), put(batches, None), together)
+    trees, fixed, (recipe, *_) = zip(*begun, strict=True)
+    at_once = Taken(program(recipe), stacked(trees), put(batches, None), fixed_together(fixed))
     alone = [
         Taken(compiled_step(recipe, tree), tree, jax.device_put(batch), fixed)
         for (tree, fixed, recipe), batch in zip(begun, batches, strict=True)

@@ -70,11 +70,13 @@ class Recipe:
 def one_step(recipe: Recipe, tree: Any, batch: Batch, fixed: Any = None) -> tuple[Any, Float[Array, ""]]:
     """The tree {"params", "optimizer"} after one step, and the mean loss of the answer tokens (nats) before it.
 
-    "params" are what is trained, in float32, "optimizer" is the optimiser's state, `fixed` what is not trained. Where
-    there is a "key", uint32 [2], something is dropped: each row gets a key of its own, and the tree the next one.
+    "params" are what is trained, in float32, "optimizer" is the optimiser's state, `fixed` what is not trained, with
+    the "rate" that the optimiser is given. Where there is a "key", uint32 [2], something is dropped: each row gets a
+    key of its own, and the tree the next one.
     """
     total = jnp.maximum(batch.response.sum(), 1).astype(jnp.float32)
     keys, following = _drawn(tree, batch.tokens.shape[0])
+    given = {} if fixed is None else {"rate": fixed["rate"]}
 
     def loss(params: Any, part: tuple[Batch, Any]) -> jax.Array:
         rows, keys = part
@@ -85,7 +87,7 @@ def one_step(recipe: Recipe, tree: Any, batch: Batch, fixed: Any = None) -> tupl
     params = tree["params"]
     value, gradient = value_and_gradient(loss, params, (batch, keys), recipe.accumulation)
     with jax.numpy_dtype_promotion("standard"):  # optax takes powers of integer counts
-        updates, state = recipe.optimizer.update(gradient, tree["optimizer"], params)
+        updates, state = recipe.optimizer.update(gradient, tree["optimizer"], params, **given)
     return {"params": optax.apply_updates(params, updates), "optimizer": state, **following}, value
 
 

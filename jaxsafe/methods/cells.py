@@ -18,7 +18,7 @@ from jaxsafe.methods.attacks import Attack
 from jaxsafe.methods.brittleness import Material
 from jaxsafe.methods.defences import NONE, Defence
 from jaxsafe.methods.together import Training, latest_step, shared, train_together
-from jaxsafe.methods.trainer import FineTuning, Step, train
+from jaxsafe.methods.trainer import FineTuning, Step, described, train
 from jaxsafe.model.transformer import Params
 from jaxsafe.progress import Watch, unwatched
 from jaxsafe.records.attack import About
@@ -64,9 +64,9 @@ class Cell:
         against its random control where that is one of `guards`. Its columns are those of `records.attack.About`;
         scores are made for the share where the material's store does not hold it.
         """
-        run = dataclasses.asdict(settings)
+        run = described(settings)
         # Padding follows from the rows of all seeds, so that another seed would make every cell anew.
-        del run["checkpoint_every"], run["slots"]
+        del run["slots"]
         trained_on = data_sha256(self.defence.rows(rows))
         free = dataclasses.replace(self, defence=NONE)
         control = self.defence.control

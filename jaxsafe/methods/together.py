@@ -83,7 +83,7 @@ def _steps(
     begun = [begin(config, params, run.rows, run.settings, FREE, mesh) for run in runs]
     fixed, recipe = [each[1] for each in begun], begun[0][2]
     weights = weights_program(config, params, settings, FREE)
-    together = {**fixed[0], "scale": jnp.stack([each["scale"] for each in fixed])}
+    together = fixed_together(fixed)
 
     with contextlib.ExitStack() as stack:
         saves = any(run.folder is not None for run in runs)
@@ -178,10 +178,19 @@ def resized(tree: Any, rank: int) -> Any:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
+OWN = ("rate", "scale")
+"""What each run has of its own among what is fixed."""
+
+
+def fixed_together(fixed: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What is fixed of all runs: the weights once, numbers by run, [N]."""
+    return {**fixed[0], **{name: jnp.stack([each[name] for each in fixed]) for name in OWN}}
+
+
 @functools.lru_cache(maxsize=4)
 def program(recipe: Recipe) -> Any:
     """`step(tree, batch, fixed)` of stacked runs; the tree given to it is consumed."""
-    fixed = {"params": None, "frozen": None, "scale": 0}
+    fixed = {"params": None, "frozen": None, **dict.fromkeys(OWN, 0)}
     return jax.jit(jax.vmap(functools.partial(one_step, recipe), in_axes=(0, 0, fixed)), donate_argnums=0)
 
 

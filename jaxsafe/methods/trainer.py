@@ -220,12 +220,13 @@ def begin(
     """What changes from step to step ("params" and "optimizer"), what does not, and how a step is made."""
     own = rules(settings, frozen).optimizer
     shared, key = shared_rules(settings, frozen), {}
+    fixed = {"rate": _on_mesh(jnp.float32(settings.learning_rate), mesh)}
     if settings.lora is None:
-        trained, fixed = masters(params), None
+        trained = masters(params)
     else:
         trained = lora.init(config, settings.lora, settings.seed, mesh)
         scale = _on_mesh(jnp.float32(settings.lora.scale), mesh)
-        fixed = {"params": dict(params), "frozen": _on_mesh(frozen.init(params), mesh), "scale": scale}
+        fixed |= {"params": dict(params), "frozen": _on_mesh(frozen.init(params), mesh), "scale": scale}
         key = {"key": jax.random.key_data(jax.random.key(settings.seed))} if settings.lora.dropout else {}
     longest = max(len(row.ids) - 1 - row.instruction_end for row in rows)
     last = longest if settings.slots is None else settings.slots[1]
@@ -250,8 +251,7 @@ def rules(settings: FineTuning, frozen: optax.GradientTransformation) -> Rules:
     optimizer = optax.chain(
         optax.scale_by_adam(),
         optax.add_decayed_weights(settings.weight_decay),
-        optax.scale_by_learning_rate(learning_rates(dataclasses.replace(settings, learning_rate=1.0))),
-        times(settings.learning_rate),
+        scale_by_rate(learning_rates(dataclasses.replace(settings, learning_rate=1.0))),
     )
     if settings.lora is None:
         return Rules(optax.chain(optimizer, frozen), model_weights, model_weights)
@@ -259,13 +259,15 @@ def rules(settings: FineTuning, frozen: optax.GradientTransformation) -> Rules:
     return Rules(optimizer, running, functools.partial(adapted, frozen))
 
 
-def times(rate: float) -> optax.GradientTransformation:
-    """Updates times `rate`, which lies in the state, as data: another one compiles nothing."""
-    return optax.GradientTransformation(lambda params: jnp.float32(rate), _times)
+def scale_by_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Updates times `rate`, which each call is given, so that another one compiles nothing, and the share by step."""
+    scheduled = optax.scale_by_learning_rate(schedule)
 
+    def update(updates: Any, state: Any, params: Any = None, *, rate: Any, **_: Any) -> tuple[Any, Any]:
+        shares, state = scheduled.update(updates, state, params)
+        return jax.tree.map(lambda share: rate * share, shares), state
 
-def _times(updates: Any, rate: jax.Array, params: Any = None) -> tuple[Any, jax.Array]:
-    return jax.tree.map(lambda update: rate * update, updates), rate
+    return optax.GradientTransformationExtraArgs(scheduled.init, update)
 
 
 def shared_rules(settings: FineTuning, frozen: optax.GradientTransformation) -> Rules:
@@ -343,16 +345,22 @@ def _hashable(tree: Any) -> tuple[tuple[Any, ...], Any]:
 def identity(
     params: Params, rows: Sequence[Row], settings: FineTuning, frozen: optax.GradientTransformation
 ) -> dict[str, Any]:
-    """What the weights of a run follow from, in values of JSON; how often it is saved is not of them."""
-
-    chosen = dataclasses.asdict(settings)
-    del chosen["checkpoint_every"]
+    """What the weights of a run follow from, in values of JSON."""
     data = {
         "rows": data_sha256(rows)[:16],
         "weights": digest(checksum(dict(params)))[:16],
         "frozen": digest(checksum(frozen.init(params)))[:16],
     }
-    return json.loads(json.dumps(chosen | data))
+    return json.loads(json.dumps(described(settings) | data))
+
+
+def described(settings: FineTuning) -> dict[str, Any]:
+    """The settings that weights follow from: not how often they are saved, and no dropout where nothing is dropped."""
+    chosen = dataclasses.asdict(settings)
+    del chosen["checkpoint_every"]
+    if settings.lora is not None and not settings.lora.dropout:
+        del chosen["lora"]["dropout"]
+    return chosen
 
 
 def _on_mesh(tree: Any, mesh: Mesh | None) -> Any:

@@ -111,10 +111,12 @@ def utility(name: str, rows: Sequence[Defended]) -> Drawing:
         axes.plot(steps, values, **row.look, markeredgewidth=1.4, markersize=5.5, clip_on=False, label=row.words)
     _steps_axis(axes, width)
     axes.set_ylabel("perplexity")
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    read = [value for row in rows for _, value in row.utility]
+    if max(read) > 3 * min(read):  # below that a logarithmic scale has next to no ticks
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.legend(**LEGEND | {"ncols": 2})
     ends = (f"{row.words}: " + ", ".join(f"{value:.3g} at {step}" for step, value in row.utility) for row in rows)
     return drawing(figure, name, "Perplexity by training step. " + "; ".join(ends))

@@ -16,7 +16,7 @@ from jaxsafe.evaluation.language import text_rows
 from jaxsafe.evaluation.settings import setting
 from jaxsafe.io.store import Store
 from jaxsafe.kernels.freezing import freeze
-from jaxsafe.kernels.lora import LoRA
+from jaxsafe.kernels.lora import MAPS, LoRA
 from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.kernels.units import layer_mask
 from jaxsafe.methods import cells
@@ -117,6 +117,11 @@ def test_cells_are_variants(material):
     # Neither padding nor checkpoints change a result; rows, settings, the step and the defence do.
     same = dataclasses.replace(settings, slots=None, checkpoint_every=2)
     assert variant(none, settings=same).follows == variant(none).follows
+    # Where nothing is dropped, nothing is said of it.
+    (run, *_), (other, *_) = (
+        variant(none, settings=dataclasses.replace(settings, lora=LoRA(2, dropout=p))).follows for p in (0.0, 0.1)
+    )
+    assert run["lora"] == {"rank": 2, "alpha": 16.0, "maps": MAPS} and other["lora"] == run["lora"] | {"dropout": 0.1}
     others = [
         variant(none),
         variant(none, 5),
@@ -357,10 +362,10 @@ def test_steps_behind_a_checkpoint_that_are_not_examined_are_trained_again(model
 # Runs at once
 
 
-SWEPT = [Tuning("lora", LoRA(4, 16.0), 3e-3), Tuning("lora r=2 rate=0.01", LoRA(2, 16.0), 1e-2)]
+ADAPTERS = Tuning("lora", LoRA(4, 16.0), 3e-3)
 
 
-def work_of(study, grid, guards, tunings, seeds=(0, 1)):
+def work_of(study, grid, guards, tunings=(ADAPTERS,), seeds=(0, 1)):
     """The runs of a grid, as a launch script makes them."""
     return [
         Work(study, group, settings_of(group[0]), ROWS[group[0].seed :], grid)
@@ -380,7 +385,7 @@ def losses_of(work):
 def test_runs_at_once_leave_what_runs_alone_do_and_go_on(model, material, exam, tmp_path, monkeypatch):
     guards = [NONE, Averaged(0.5)]
     alone = study_in(tmp_path / "alone", model, exam)
-    wanted = losses_of(work_of(alone, Grid(material, tuple(guards), 2), guards, SWEPT))
+    wanted = losses_of(work_of(alone, Grid(material, tuple(guards), 2), guards))
     begun, whole = [], cells.train_together
 
     def noted(config, params, trainings, mesh):
@@ -394,16 +399,12 @@ def test_runs_at_once_leave_what_runs_alone_do_and_go_on(model, material, exam, 
     out = tmp_path / "out"
     with pytest.raises(Stopped):
         stopping = Grid(material, tuple(guards), 2, out / "checkpoints", stops_at(3))
-        examine_together(work_of(study_in(out, model, exam), stopping, guards, SWEPT), 3)
-    grid = Grid(material, tuple(guards), 2, out / "checkpoints")
+        examine_together(work_of(study_in(out, model, exam), stopping, guards), 3)
     study = study_in(out, model, exam)
-    work = work_of(study, grid, guards, SWEPT)
-    # The three that were stopped go on; the fourth, which has no like at their step, is left to be trained alone.
-    examine_together(work, 3)
-    assert begun == [(3, 0), (3, 3)] and not study.examined
-    examine_together(work, 3)
-    assert len(begun) == 2
-    monkeypatch.undo()
+    work = work_of(study, Grid(material, tuple(guards), 2, out / "checkpoints"), guards)
+    for _ in range(2):  # they go on; then there is nothing left to do
+        examine_together(work, 3)
+        assert begun == [(2, 0), (2, 3)] and not study.examined
     assert losses_of(work) == pytest.approx(wanted, abs=1e-4)
     assert [*study.examined] == [*alone.examined]
     for name, result in alone.examined.items():
@@ -413,12 +414,16 @@ def test_runs_at_once_leave_what_runs_alone_do_and_go_on(model, material, exam, 
 
 
 def test_what_has_no_like_is_left_alone(model, material, exam, tmp_path, monkeypatch):
-    monkeypatch.setattr(cells, "train_together", lambda *_: pytest.fail("trained together"))
+    groups = []
+    monkeypatch.setattr(cells, "_train_together", lambda works, kept: groups.append([w.cell.seed for w in works]))
     study, guards = study_in(tmp_path, model, exam), defences({"layers": ((1, 2),)}, controls=False, rewinds=False)
     grid = Grid(material, tuple(guards))
     examine_together(work_of(study, grid, [NONE], [FULL]), 4)
-    examine_together(work_of(study, grid, guards, SWEPT[:1], seeds=(0,)), 4)
-    examine_together(work_of(study, grid, [NONE], SWEPT), 1)
+    examine_together(work_of(study, grid, guards, seeds=(0,)), 4)
+    examine_together(work_of(study, grid, [NONE]), 1)
+    assert not groups
+    examine_together(work_of(study, grid, [NONE], seeds=range(5)), 2)
+    assert groups == [[0, 1], [2, 3]]
 
 
 def test_seeds_share_one_compiled_step(model, material, exam, tmp_path):
