@@ -12,6 +12,7 @@ from jaxsafe.kernels.lora import LoRA
 from jaxsafe.kernels.training import batch_plan
 from jaxsafe.methods.together import Training, latest_step, member, resized, stacked, train_together
 from jaxsafe.methods.trainer import FREE, FineTuning, begin, compiled_step, train
+from jaxsafe.model.weights import shardings
 from jaxsafe.parallel import parse_mesh
 from jaxsafe.rows import pad_rows
 
@@ -127,10 +128,11 @@ def test_runs_that_differ_in_more_are_refused():
 
 
 @pytest.mark.slow
-def test_eight_devices_train_several_as_one(wanted):
+def test_eight_devices_train_several_as_one():
     mesh = parse_mesh("data:-1,model:2")
     runs = [dataclasses.replace(r, settings=dataclasses.replace(r.settings, batch_size=4)) for r in trainings()]
     single = [alone(run)[-1][3] for run in runs]
-    *_, last = train_together(CONFIG, params(), runs, mesh)
+    placed = jax.device_put(params(), shardings(CONFIG, mesh))
+    *_, last = train_together(CONFIG, placed, runs, mesh)
     for step, weights in zip(last, single, strict=True):
         close(step.weights(), weights)
