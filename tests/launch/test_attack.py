@@ -252,6 +252,8 @@ def test_published_runs_have_the_numbers_of_their_code(variant, tmp_path):
     mine.write_text("".join(json.dumps(row) + "\n" for row in rows))
     config[{"published_harmful": "poison"}.get(variant, "rows")] = str(mine)
     check(attack.FIELDS, config)
+    assert config.evaluation == ("advbench",)
+    config.evaluation = ("builtin:harmful/test",)  # the published file is the user's to bring
     attack.check(config)
     found = [(a.n, a.epochs, a.learning_rate, a.batch_size, a.wording) for a in attack.attacks_of(config)]
     assert found == TIERS[variant] and {a.decay for a in attack.attacks_of(config)} == {0.85}
