@@ -107,6 +107,8 @@ if TYPE_CHECKING:
     from jaxsafe.methods.ssah import unit_scores as unit_scores
     from jaxsafe.methods.ssah import units_of as units_of
     from jaxsafe.methods.ssah import without_units as without_units
+    from jaxsafe.methods.together import Training as Training
+    from jaxsafe.methods.together import train_together as train_together
     from jaxsafe.methods.trainer import FineTuning as FineTuning
     from jaxsafe.methods.trainer import train as train
     from jaxsafe.methods.trainer import trained as trained
@@ -240,6 +242,8 @@ _WHERE = {
     "rewind": "jaxsafe.kernels.freezing",
     "LoRA": "jaxsafe.kernels.lora",
     "merge_adapters": "jaxsafe.kernels.lora",
+    "Training": "jaxsafe.methods.together",
+    "train_together": "jaxsafe.methods.together",
     "FineTuning": "jaxsafe.methods.trainer",
     "train": "jaxsafe.methods.trainer",
     "trained": "jaxsafe.methods.trainer",

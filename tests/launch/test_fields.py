@@ -184,7 +184,10 @@ OTHER = {
     "lora_rank": 4,
     "lora_alpha": 1.0,
     "lora_maps": ("q",),
+    "lora_dropout": 0.1,
     "lora_learning_rate": 0.3,
+    "lora_sweep": ((2, 0.1),),
+    "lora_together": 2,
     "checkpoint_every": 1,
     "export_adapter": True,
     "freeze_weights": ((0.2, 0.1),),
@@ -196,6 +199,7 @@ OTHER = {
     "layer_start": (0.0, 0.7),
     "layer_tokens": 5,
     "evaluate_every": 1,
+    "evaluate_at": (1,),
 }
 BY_TASK = {("attack", "settings"): ("vanilla",), ("attack", "controls"): False, ("attack", "epochs"): 7}
 BY_TASK[("overrefusal", "controls")] = False
@@ -363,6 +367,7 @@ def stand_in_for_weights(monkeypatch, seen):
             settings,
             data_sha256(rows),
             grid.every,
+            grid.at,
             grid.checkpoints is None,
             grid.adapters is None,
         )
@@ -379,6 +384,7 @@ def stand_in_for_weights(monkeypatch, seen):
     monkeypatch.setattr(common, "Material", material)
     monkeypatch.setattr(common, "own_answers_once", own)
     monkeypatch.setattr(attack, "examine_run", ran)
+    monkeypatch.setattr(attack, "examine_together", lambda work, most: seen.note("together", most))
     monkeypatch.setattr(attack, "safety_layers_once", scanned)
     monkeypatch.setattr(
         attack.attacks,
