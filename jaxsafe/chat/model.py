@@ -69,7 +69,8 @@ class ChatModel:
 
     `system` is the system prompt of every conversation; None leaves it to the chat template. `raw` asks prompts
     without any template. `opening` begins every answer: the model goes on from it, and it counts as asked, not as said.
-    `edits` {tap: edit} change every pass; their gates and starts are the same for all rows. `adapter_sha256` is the digest of an adapter that is merged into the weights.
+    `edits` {tap: edit} change every pass; their gates and starts are the same for all rows. `adapter_sha256` is the
+    digest of an adapter that is merged into the weights.
     """
 
     name: str

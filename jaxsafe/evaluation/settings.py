@@ -45,10 +45,8 @@ class Setting:
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"setting {self.name!r}: {self.samples} samples at temperature 0 are all alike; need 1")
         if self.temperature == 0 and (self.top_k, self.top_p) != (0, 1.0):
-            raise ValueError(
             choice = f"top_k {self.top_k} and top_p {self.top_p}"
             raise ValueError(f"setting {self.name!r}: {choice} at temperature 0 choose nothing; need 0 and 1")
-            )
         if self.samples > 1 and self.suffixes:
             raise ValueError(f"setting {self.name!r}: {self.samples} samples with suffixes; need 1 sample a suffix")
         if isinstance(self.system, str) and not self.template:

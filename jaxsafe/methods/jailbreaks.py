@@ -76,7 +76,7 @@ class Attempt:
         return self.variant.about["control"] is True
 
     def exam(self, exam: Exam) -> Exam:
-        """`exam` under the attempt's setting; a model that stays as it is reads the texts for the plain request alone."""
+        """`exam` under the attempt's setting; texts are read where the model is changed, and for the plain request."""
         read = self.edit is not None or self.variant.baseline is None
         decoding = dataclasses.replace(exam.decoding, seed=exam.decoding.seed + self.seed)
         texts = {} if read else {"texts": (), "before": ()}
@@ -110,7 +110,7 @@ def prefills(tokenizer: Tokenizer, openings: Sequence[str]) -> list[Attempt]:
     out = []
     for number, opening in enumerate(openings):
         other = neutral(tokenizer, len(tokenizer.plain_ids(opening)), number)
-        names = f"prefill “{opening}”", f"neutral prefill “{other}”"
+        names = f"prefill '{opening}'", f"neutral prefill '{other}'"
         for name, text, control in ((names[0], opening, names[1]), (names[1], other, None)):
             about = About("prefill", control is None, len(tokenizer.plain_ids(text)))
             out.append(Attempt(variant(name, about, control), dataclasses.replace(ASKED, opening=text)))
@@ -205,14 +205,14 @@ def scalings(L: int, layers: LayerRange, scales: Sequence[float], controls: int,
 
     def attempt(name: str, mask: np.ndarray, scale: float, group: str = "", draw: int = 0) -> Attempt:
         factors = np.where(mask, np.float32(scale), np.float32(1.0))
-        control = f"other layers × {scale:g}, draw 1" if controls and not group else None
+        control = f"other layers x {scale:g}, draw 1" if controls and not group else None
         found = variant(name, About("scaling", bool(group)), control, group, ["scaling", arrays_sha256([factors])])
         return Attempt(found, edit=functools.partial(rescaled, factors), draw=draw)
 
     out = []
     for scale in scales:
-        out.append(attempt(f"layers {layers} × {scale:g}", inside, scale))
-        group = f"other layers × {scale:g}"
+        out.append(attempt(f"layers {layers} x {scale:g}", inside, scale))
+        group = f"other layers x {scale:g}"
         out += [attempt(f"{group}, draw {d + 1}", mask, scale, group, d) for d, mask in enumerate(random)]
     return out
 

@@ -52,6 +52,12 @@ class Direction:
     induce: float
     kl: float
 
+    def __str__(self) -> str:
+        return (
+            f"direction after block {self.layer}, {self.position} tokens before the prompt's end; refusal log-odds "
+            f"{self.bypass:.1f} without it, {self.induce:.1f} with it added, first-token KL {self.kl:.3f}"
+        )
+
 
 def template_positions(rows: Sequence[Row]) -> int:
     """P: how many tokens up to the instruction's end are the same in all rows, at least 1."""

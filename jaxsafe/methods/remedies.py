@@ -276,13 +276,8 @@ def _gated(
 
 def _ablated(bench: Bench, name: str, source: str, found: Direction, gate: Gate, is_gated: bool = False) -> Made:
     rule, control = (Gated(gate, bench.ablate(v, "all")) for v in (found.vector, bench.random[found.layer]))
-    about = (
-        f"direction after block {found.layer}, {found.position} tokens before the prompt's end; everywhere; refusal "
-        f"log-odds {found.bypass:.1f} without it, {found.induce:.1f} with it added, first-token KL {found.kl:.3f}"
-    )
-    return Made(
-        rule, control, Remedy(name, source, about, bench.gate.report.name if is_gated else None, None, found.kl)
-    )
+    gate_name = bench.gate.report.name if is_gated else None
+    return Made(rule, control, Remedy(name, source, f"everywhere; {found}", gate_name, None, found.kl))
 
 
 def candidates(bench: Bench, directions: np.ndarray | None = None) -> dict[str, Action]:
