@@ -49,8 +49,6 @@ def check(config: ConfigDict) -> None:
         raise ValueError(f"attack 'decoding' needs an entry of config.{', config.'.join(SWEEP)}; all are empty")
     if 1 in config.scales:
         raise ValueError(f"config.scales {config.scales}: a factor of 1 scales nothing; leave it out")
-    if config.scaled_layers is not None:
-        LayerRange.parse(config.scaled_layers, "config.scaled_layers")
     roles = roles_of(config)
     if "ablation" in config.attacks and len(set(labelled(roles["calibration"])[1])) < 2:
         raise ValueError("config.calibration needs harmful and safe prompts; all are of one kind")
@@ -91,7 +89,7 @@ def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, c
     ]
     studies = [study.under(attempt.exam(exam)) for attempt in attempts]
     for each in studies:
-        each.check()
+        each.check()  # before the first of them is examined
     for each, attempt in zip(studies, attempts, strict=True):
         each.examine(attempt.variant, functools.partial(attempt.made, model))
     samples = {name: examined.samples for name, examined in study.examined.items()}
@@ -108,7 +106,7 @@ def run(config: ConfigDict, model: ChatModel, roles: Roles, out: pathlib.Path, c
 def attempts_of(name: str, config: ConfigDict, model: ChatModel, direction: Direction | None) -> list[Attempt]:
     """The attempts of one attack, with its controls; `direction` is that of refusal, where it is ablated."""
     tokenizer, L = model.tokenizer, model.config.layers
-    layers = LayerRange(*(config.scaled_layers or (max(1, L // 3), max(2, 2 * L // 3))))
+    layers = LayerRange.parse(config.scaled_layers or (max(1, L // 3), max(2, 2 * L // 3)), "config.scaled_layers")
     match name:
         case "prefill":
             return jailbreaks.prefills(tokenizer, config.openings)
@@ -133,8 +131,8 @@ def direction_of(config: ConfigDict, roles: Roles, study: Study, clock: Clock) -
     with clock.watch("evidence_s")("calibration prompts", 2 * sum(map(len, roles["calibration"]))) as done:
         asked = decoding, config.batch_size
         evidence = evidence_once(study.store, study.model, roles["calibration"], told, asked, done)
-    tried = config.candidate_prompts, config.candidate_positions
-    fit = RemedyFit(candidate_prompts=tried[0], candidate_positions=tried[1], seed=config.seed)
+    few, positions = config.candidate_prompts, config.candidate_positions
+    fit = RemedyFit(candidate_prompts=few, candidate_positions=positions, seed=config.seed)
     trial = Trial(told, decoding, batch_size=config.batch_size)
     return Bench(study.model, evidence, study.store, trial, fit, clock.watch("fit_s")).refusal
 

@@ -1,4 +1,4 @@
-"""What the report of attacks that leave the weights alone has of its own: what each reaches, and the worst of k tries."""
+"""What the report of attacks that leave the weights alone has of its own: what each reaches, the worst of k tries."""
 
 from collections.abc import Sequence
 
@@ -45,7 +45,7 @@ def strongest(found: Sequence[Line], abouts: dict[str, About], metric: str) -> T
 
 
 def reached(table: Sequence[TableRow], abouts: dict[str, About], tries: Sequence[Tries], metric: str) -> list[Reached]:
-    """The lines of the figure: the plain request, each attempt before its control, and the worst cases of each attack."""
+    """The lines of the figure: the plain request, each attempt before its control, and worst cases of attacks."""
     out = []
     for attack in dict.fromkeys(about.attack for about in abouts.values()):
         rows = [row for row in table if abouts[row.group].attack == attack and metric in row.rates]
