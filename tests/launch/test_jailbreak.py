@@ -3,18 +3,20 @@
 import dataclasses
 import importlib
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
-from launches import ROOT
-from tiny import tiny_chat_model, tiny_config, tiny_params
+from tiny import tiny_chat_model
 
 from configs.jailbreak.smollm2_135m import get_config
 from jaxsafe.configs import fields
 from jaxsafe.configs.jailbreak.base import FIELDS, NAMES
-from jaxsafe.methods.trainer import FineTuning, train
-from jaxsafe.prompts.sets import load_prompts
+from jaxsafe.kernels.ablation import orthogonalised
+from jaxsafe.kernels.sampling import Decoding
+from jaxsafe.methods.refusal_direction import Direction
 from jaxsafe.records.jailbreak import Details
 from jaxsafe.records.run import from_json, read_run, read_samples
-from jaxsafe.rows import Row
+from launch import jailbreak
 from launch.jailbreak import check, results, roles_of, run
 from launch.progress import Clock
 
@@ -29,6 +31,7 @@ def small_config(*attacks):
     return c
 
 
+@pytest.mark.slow
 def test_every_attempt_stands_beside_the_plain_request_and_its_control(tmp_path):
     suffixes = tmp_path / "suffixes.txt"
     suffixes.write_text("and so on\n")
@@ -60,30 +63,25 @@ def test_every_attempt_stands_beside_the_plain_request_and_its_control(tmp_path)
     assert again.results == record.results and again.details == record.details
 
 
-def refuser(folder):
-    """A tiny model that answers "Sorry" to harmful calibration prompts, and else "the red"."""
-    config = tiny_config(context=600, layers=6)
-    model = dataclasses.replace(tiny_chat_model(folder), config=config, params=tiny_params(config))
-    end = (model.tokenizer.hf.eos_token_id,)
-    rows = []
-    for name, word in (("harmful", "Sorry"), ("plain", "the red")):
-        for prompt in load_prompts(f"builtin:{name}", split="calibration").prompts[:24]:
-            row = model.row(prompt, word)
-            rows.append(Row(row.ids + end, row.instruction_end))
-    plan = FineTuning(steps=100, batch_size=16, learning_rate=1e-2, warmup=5, schedule="cosine")
-    *_, last = train(model.config, model.params, rows, plan)
-    return model.with_params(last.weights())
-
-
-@pytest.mark.slow
-def test_without_its_direction_a_model_that_refuses_refuses_less_than_without_random_ones(tmp_path):
+def test_the_ablated_variant_answers_as_the_model_whose_weights_lost_the_direction(tmp_path, monkeypatch):
     config = small_config("ablation")
-    config.evaluation = ("builtin:harmful/test#24",)
-    record = run(config, refuser(tmp_path / "model"), roles_of(config), tmp_path / "out", Clock())
-    refused = {row.group: row.rates["refusal_scans/harmful/harmful"].value for row in record.table}
-    assert refused["plain request"] > 0.5
-    assert refused["refusal ablated"] < refused["random direction ablated"]
-    assert "after block" in from_json(record.details, Details).direction
+    config.passages = 0
+    model = tiny_chat_model(tmp_path / "model", context=600)
+    vector = np.random.default_rng(2).standard_normal(model.config.embed).astype(np.float32)
+    found = Direction(vector / np.linalg.norm(vector), 1, 0, -1.0, 2.0, 0.05)
+    monkeypatch.setattr(jailbreak, "direction_of", lambda *asked: found)
+    roles = roles_of(config)
+    record = run(config, model, roles, tmp_path / "out", Clock())
+    assert from_json(record.details, Details).direction == str(found)
+    shape, params = orthogonalised(model.config, model.params, jnp.asarray(found.vector))
+    baked = dataclasses.replace(model, config=shape, params=params)
+    prompts = [prompt for sets in (*roles["evaluation"], *roles["harmless"]) for prompt in sets.prompts]
+    texts = {}
+    for sample in read_samples(tmp_path / "out"):
+        texts.setdefault(sample.variant, []).append(sample.text)
+    assert tuple(texts["refusal ablated"]) == baked.answers(prompts, Decoding(config.max_new_tokens)).texts
+    assert texts["refusal ablated"] != texts["plain request"]
+    assert {row.group: row.control for row in record.table}["refusal ablated"] == "random direction ablated"
 
 
 WRONG = [
@@ -112,6 +110,3 @@ def test_every_config_fits_the_fields(name):
     fields.check(FIELDS, config)
     check_counts = {"smollm2_135m": 40, "llama2_7b_chat": 1 + 2 + 1 + 2 + 98 + 4 + 16}
     assert results(config) == check_counts[name]
-    assert (
-        f"configs/jailbreak/{name}.py" in (ROOT / f"configs/jailbreak/{name}.py").read_text() or name == "smollm2_135m"
-    )
