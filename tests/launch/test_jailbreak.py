@@ -63,6 +63,7 @@ def test_every_attempt_stands_beside_the_plain_request_and_its_control(tmp_path)
     assert again.results == record.results and again.details == record.details
 
 
+@pytest.mark.slow
 def test_the_ablated_variant_answers_as_the_model_whose_weights_lost_the_direction(tmp_path, monkeypatch):
     config = small_config("ablation")
     config.passages = 0
