@@ -369,7 +369,7 @@ def stand_in_for_remedies(monkeypatch, seen, model):
 
     def refusal(bench):
         seen.note("direction", bench.fit, bench.trial)
-        return Direction(np.ones(D, np.float32), 0, 0, 0.0, 0.0, 0.0)
+        return Direction(np.ones(D, np.float32), 0, 0, 0.0, 0.0, 0.0, True)
 
     for launched in (overrefusal, jailbreak):
         monkeypatch.setattr(launched, "evidence_once", gathered)

@@ -1,93 +1,119 @@
-"""`launch.jailbreak` from a config to a report, on tiny models."""
+"""`launch.jailbreak` from a config to a report, on a tiny model of which every attack's success is known."""
 
-import dataclasses
 import importlib
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import tiny_chat_model
+from one_direction import CALM, HARMFUL, SAFE, one_direction
 
 from configs.jailbreak.smollm2_135m import get_config
 from jaxsafe.configs import fields
 from jaxsafe.configs.jailbreak.base import FIELDS, NAMES
-from jaxsafe.kernels.ablation import orthogonalised
-from jaxsafe.kernels.sampling import Decoding
-from jaxsafe.methods.refusal_direction import Direction
 from jaxsafe.records.jailbreak import Details
 from jaxsafe.records.run import from_json, read_run, read_samples
 from launch import jailbreak
-from launch.jailbreak import check, results, roles_of, run
+from launch.jailbreak import check, direction_of, results, roles_of, run
 from launch.progress import Clock
 
 
-def small_config(*attacks):
+def small_config(folder, *attacks):
     c = get_config()
-    c.model, c.batch_size, c.max_new_tokens, c.passages, c.calibration_tokens = "tiny", 16, 4, 2, 4
-    c.evaluation, c.harmless = ("builtin:harmful/test#4",), ("builtin:plain/test#3",)
-    c.calibration = ("builtin:harmful/calibration#24", "builtin:plain/calibration#24")
-    c.attacks, c.openings, c.scales, c.controls = attacks, ("Sure, here is", "Yes"), (0.5,), 2
-    c.temperatures, c.top_ps, c.top_ks = (0.5,), (), (3,)
+    for name, prompts in (("harmful", HARMFUL), ("safe", SAFE)):
+        for split, chosen in (("calibration", prompts[:5]), ("test", prompts[5:])):
+            (folder / f"{name}_{split}.txt").write_text("\n".join(chosen))
+    (folder / "suffixes.txt").write_text(CALM)
+    (folder / "prose.txt").write_text(" ".join("abcdefgh" * 6))
+    c.model, c.batch_size, c.max_new_tokens, c.passages, c.calibration_tokens = "one direction", 16, 2, 1, 2
+    c.evaluation, c.harmless = (f"{folder}/harmful_test.txt:harmful",), (f"{folder}/safe_test.txt:safe",)
+    c.calibration = (f"{folder}/harmful_calibration.txt:harmful", f"{folder}/safe_calibration.txt:safe")
+    c.text, c.attacks, c.openings, c.persona, c.suffixes = (
+        f"{folder}/prose.txt",
+        attacks,
+        (CALM,),
+        f"You say {CALM}.",
+        f"{folder}/suffixes.txt",
+    )
+    c.temperatures, c.top_ps, c.top_ks = (0.1,), (), (1,)
+    c.scaled_layers, c.scales, c.controls = (0, 1), (0.1,), 2
     return c
 
 
-@pytest.mark.slow
-def test_every_attempt_stands_beside_the_plain_request_and_its_control(tmp_path):
-    suffixes = tmp_path / "suffixes.txt"
-    suffixes.write_text("and so on\n")
-    config = small_config(*(name for name in NAMES if name != "ablation"))
-    config.suffixes = str(suffixes)
+@pytest.fixture(scope="module")
+def launched(tmp_path_factory):
+    """A run of every attack: its folder, its number of results and its record; the direction, as built and as found."""
+    folder, directions = tmp_path_factory.mktemp("jailbreak"), []
+    model, built = one_direction(folder / "model")
+    config = small_config(folder, *NAMES)
     check(config)
-    model = tiny_chat_model(tmp_path / "model", context=600)
-    record = run(config, model, roles_of(config), tmp_path / "out", Clock())
-    assert read_run(tmp_path / "out") == record
-    assert len(record.results) == results(config) == 1 + 4 + 1 + 2 + 4 + 3 + 2
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jailbreak, "direction_of", lambda *a: directions.append(direction_of(*a)) or directions[0])
+        record = run(config, model, roles_of(config), folder / "out", Clock())
+    return folder / "out", results(config), record, (built, directions[0])
+
+
+def test_attacks_get_past_the_direction_that_refuses_and_their_controls_do_not(launched):
+    _, count, record, _ = launched
+    reached = {row.group: row.rates["asr_scans/jailbreak"].value for row in record.table}
+    neutral = next(name for name in reached if name.startswith("neutral prefill"))
+    assert reached == {
+        "plain request": 0,
+        f"prefill '{CALM}'": 1,
+        neutral: 0,
+        "no template": 0,
+        "persona": 1,
+        "neutral persona": 0,
+        "temperature 0.1": 0,
+        "top-k 1": 0,
+        "draws at temperature 1": pytest.approx(reached["draws at temperature 1"]),
+        "refusal ablated": 1,
+        "random direction ablated": 0,
+        "layers 0 x 0.1": 1,
+        "other layers x 0.1": 0,
+        "suffix 1": 1,
+        "neutral suffix 1": 0,
+    }
+    assert all(row.rates["broken/jailbreak"].value == 0 for row in record.table if "draws" not in row.group)
+    assert len(record.results) == count == 1 + 2 + 1 + 2 + 4 + 3 + 3 + 2
+
+
+def test_every_attempt_stands_beside_the_plain_request_and_its_control(launched):
+    _, _, record, _ = launched
     rows = {row.group: row for row in record.table}
     assert {row.baseline for row in record.table[1:]} == {"plain request"}
     controls = {name: row.control for name, row in rows.items() if row.control}
-    assert controls.pop("persona") == "neutral persona" and controls.pop("suffix 1") == "neutral suffix 1"
-    assert {controls[f"{way}"] for way in ("temperature 0.5", "top-k 3")} == {"draws at temperature 1"}
-    assert controls["layers 1 x 0.5"] == "other layers x 0.5" and len(rows["other layers x 0.5"].variants) == 2
+    assert controls["persona"] == "neutral persona" and controls["suffix 1"] == "neutral suffix 1"
+    assert {controls[way] for way in ("temperature 0.1", "top-k 1")} == {"draws at temperature 1"}
+    assert controls["layers 0 x 0.1"] == "other layers x 0.1" and len(rows["other layers x 0.1"].variants) == 2
+    assert controls["refusal ablated"] == "random direction ablated"
     read = {name for name, row in rows.items() if row.perplexity is not None}
-    assert read == {"plain request", "layers 1 x 0.5", "other layers x 0.5"}
+    changed = {"refusal ablated", "random direction ablated", "layers 0 x 0.1", "other layers x 0.1"}
+    assert read == {"plain request"} | changed
+
+
+def test_the_run_is_recorded_with_its_worst_cases_and_what_stands_behind_openings(launched):
+    out, count, record, _ = launched
+    assert read_run(out) == record
     details = from_json(record.details, Details)
     assert [(each.attack, each.control, each.k) for each in details.tries] == [
-        (attack, control, 2) for attack in ("prefill", "decoding") for control in (False, True)
+        ("decoding", False, 2),
+        ("decoding", True, 2),
     ]
-    assert [each.opening for each in details.begun][::2] == ["Sure, here is", "Yes"]
-    samples = read_samples(tmp_path / "out")
-    assert len(samples) == results(config) * 7
-    page = (tmp_path / "out/report.html").read_text()
+    assert [(each.opening, each.behind.value, each.whole.value) for each in details.begun][:1] == [(CALM, 1.0, 1.0)]
+    assert len(read_samples(out)) == count * 6
+    page = (out / "report.html").read_text()
     assert "fig-reached" in page and "Several tries at each prompt" in page
-    again = run(config, model, roles_of(config), tmp_path / "out", Clock())
-    assert again.results == record.results and again.details == record.details
 
 
-@pytest.mark.slow
-def test_the_ablated_variant_answers_as_the_model_whose_weights_lost_the_direction(tmp_path, monkeypatch):
-    config = small_config("ablation")
-    config.passages = 0
-    model = tiny_chat_model(tmp_path / "model", context=600)
-    vector = np.random.default_rng(2).standard_normal(model.config.embed).astype(np.float32)
-    found = Direction(vector / np.linalg.norm(vector), 1, 0, -1.0, 2.0, 0.05)
-    monkeypatch.setattr(jailbreak, "direction_of", lambda *asked: found)
-    roles = roles_of(config)
-    record = run(config, model, roles, tmp_path / "out", Clock())
+def test_the_direction_that_is_ablated_is_the_one_that_refuses(launched):
+    _, _, record, (built, found) = launched
+    np.testing.assert_allclose(found.vector, built, atol=1e-5)
+    assert found.allowed and found.bypass < -5 and found.induce > 0 and found.kl == pytest.approx(0, abs=1e-6)
     assert from_json(record.details, Details).direction == str(found)
-    shape, params = orthogonalised(model.config, model.params, jnp.asarray(found.vector))
-    baked = dataclasses.replace(model, config=shape, params=params)
-    prompts = [prompt for sets in (*roles["evaluation"], *roles["harmless"]) for prompt in sets.prompts]
-    texts = {}
-    for sample in read_samples(tmp_path / "out"):
-        texts.setdefault(sample.variant, []).append(sample.text)
-    assert tuple(texts["refusal ablated"]) == baked.answers(prompts, Decoding(config.max_new_tokens)).texts
-    assert texts["refusal ablated"] != texts["plain request"]
-    assert {row.group: row.control for row in record.table}["refusal ablated"] == "random direction ablated"
 
 
 WRONG = [
-    ({"suffixes": "mine.txt"}, "give both or none"),
-    ({"attacks": ("suffix",)}, "give both or none"),
+    ({"suffixes": ""}, "give both or none"),
+    ({"attacks": ("prefill",)}, "give both or none"),
     ({"raw": True}, "would do nothing"),
     ({"openings": ("Yes", "Yes")}, "has an entry twice"),
     ({"temperatures": (), "top_ks": ()}, "attack 'decoding' needs an entry of config.temperatures"),
@@ -98,8 +124,8 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("changes", "message"), WRONG)
-def test_what_cannot_be_is_refused_before_any_work(changes, message):
-    config = small_config(*NAMES[:-1])
+def test_what_cannot_be_is_refused_before_any_work(changes, message, tmp_path):
+    config = small_config(tmp_path, *NAMES)
     config.update(changes)
     with pytest.raises(ValueError, match=message):
         check(config)

@@ -6,7 +6,6 @@ written. So a prompt with ALARM is refused at every token of an answer, until `r
 is weakened, or CALM stands somewhere before the answer.
 """
 
-import dataclasses
 import pathlib
 
 import jax.numpy as jnp
@@ -17,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 
 from jaxsafe.chat.model import ChatModel
 from jaxsafe.chat.tokenizer import Tokenizer
-from jaxsafe.model.config import UNTURNED
 from jaxsafe.model.weights import flatten, nest, shapes
 
 ALARM, CALM = "!", "{"
@@ -36,7 +34,7 @@ def one_direction(folder: pathlib.Path, seed: int = 0) -> tuple[ChatModel, Float
     hf.save_pretrained(str(folder))
     tokenizer = Tokenizer(folder)
     ids = {text: tokenizer.plain_ids(text)[0] for text in (ALARM, CALM, REFUSAL, ANSWER)}
-    config = dataclasses.replace(tiny_config(rope=UNTURNED), vocab=len(hf))
+    config = tiny_config(vocab=len(hf))
     rng = np.random.default_rng(seed)
     alike, alarm, calm, r = np.linalg.qr(rng.standard_normal((config.embed, 4)))[0].T
 
@@ -46,9 +44,10 @@ def one_direction(folder: pathlib.Path, seed: int = 0) -> tuple[ChatModel, Float
     weights["embed"] += ALIKE * alike
     weights["embed"][ids[ALARM]] += 3 * alarm
     weights["embed"][ids[CALM]] += 3 * calm
-    # One head of the first block: scores of 27 for ALARM, 54 for CALM and 0 for all others.
-    weights["layers/q"][0, :, 0, 0] = 2 * alike
-    weights["layers/k"][0, :, 0, 0] = 2 * alarm + 4 * calm
+    # One head of the first block: scores of 27 for ALARM, 54 for CALM and 0 for all others, in the last of the pairs
+    # that are rotated by position, which a whole context turns by 0.16.
+    weights["layers/q"][0, :, 0, 3] = 2 * alike
+    weights["layers/k"][0, :, 0, 3] = 2 * alarm + 4 * calm
     weights["layers/v"][0, :, 0, 0] = alarm
     seen = 3 * np.sqrt(config.embed) / np.hypot(3, ALIKE)  # the part of a normed ALARM along `alarm`
     weights["layers/o"][0, 0, 0] = WRITTEN / seen * r
