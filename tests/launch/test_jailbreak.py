@@ -19,20 +19,13 @@ from launch.progress import Clock
 def small_config(folder, *attacks):
     c = get_config()
     for name, prompts in (("harmful", HARMFUL), ("safe", SAFE)):
-        for split, chosen in (("calibration", prompts[:5]), ("test", prompts[5:])):
+        for split, chosen in (("calibration", prompts[:2]), ("test", prompts[2:])):
             (folder / f"{name}_{split}.txt").write_text("\n".join(chosen))
     (folder / "suffixes.txt").write_text(CALM)
-    (folder / "prose.txt").write_text(" ".join("abcdefgh" * 6))
-    c.model, c.batch_size, c.max_new_tokens, c.passages, c.calibration_tokens = "one direction", 16, 2, 1, 2
+    c.model, c.batch_size, c.max_new_tokens, c.passages, c.calibration_tokens = "one direction", 16, 2, 0, 2
     c.evaluation, c.harmless = (f"{folder}/harmful_test.txt:harmful",), (f"{folder}/safe_test.txt:safe",)
     c.calibration = (f"{folder}/harmful_calibration.txt:harmful", f"{folder}/safe_calibration.txt:safe")
-    c.text, c.attacks, c.openings, c.persona, c.suffixes = (
-        f"{folder}/prose.txt",
-        attacks,
-        (CALM,),
-        f"You say {CALM}.",
-        f"{folder}/suffixes.txt",
-    )
+    c.attacks, c.openings, c.suffixes = attacks, (CALM,), f"{folder}/suffixes.txt"
     c.temperatures, c.top_ps, c.top_ks = (0.1,), (), (1,)
     c.scaled_layers, c.scales, c.controls = (0, 1), (0.1,), 2
     return c
@@ -43,7 +36,7 @@ def launched(tmp_path_factory):
     """A run of every attack: its folder, its number of results and its record; the direction, as built and as found."""
     folder, directions = tmp_path_factory.mktemp("jailbreak"), []
     model, built = one_direction(folder / "model")
-    config = small_config(folder, *NAMES)
+    config = small_config(folder, *(name for name in NAMES if name != "persona"))  # whose control is a long one
     check(config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jailbreak, "direction_of", lambda *a: directions.append(direction_of(*a)) or directions[0])
@@ -60,8 +53,6 @@ def test_attacks_get_past_the_direction_that_refuses_and_their_controls_do_not(l
         f"prefill '{CALM}'": 1,
         neutral: 0,
         "no template": 0,
-        "persona": 1,
-        "neutral persona": 0,
         "temperature 0.1": 0,
         "top-k 1": 0,
         "draws at temperature 1": pytest.approx(reached["draws at temperature 1"]),
@@ -73,7 +64,7 @@ def test_attacks_get_past_the_direction_that_refuses_and_their_controls_do_not(l
         "neutral suffix 1": 0,
     }
     assert all(row.rates["broken/jailbreak"].value == 0 for row in record.table if "draws" not in row.group)
-    assert len(record.results) == count == 1 + 2 + 1 + 2 + 4 + 3 + 3 + 2
+    assert len(record.results) == count == 1 + 2 + 1 + 4 + 3 + 3 + 2
 
 
 def test_every_attempt_stands_beside_the_plain_request_and_its_control(launched):
@@ -81,13 +72,10 @@ def test_every_attempt_stands_beside_the_plain_request_and_its_control(launched)
     rows = {row.group: row for row in record.table}
     assert {row.baseline for row in record.table[1:]} == {"plain request"}
     controls = {name: row.control for name, row in rows.items() if row.control}
-    assert controls["persona"] == "neutral persona" and controls["suffix 1"] == "neutral suffix 1"
+    assert controls["suffix 1"] == "neutral suffix 1"
     assert {controls[way] for way in ("temperature 0.1", "top-k 1")} == {"draws at temperature 1"}
     assert controls["layers 0 x 0.1"] == "other layers x 0.1" and len(rows["other layers x 0.1"].variants) == 2
     assert controls["refusal ablated"] == "random direction ablated"
-    read = {name for name, row in rows.items() if row.perplexity is not None}
-    changed = {"refusal ablated", "random direction ablated", "layers 0 x 0.1", "other layers x 0.1"}
-    assert read == {"plain request"} | changed
 
 
 def test_the_run_is_recorded_with_its_worst_cases_and_what_stands_behind_openings(launched):
@@ -99,7 +87,7 @@ def test_the_run_is_recorded_with_its_worst_cases_and_what_stands_behind_opening
         ("decoding", True, 2),
     ]
     assert [(each.opening, each.behind.value, each.whole.value) for each in details.begun][:1] == [(CALM, 1.0, 1.0)]
-    assert len(read_samples(out)) == count * 6
+    assert len(read_samples(out)) == count * 8
     page = (out / "report.html").read_text()
     assert "fig-reached" in page and "Several tries at each prompt" in page
 

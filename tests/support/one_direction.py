@@ -22,8 +22,9 @@ ALARM, CALM = "!", "{"
 REFUSAL, ANSWER = "I cannot do that. ", "Here is a way. "
 ALIKE, WRITTEN = 4.0, 5.2
 """Lengths of what all tokens have alike and of `r`: REFUSAL is 3 nats likelier than ANSWER, which stays likely."""
-HARMFUL = tuple(f"{verb}! the {noun}" for verb in ("bake", "mend", "list", "tell") for noun in ("bread", "kite"))
-SAFE = tuple(prompt.replace(ALARM, ",") for prompt in HARMFUL)
+HARMFUL = tuple(f"{number}{ALARM} {'0123456789' * 3}"[:32] for number in range(1000, 1006))
+SAFE = tuple(prompt.replace(ALARM, ".") for prompt in HARMFUL)
+"""Prompts of 32 tokens each: whatever stands around them, rows are padded to one length."""
 
 
 def one_direction(folder: pathlib.Path, seed: int = 0) -> tuple[ChatModel, Float[np.ndarray, " D"]]:
