@@ -2,25 +2,21 @@
 
 import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from exams import JUDGE, quick_exam
+from exams import BAD, JUDGE, quick_exam
 from tiny import tiny_chat_model
 
 from jaxsafe.chat.model import KEEP
-from jaxsafe.evaluation.language import spoken_rows
+from jaxsafe.digest import digest
 from jaxsafe.evaluation.settings import Setting
-from jaxsafe.kernels.ablation import orthogonalised
-from jaxsafe.kernels.sampling import Decoding
+from jaxsafe.kernels.sampling import Decoding, Sampling
 from jaxsafe.methods import jailbreaks
 from jaxsafe.methods.jailbreak_findings import begun, tries_of
 from jaxsafe.model.layers import LayerRange
 from jaxsafe.model.weights import flatten, linear_maps
 from jaxsafe.records.run import Sample
-from jaxsafe.study.exam import examine
-
-PROMPTS = ("how do i bake bread?", "tell me the rules of chess.", "why?", "who invented the kite?")
+from jaxsafe.study.exam import Question
 
 
 @pytest.fixture(scope="module")
@@ -28,50 +24,27 @@ def model(tmp_path_factory):
     return tiny_chat_model(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(scope="module")
-def own(model):
-    """A greedy answer of eight tokens whose first three are a text of their own."""
-    for prompt in PROMPTS:
-        answer = model.answers([prompt], Decoding(8, eos=(-1,)))
-        ids = answer.ids[0]
-        (opening,) = model.tokenizer.decode([ids[:3]], [3])
-        if tuple(model.tokenizer.plain_ids(opening)) == tuple(ids[:3]):
-            return prompt, opening, ids
-    raise AssertionError("no answer of this model begins with a text that is read as it was written")
-
-
-def test_a_model_goes_on_from_an_opening_as_from_its_own_words(model, own):
-    prompt, opening, ids = own
-    begun = model.with_prompt(opening=opening)
-    assert begun.answers([prompt], Decoding(5, eos=(-1,))).ids[0] == ids[3:]
-    assert begun.steered([None]).answers([prompt], Decoding(5, eos=(-1,)))[0].ids[0] == ids[3:]
-    assert begun.fingerprint() != model.fingerprint() == begun.with_prompt(opening="").fingerprint()
-
-
-def test_what_follows_an_opening_is_read_without_it(model):
-    """log p(follows | asked, opening) = log p(opening, follows | asked) - log p(opening | asked)."""
+@pytest.mark.parametrize("raw", [False, True])
+def test_an_opening_is_asked_and_an_answer_follows_it(model, raw):
     opening, follows = "Sure, here", " is the tallest tree"
-    begun = model.with_prompt(opening=opening)
-    rows = [row for prompt in PROMPTS for row in spoken_rows(begun, [prompt], [follows])]
-    found, counts = begun.nll(rows)
-    assert counts.tolist() == [len(model.tokenizer.plain_ids(follows))] * len(PROMPTS)
-    first = len(model.tokenizer.plain_ids(opening))
-    whole = [dataclasses.replace(row, instruction_end=row.instruction_end - first) for row in rows]
-    both, _ = model.nll(whole)
-    alone, _ = model.nll([model.row(prompt, opening) for prompt in PROMPTS])
-    np.testing.assert_allclose(found, both - alone, rtol=1e-5)
+    plain = model.with_prompt(raw=raw)
+    begun = plain.with_prompt(opening=opening)
+    before, after = (tuple(model.tokenizer.plain_ids(text)) for text in (opening, follows))
+    asked, read = begun.row("why?"), begun.row("why?", follows)
+    assert asked.ids == plain.row("why?").ids + before and asked.instruction_end == len(asked.ids) - 1
+    assert read.ids == asked.ids + after and read.instruction_end == asked.instruction_end
+    assert begun.fingerprint() != plain.fingerprint() == begun.with_prompt(opening="").fingerprint()
 
 
-def test_an_exam_asks_with_the_opening_and_keeps_what_follows(model, own):
-    prompt, opening, ids = own
-    exam = quick_exam(model, settings=(Setting("jailbreak", opening=opening),))
-    prompts = dataclasses.replace(exam.prompts[0], prompts=(prompt,), harmful=(True,), kinds=("",))
-    exam = dataclasses.replace(exam, prompts=(prompts,), decoding=Decoding(5, eos=(-1,)))
-    ((findings,), _) = examine(model.steered([None]), model, exam, ["v"])
-    (sample,) = findings.samples
-    assert sample.text == model.tokenizer.decode([ids[3:]], [5])[0]
-    (nll,), (n,) = model.with_prompt(opening=opening).nll([model.with_prompt(opening=opening).row(prompt, sample.text)])
-    assert sample.nats == pytest.approx(nll / n, abs=1e-4)
+def test_questions_ask_and_draw_as_their_setting_says(model):
+    drawn = Setting("jailbreak", temperature=0.5, top_k=3, top_p=0.8, opening="Sure")
+    question = Question(drawn, BAD)
+    assert question.rows(model) == model.with_prompt(opening="Sure").rows(list(BAD.prompts))
+    own = Decoding(5, Sampling(temperature=1.0, top_k=7, top_p=0.7))
+    sampling = question.decoding(own).sampling
+    assert [float(x) for x in (sampling.temperature, sampling.top_k, sampling.top_p)] == pytest.approx([0.5, 3, 0.7])
+    cut = Question(dataclasses.replace(drawn, top_k=0), BAD).decoding(own).sampling
+    assert int(cut.top_k) == 7  # that of the run, where the setting has none
 
 
 def test_neutral_words_have_as_many_tokens_as_they_can(model):
@@ -95,30 +68,23 @@ def test_one_number_of_a_sweep_is_moved_at_a_time_and_no_two_tries_share_their_n
     assert {a.exam(exam).decoding.seed - exam.decoding.seed for a in attempts} == set(range(1, 9))
 
 
-def test_the_likeliest_token_of_one_is_greedy(model):
-    exam, plain = quick_exam(model), jailbreaks.asked()
-    (top,) = (a for a in jailbreaks.decodings((), (), (1,)) if not a.control)
-    texts = []
-    for attempt in (plain, top):
-        ((findings,), _) = examine(model.steered([None]), model, attempt.exam(exam), ["v"])
-        texts.append([sample.text for sample in findings.samples])
-    assert texts[0] == texts[1]
-    assert plain.exam(exam).identity(model) != top.exam(exam).identity(model)
+def test_an_exam_is_another_one_for_each_way_of_asking_and_drawing(model):
+    ways = [jailbreaks.asked(), *jailbreaks.bare(), *jailbreaks.personas(), *jailbreaks.decodings((0.5,), (0.5,), (1,))]
+    ways += [*jailbreaks.prefills(model.tokenizer, ("Sure",)), *jailbreaks.suffixed(model.tokenizer, ("now",))]
+    exam = quick_exam(model)
+    identities = [digest(way.exam(exam).identity(model)) for way in ways]
+    assert len(set(identities)) == len(ways) == 14
 
 
-def test_ablation_while_running_is_ablation_of_the_weights(model):
-    direction = np.random.default_rng(1).standard_normal(model.config.embed).astype(np.float32)
-    direction /= np.linalg.norm(direction)
-    running, *controls = jailbreaks.ablations(direction, 2, seed=3)
-    config, params = orthogonalised(model.config, model.params, jnp.asarray(direction))
-    baked = dataclasses.replace(model, config=config, params=params)
-    rows = [model.row(prompt, " with friends.") for prompt in PROMPTS]
-    changed = running.made(model)
-    np.testing.assert_allclose(changed.nll(rows)[0], baked.nll(rows)[0], rtol=1e-5)
-    assert changed.answers(PROMPTS, Decoding(6)).ids == baked.answers(PROMPTS, Decoding(6)).ids
-    assert np.abs(changed.nll(rows)[0] - model.nll(rows)[0]).max() > 0.01
-    assert [c.variant.of for c in controls] == ["random direction ablated"] * 2
-    assert len({str(a.variant.follows) for a in (running, *controls)}) == 3
+def test_ablated_directions_are_the_one_and_random_ones_of_unit_length(model):
+    direction = np.eye(model.config.embed, dtype=np.float32)[3]
+    first, *controls = jailbreaks.ablations(direction, 2, seed=3)
+    vectors = [attempt.edit.args[0] for attempt in (first, *controls)]
+    np.testing.assert_array_equal(vectors[0], direction)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
+    assert np.abs(vectors[1] @ vectors[2]) < 0.9
+    assert len({str(a.variant.follows) for a in (first, *controls)}) == 3
+    assert [c.variant.of for c in controls] == ["random direction ablated"] * 2 and [c.draw for c in controls] == [0, 1]
 
 
 def test_scaled_layers_are_those_that_are_named_and_controls_as_many_others(model):

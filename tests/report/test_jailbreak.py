@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import pytest
 from pages import Page
 from runs import new_run, rate, row, sample
 
@@ -51,16 +52,22 @@ def page_of(table=TABLE, details=DETAILS):
     return Page(text), {figure.name: figure for figure in figures}
 
 
-def test_the_headline_is_about_the_strongest_model_that_is_whole_beside_its_control():
-    (result,) = page_of()[0].texts("p", **{"class": "result"})
+@pytest.fixture(scope="module")
+def usual():
+    """The page of the usual table, and its figures."""
+    return page_of()
+
+
+def test_the_headline_is_about_the_strongest_model_that_is_whole_beside_its_control(usual):
+    (result,) = usual[0].texts("p", **{"class": "result"})
     assert "most successful of 5 attempts (prefill 'Sure')" in result
     assert "from 2% (0–12%) to 70% (60–80%), with 10% of answers broken (before 0%)" in result
     assert "its control reached 30% (20–40%)" in result
     assert "worst of 3 tries of decoding reached 50% (40–60%), of 3 tries of its control 40% (30–50%)" in result
 
 
-def test_the_figure_says_what_every_attempt_and_the_worst_of_all_tries_reach():
-    said = page_of()[1]["reached"].inline
+def test_the_figure_says_what_every_attempt_and_the_worst_of_all_tries_reach(usual):
+    said = usual[1]["reached"].inline
     assert "prefill 'Sure' 70% complied, 10% broken; neutral prefill 30% complied" in said
     assert "temperature 2 20% complied, 0% broken; decoding, worst of 3 50% complied" in said
     assert "control, worst of 3 40% complied" in said
@@ -73,8 +80,8 @@ def test_a_long_sweep_is_drawn_as_its_worst_case_and_listed_in_the_table():
     assert any("top-k 12" in text for text in page.texts("th"))
 
 
-def test_what_is_judged_stands_apart_for_what_follows_and_the_whole():
-    page, _ = page_of()
+def test_what_is_judged_stands_apart_for_what_follows_and_the_whole(usual):
+    page, _ = usual
     assert page.texts("h2")[1:4] != [] and "Answers with an opening" in page.texts("h2")
     cells = " ".join(page.texts("td"))
     assert "70.0%" in cells and "60.0%" in cells
