@@ -6,10 +6,10 @@ python -m launch.jailbreak --config=configs/jailbreak/llama2_7b_chat.py --config
 with suffixes of your own: --config.attacks="('suffix',)" --config.suffixes=FILE. DATA_FOLDER holds the published
 AdvBench file. The weights are gated: accept their licence on the hub and log in first.
 
-Decodings are the grid of arXiv 2310.06987: 20 temperatures, 20 top-p, 9 top-k, one answer each, and beside them 49
-answers at temperature 1. Scaled are the layers that arXiv 2408.17003 finds on this model (6 to 14, table 1), whose
-weights that paper takes times 1.15 there, and refusals of look-alikes go from 169 to 297 of 721; below 1 it has numbers
-of Phi-3-mini alone (0.8: 270 to 149).
+Decodings are the 49 that the code published with arXiv 2310.06987 judges: temperatures and top-p from 0.05 to 1 in
+steps of 0.05, and nine top-k; one answer is drawn by each, and beside them 49 at temperature 1. Scaled are the layers
+that arXiv 2408.17003 finds on this model (6 to 14, table 1), whose weights that paper takes times 1.15 there, and
+refusals of look-alikes go from 169 to 297 of 721; below 1 it has numbers of Phi-3-mini alone (0.8: 270 to 149).
 
 Hardware, in bfloat16: 13.5 GB of weights (6.74e9 x 2 bytes), twice where layers are scaled, and 512 KiB of keys and
 values a token (2 x 32 layers x 32 heads x 128 x 2 bytes), that is 5.4 GB for 32 rows of 320 slots: one 40 GB GPU, or

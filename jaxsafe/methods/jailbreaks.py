@@ -29,12 +29,12 @@ from jaxsafe.records.run import Json, Variant, plain
 from jaxsafe.study.exam import Exam
 
 SOURCES: Mapping[str, str] = {
-    "prefill": "arXiv 2406.05946, section 2.3",
-    "no_template": "arXiv 2402.05162, section 4.1",
-    "persona": "arXiv 2310.03693, section 4.3",
+    "prefill": "arXiv 2406.05946, section 2.3.1",
+    "no_template": "arXiv 2402.05162, table 2, answered greedily",
+    "persona": "arXiv 2310.03693, section 4.3, of a model that was not tuned to it",
     "decoding": "arXiv 2310.06987",
     "ablation": "arXiv 2406.11717",
-    "scaling": "arXiv 2408.17003, section 3.4, with factors below 1",
+    "scaling": "arXiv 2408.17003, section 3.4.1, with factors below 1",
     "suffix": "a file of the user",
 }
 """Attack -> where it was published."""

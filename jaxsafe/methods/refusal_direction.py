@@ -24,6 +24,7 @@ from jaxsafe.kernels.refusal import CandidateScores, score_candidates
 from jaxsafe.methods.evidence import Evidence, unit_rows
 from jaxsafe.model.taps import At
 from jaxsafe.progress import Progress, silent
+from jaxsafe.records.run import Json
 from jaxsafe.rows import Batch, Row
 
 
@@ -53,6 +54,15 @@ class Direction:
     induce: float
     kl: float
     allowed: bool
+
+    def stored(self) -> Json:
+        """What `of` reads."""
+        return [self.vector.tolist(), self.layer, self.position, self.bypass, self.induce, self.kl, self.allowed]
+
+    @classmethod
+    def of(cls, stored: Any) -> "Direction":
+        """The direction that was `stored`."""
+        return cls(np.asarray(stored[0], np.float32), *stored[1:])
 
     def __str__(self) -> str:
         return (

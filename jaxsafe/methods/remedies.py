@@ -116,13 +116,25 @@ class Bench:
     @functools.cached_property
     def refusal(self) -> Direction:
         """The refusal direction: the best candidate of all layers and positions."""
-        return self._chosen(self._mean_state(True, True) - self._mean_state(False, False), 0.1)
+        return self._once("refusal", 0.1, lambda: self._mean_state(True, True) - self._mean_state(False, False))
 
     @functools.cached_property
     def false_refusal(self) -> Direction:
         """The direction of false refusal, orthogonal to that of harmful prompts."""
-        harmful, answered, pseudo = (self._mean_state(*kind) for kind in ((True, True), (False, False), (False, True)))
-        return self._chosen(refusal_direction.false_refusal(pseudo - answered, harmful - answered), 0.2)
+
+        def candidates() -> np.ndarray:
+            kinds = (True, True), (False, False), (False, True)
+            harmful, answered, pseudo = (self._mean_state(*kind) for kind in kinds)
+            return refusal_direction.false_refusal(pseudo - answered, harmful - answered)
+
+        return self._once("false_refusal", 0.2, candidates)
+
+    def _once(self, name: str, kl: float, candidates: Callable[[], np.ndarray]) -> Direction:
+        """The best of `candidates`, [P, L, D], kept in the store: a search takes minutes."""
+        follows = [self.model.fingerprint(), self.evidence.sha256, self.fit.candidate_prompts]
+        follows += [self.fit.candidate_positions, kl]
+        found = self.store.once(f"direction-{name}", follows, lambda: self._chosen(candidates(), kl).stored())
+        return Direction.of(found)
 
     def _halves(self, harmful: bool, refused: bool) -> tuple[list[str], list[str]]:
         """Prompts with this label and outcome: every second one makes candidates, the others choose among them.

@@ -40,9 +40,9 @@ class Reached:
 
 @styled
 def reached(name: str, rows: Sequence[Reached]) -> Drawing:
-    """Attack success with its interval, a line an attack, controls hollow; crosses are shares of broken answers.
+    """Attack success with its interval, a line an attack, controls hollow.
 
-    The number at the right is the perplexity of the answers.
+    Crosses are shares of broken answers, where there are any. The number at the right is the perplexity of the answers.
     """
     figure, axes = new_axes(64 + 21 * len(rows))
     for y, row in enumerate(rows):
@@ -53,9 +53,10 @@ def reached(name: str, rows: Sequence[Reached]) -> Drawing:
         axes.scatter(
             value_of(row.complied), y, s=30, marker=marker, facecolor=face, edgecolor=color, zorder=3, clip_on=False
         )
-        axes.scatter(
-            value_of(row.broken), y, s=26, marker="x", color=LIGHT["ink"], linewidth=1, zorder=4, clip_on=False
-        )
+        if row.broken is not None and row.broken.value:
+            axes.scatter(
+                row.broken.value, y, s=26, marker="x", color=LIGHT["ink"], linewidth=1, zorder=4, clip_on=False
+            )
         if is_number(row.perplexity):
             axes.text(1.05, y, number(row.perplexity), va="center_baseline", color=LIGHT["muted"])
     axes.set_yticks(range(len(rows)), [one_line(row.name, 27) for row in rows])
