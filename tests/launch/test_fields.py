@@ -88,6 +88,7 @@ SMALL_BY_TASK = {
         "samples": 6,
     },
     "jailbreak": {
+        "attacks": ("persona",),
         "calibration": ("builtin:harmful/calibration#4", "builtin:plain/calibration#4"),
         "temperatures": (0.5,),
         "top_ps": (0.5,),
@@ -222,7 +223,7 @@ OTHER = {
     "scales": (0.6,),
 }
 BY_TASK = {("attack", "settings"): ("vanilla",), ("attack", "controls"): False, ("attack", "epochs"): 7}
-BY_TASK |= {("overrefusal", "controls"): False, ("jailbreak", "attacks"): ("persona",)}
+BY_TASK |= {("overrefusal", "controls"): False, ("jailbreak", "attacks"): ("no_template",)}
 BESIDE = {
     "data": {"evaluation": ("advbench#5",)},
     "suffixes": {"settings": ("vanilla", "suffix")},
@@ -241,7 +242,14 @@ BESIDE = {
     "threshold_by": {},
     "prefix": {"attacks": ("identity_shift#6",)},
     ("jailbreak", "suffixes"): {"attacks": ("suffix",)},
+    ("jailbreak", "openings"): {"attacks": ("prefill",)},
 }
+ATTACK_OF = {
+    "decoding": ("temperatures", "top_ps", "top_ks"),
+    "scaling": ("scaled_layers", "scales", "controls"),
+    "ablation": ("calibration", "calibration_tokens", "candidate_prompts", "candidate_positions"),
+}
+BESIDE |= {("jailbreak", field): {"attacks": (attack,)} for attack, fields in ATTACK_OF.items() for field in fields}
 FIELDS = [(task, field) for task, module in BASES.items() for field in module.base()]
 
 
