@@ -67,7 +67,7 @@ def reached(name: str, rows: Sequence[Reached]) -> Drawing:
     axes.grid(axis="x")
     axes.spines[["left", "bottom"]].set_visible(False)
     axes.tick_params(length=0)
-    axes.tick_params(axis="y", labelcolor=LIGHT["ink"], labelsize=9.5)
+    axes.tick_params(axis="y", labelcolor=LIGHT["ink"], labelsize=9.5, pad=8)
     axes.legend(handles=_handles(any(row.worst for row in rows)), **{**LEGEND, "ncols": 2})
     shown = (
         f"{row.name} {percent(value_of(row.complied))} complied, {percent(value_of(row.broken))} broken" for row in rows
