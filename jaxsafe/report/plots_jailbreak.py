@@ -80,6 +80,6 @@ def _handles(worst: bool) -> list[Line2D]:
     look = {"linestyle": "none", "markeredgecolor": LIGHT["harmful"], "markerfacecolor": LIGHT["harmful"]}
     control = {"markeredgecolor": LIGHT["muted"], "markerfacecolor": LIGHT["paper"]}
     entries = [("complied", look | {"marker": "o"}), ("control", look | control | {"marker": "o"})]
-    entries += [("worst of all tries", look | {"marker": "D"})] if worst else []
+    entries += [("worst of tries", look | {"marker": "D"})] if worst else []
     entries += [("broken", look | {"marker": "x", "markeredgecolor": LIGHT["ink"]})]
     return [Line2D([], [], label=label, markersize=5, **style) for label, style in entries]  # type: ignore[arg-type]
