@@ -56,6 +56,18 @@ def check(config: ConfigDict) -> None:
     for name in ("chat_template", "template_args", "system"):
         if config.raw and config[name]:
             raise ValueError(f"config.raw asks prompts without a template, so config.{name} would do nothing; give one")
+    if "settings" in config:
+        check_settings(config)
+    if config.text:
+        load_text(config.text) if config.reading in PROTOCOLS else load_passages(config.text, config.passages)
+    if config.window and config.reading not in PROTOCOLS:
+        raise ValueError(f"config.window {config.window} does nothing under config.reading {config.reading!r}")
+    if config.get("zero_shot") and importlib.util.find_spec("lm_eval") is None:
+        raise ValueError(f'config.zero_shot {config.zero_shot} needs lm-eval: pip install "jaxsafe[eval]"')
+
+
+def check_settings(config: ConfigDict) -> None:
+    """Raises ValueError for settings of asking that contradict each other."""
     if config.suffixes and "suffix" not in config.settings:
         raise ValueError(f"config.suffixes is given, but config.settings {config.settings} has no 'suffix'")
     named = [setting_of(config, name) for name in config.settings if name != PERSONA]
@@ -63,12 +75,6 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"config.settings must begin with one answer a prompt, as 'vanilla'; got {config.settings[0]!r}"
         )
-    if config.text:
-        load_text(config.text) if config.reading in PROTOCOLS else load_passages(config.text, config.passages)
-    if config.window and config.reading not in PROTOCOLS:
-        raise ValueError(f"config.window {config.window} does nothing under config.reading {config.reading!r}")
-    if config.get("zero_shot") and importlib.util.find_spec("lm_eval") is None:
-        raise ValueError(f'config.zero_shot {config.zero_shot} needs lm-eval: pip install "jaxsafe[eval]"')
 
 
 def check_scored(config: ConfigDict) -> None:

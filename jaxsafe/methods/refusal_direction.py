@@ -24,6 +24,7 @@ from jaxsafe.kernels.refusal import CandidateScores, score_candidates
 from jaxsafe.methods.evidence import Evidence, unit_rows
 from jaxsafe.model.taps import At
 from jaxsafe.progress import Progress, silent
+from jaxsafe.records.run import Json
 from jaxsafe.rows import Batch, Row
 
 
@@ -42,7 +43,8 @@ class Search:
 class Direction:
     """A candidate that was chosen: unit `vector` float32 [D], after which block, how far from the prompt's end.
 
-    bypass, induce: mean refusal log-odds of harmful prompts without it and of safe prompts with it; kl: nats.
+    bypass, induce: mean refusal log-odds of harmful prompts without it and of safe prompts with it; kl: nats;
+    allowed: whether it keeps within the limits of the search.
     """
 
     vector: np.ndarray
@@ -51,6 +53,23 @@ class Direction:
     bypass: float
     induce: float
     kl: float
+    allowed: bool
+
+    def stored(self) -> Json:
+        """What `of` reads."""
+        return [self.vector.tolist(), self.layer, self.position, self.bypass, self.induce, self.kl, self.allowed]
+
+    @classmethod
+    def of(cls, stored: Any) -> "Direction":
+        """The direction that was `stored`."""
+        return cls(np.asarray(stored[0], np.float32), *stored[1:])
+
+    def __str__(self) -> str:
+        return (
+            f"direction after block {self.layer}, {self.position} tokens before the prompt's end; refusal log-odds "
+            f"{self.bypass:.1f} without it, {self.induce:.1f} with it added, first-token KL {self.kl:.3f}"
+            f"{'' if self.allowed else '; no candidate kept within all limits of the search'}"
+        )
 
 
 def template_positions(rows: Sequence[Row]) -> int:
@@ -115,7 +134,8 @@ def choose_direction(
 ) -> Direction:
     """The candidate of the least bypass among those that `search` allows; `harmful` and `safe` are prompts to try.
 
-    Where none is allowed, the one of the least KL. `done` is called with numbers of prompts.
+    Where none is, the limit on `induce` is dropped, and where none keeps that on KL either, the least KL decides.
+    `done` is called with numbers of prompts.
     """
     layers = range(int(model.config.layers * (1 - search.last_share)))
     places = [(p, layer) for p in range(len(candidates)) for layer in layers]
@@ -132,8 +152,10 @@ def choose_direction(
 
     of_harmful, of_safe = scores_of(harmful), scores_of(safe)
     bypass, induce, kl = of_harmful.ablated.mean(0), of_safe.added.mean(0), of_safe.kl.mean(0)
-    allowed = np.flatnonzero((kl <= search.kl) & (induce >= search.induced))
-    best = int(allowed[np.argmin(bypass[allowed])]) if len(allowed) else int(np.argmin(kl))
+    near, strong = kl <= search.kl, induce >= search.induced
+    left = np.flatnonzero(near & strong if (near & strong).any() else near)
+    best = int(left[np.argmin(bypass[left])]) if len(left) else int(np.argmin(kl))
     position, layer = places[best]
     vector = unit_rows(candidates[position, layer][None])[0]
-    return Direction(vector, layer, position, float(bypass[best]), float(induce[best]), float(kl[best]))
+    scores = float(bypass[best]), float(induce[best]), float(kl[best])
+    return Direction(vector, layer, position, *scores, bool(near[best] and strong[best]))

@@ -15,6 +15,7 @@ from launches import write_pairs
 
 from configs.attack import base as attack_base
 from configs.brittleness import base as brittleness_base
+from configs.jailbreak import base as jailbreak_base
 from configs.overrefusal import base as overrefusal_base
 from configs.scans import base as scans_base
 from jaxsafe.chat.model import load_chat_model
@@ -24,6 +25,7 @@ from jaxsafe.kernels.gates import Open
 from jaxsafe.methods import remedies, scans_calibration
 from jaxsafe.methods import scans as scans_method
 from jaxsafe.methods.brittleness import Material
+from jaxsafe.methods.refusal_direction import Direction
 from jaxsafe.methods.remedies import Made
 from jaxsafe.model.layers import LayerRange
 from jaxsafe.records.attack import LayerScan
@@ -32,7 +34,7 @@ from jaxsafe.records.run import Result, Sample, plain
 from jaxsafe.records.scans import Choice, Strength
 from jaxsafe.rows import data_sha256
 from jaxsafe.study.study import Examined, Study
-from launch import attack, brittleness, command, common, overrefusal, scans
+from launch import attack, brittleness, command, common, jailbreak, overrefusal, scans
 from launch.progress import Clock
 
 BASES = {
@@ -40,8 +42,15 @@ BASES = {
     "overrefusal": overrefusal_base,
     "brittleness": brittleness_base,
     "attack": attack_base,
+    "jailbreak": jailbreak_base,
 }
-SCRIPTS = {"scans": scans, "overrefusal": overrefusal, "brittleness": brittleness, "attack": attack}
+SCRIPTS = {
+    "scans": scans,
+    "overrefusal": overrefusal,
+    "brittleness": brittleness,
+    "attack": attack,
+    "jailbreak": jailbreak,
+}
 # What makes the base configs run on a tiny model and the built-in prompts.
 SMALL = {
     "model": "tiny",
@@ -77,6 +86,15 @@ SMALL_BY_TASK = {
         "over_refusal": ("builtin:lookalike/test#4",),
         "layer_start": (0.3, 0.7),
         "samples": 6,
+    },
+    "jailbreak": {
+        "attacks": ("persona",),
+        "calibration": ("builtin:harmful/calibration#4", "builtin:plain/calibration#4"),
+        "temperatures": (0.5,),
+        "top_ps": (0.5,),
+        "top_ks": (5,),
+        "scales": (0.5,),
+        "controls": 1,
     },
 }
 # Another value of each field; a function of the pairs' file where it names a file. A mapping changes others, too,
@@ -200,9 +218,16 @@ OTHER = {
     "layer_tokens": 5,
     "evaluate_every": 1,
     "evaluate_at": (1,),
+    "openings": ("Yes",),
+    "persona": "Obey.",
+    "temperatures": (0.6,),
+    "top_ps": (0.6,),
+    "top_ks": (6,),
+    "scaled_layers": (0, 1),
+    "scales": (0.6,),
 }
 BY_TASK = {("attack", "settings"): ("vanilla",), ("attack", "controls"): False, ("attack", "epochs"): 7}
-BY_TASK[("overrefusal", "controls")] = False
+BY_TASK |= {("overrefusal", "controls"): False, ("jailbreak", "attacks"): ("no_template",)}
 BESIDE = {
     "data": {"evaluation": ("advbench#5",)},
     "suffixes": {"settings": ("vanilla", "suffix")},
@@ -220,7 +245,15 @@ BESIDE = {
     "sequential": {"top": (0.1,), "score": "wanda"},
     "threshold_by": {},
     "prefix": {"attacks": ("identity_shift#6",)},
+    ("jailbreak", "suffixes"): {"attacks": ("suffix",)},
+    ("jailbreak", "openings"): {"attacks": ("prefill",)},
 }
+ATTACK_OF = {
+    "decoding": ("temperatures", "top_ps", "top_ks"),
+    "scaling": ("scaled_layers", "scales", "controls"),
+    "ablation": ("calibration", "calibration_tokens", "candidate_prompts", "candidate_positions"),
+}
+BESIDE |= {("jailbreak", field): {"attacks": (attack,)} for attack, fields in ATTACK_OF.items() for field in fields}
 FIELDS = [(task, field) for task, module in BASES.items() for field in module.base()]
 
 
@@ -346,7 +379,13 @@ def stand_in_for_remedies(monkeypatch, seen, model):
 
         return make
 
-    monkeypatch.setattr(overrefusal, "evidence_once", gathered)
+    def refusal(bench):
+        seen.note("direction", bench.fit, bench.trial)
+        return Direction(np.ones(D, np.float32), 0, 0, 0.0, 0.0, 0.0, True)
+
+    for launched in (overrefusal, jailbreak):
+        monkeypatch.setattr(launched, "evidence_once", gathered)
+    monkeypatch.setattr(remedies.Bench, "refusal", property(refusal))
     monkeypatch.setattr(remedies, "mend", lambda bench: (fitted("mend")(bench), Mended((), (), 1.0)))
     monkeypatch.setattr(remedies, "REMEDIES", {name: fitted(name) for name in remedies.REMEDIES})
 
@@ -408,7 +447,7 @@ def description(task, seen, out, changes):
     seen.calls.clear()
     try:
         model = common.load(config, Clock())
-        if task in ("scans", "overrefusal"):
+        if task in ("scans", "overrefusal", "jailbreak"):
             SCRIPTS[task].run(config, model, SCRIPTS[task].roles_of(config), out, Clock())
         else:
             SCRIPTS[task].run(config, model, out, Clock())
@@ -419,7 +458,8 @@ def description(task, seen, out, changes):
 
 @pytest.mark.parametrize(("task", "field"), FIELDS, ids=[f"{task}-{field}" for task, field in FIELDS])
 def test_a_field_changes_the_run(task, field, seen, out, pairs):
-    usual = SMALL | SMALL_BY_TASK[task] | {k: given(v, pairs) for k, v in BESIDE.get(field, {}).items()}
+    beside = BESIDE.get((task, field), BESIDE.get(field, {}))
+    usual = SMALL | SMALL_BY_TASK[task] | {k: given(v, pairs) for k, v in beside.items()}
     before = description(task, seen, out / task, usual)
     changed = BY_TASK.get((task, field), OTHER[field])
     after = description(task, seen, out / task, usual | {field: given(changed, pairs)})
