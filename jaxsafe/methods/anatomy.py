@@ -7,7 +7,8 @@ n prompts, P positions, L layers, D embed
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +40,8 @@ from jaxsafe.records.run import Variant, from_json, plain
 from jaxsafe.rows import Row, data_sha256
 
 ROLES = tuple(role.name.lower() for role in Role)
-Made = tuple[Variant, ChatModel]
+Made = tuple[Variant, Callable[[], ChatModel]]
+"""A variant, and what makes its model when it is needed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,26 +119,21 @@ def unit_variants(model: ChatModel, found: UnitRoles, role: str, controls: int) 
     units = units_of(found.roles, Role[role.upper()])
     share = sparsity(unit_weights(model.config, units))
     follows, name = [*found.follows, role], f"{role} units"
-    yield (
-        _variant(name, follows, About(name, sparsity=share), controls),
-        without_units(model, units, found.moments),
-    )
+    variant = _variant(name, follows, About(name, sparsity=share), controls)
+    yield variant, functools.partial(without_units, model, units, found.moments)
     for seed in range(controls):
-        drawn = random_units(units, seed)
-        about = About("random units", True, sparsity=share)
-        yield _control(name, seed, follows, about), without_units(model, drawn, found.moments)
+        control = _control(name, seed, follows, About("random units", True, sparsity=share))
+        yield control, functools.partial(without_units, model, random_units(units, seed), found.moments)
 
 
 def direction_variants(model: ChatModel, direction: Direction, controls: int) -> Iterator[Made]:
     """The model whose stream has no part along the refusal direction, and along random ones."""
     follows, name = ["direction", arrays_sha256([direction.vector])], "refusal direction"
-    yield _variant(name, follows, About(name), controls), _ablated(model, direction.vector)
+    yield _variant(name, follows, About(name), controls), functools.partial(_ablated, model, direction.vector)
     for seed in range(controls):
         drawn = np.random.default_rng(seed).standard_normal(len(direction.vector)).astype(np.float32)
-        yield (
-            _control(name, seed, follows, About("random direction", True)),
-            _ablated(model, drawn / np.linalg.norm(drawn)),
-        )
+        control = _control(name, seed, follows, About("random direction", True))
+        yield control, functools.partial(_ablated, model, drawn / np.linalg.norm(drawn))
 
 
 def _ablated(model: ChatModel, vector: Float[np.ndarray, " D"]) -> ChatModel:

@@ -13,6 +13,7 @@ import pytest
 from evidences import random_evidence
 from launches import write_pairs
 
+from configs.anatomy import base as anatomy_base
 from configs.attack import base as attack_base
 from configs.brittleness import base as brittleness_base
 from configs.overrefusal import base as overrefusal_base
@@ -21,18 +22,24 @@ from jaxsafe.chat.model import load_chat_model
 from jaxsafe.digest import arrays_sha256
 from jaxsafe.kernels.actions import Add, Gated, named_span
 from jaxsafe.kernels.gates import Open
+from jaxsafe.kernels.units import Units
 from jaxsafe.methods import remedies, scans_calibration
 from jaxsafe.methods import scans as scans_method
+from jaxsafe.methods.anatomy import UnitRoles
 from jaxsafe.methods.brittleness import Material
+from jaxsafe.methods.overlaps import Parts
+from jaxsafe.methods.refusal_direction import Direction
 from jaxsafe.methods.remedies import Made
+from jaxsafe.methods.unit_inputs import InputMoments
 from jaxsafe.model.layers import LayerRange
+from jaxsafe.records.anatomy import Gap
 from jaxsafe.records.attack import LayerScan
 from jaxsafe.records.overrefusal import Mended, Remedy
 from jaxsafe.records.run import Result, Sample, plain
 from jaxsafe.records.scans import Choice, Strength
 from jaxsafe.rows import data_sha256
 from jaxsafe.study.study import Examined, Study
-from launch import attack, brittleness, command, common, overrefusal, scans
+from launch import anatomy, attack, brittleness, command, common, overrefusal, scans
 from launch.progress import Clock
 
 BASES = {
@@ -40,8 +47,9 @@ BASES = {
     "overrefusal": overrefusal_base,
     "brittleness": brittleness_base,
     "attack": attack_base,
+    "anatomy": anatomy_base,
 }
-SCRIPTS = {"scans": scans, "overrefusal": overrefusal, "brittleness": brittleness, "attack": attack}
+SCRIPTS = {"scans": scans, "overrefusal": overrefusal, "brittleness": brittleness, "attack": attack, "anatomy": anatomy}
 # What makes the base configs run on a tiny model and the built-in prompts.
 SMALL = {
     "model": "tiny",
@@ -77,6 +85,14 @@ SMALL_BY_TASK = {
         "over_refusal": ("builtin:lookalike/test#4",),
         "layer_start": (0.3, 0.7),
         "samples": 6,
+    },
+    "anatomy": {
+        "weights": (0.3, 0.1),
+        "ranks": (8, 8),
+        "controls": 1,
+        "samples": 6,
+        "malicious": ("builtin:harmful/calibration#4",),
+        "normal": ("builtin:plain/calibration#4",),
     },
 }
 # Another value of each field; a function of the pairs' file where it names a file. A mapping changes others, too,
@@ -196,6 +212,15 @@ OTHER = {
     "layer_start": (0.0, 0.7),
     "layer_tokens": 5,
     "evaluate_every": 1,
+    "unit_shares": (0.02, 0.1, 0.1),
+    "as_coded": True,
+    "prune": ("safety",),
+    "weights": (0.2, 0.1),
+    "ranks": (9, 8),
+    "draws": 3,
+    "malicious": ("builtin:harmful/calibration#5",),
+    "normal": ("builtin:plain/calibration#5",),
+    "triples": 7,
 }
 BY_TASK = {("attack", "settings"): ("vanilla",), ("attack", "controls"): False, ("attack", "epochs"): 7}
 BY_TASK[("overrefusal", "controls")] = False
@@ -216,6 +241,8 @@ BESIDE = {
     "sequential": {"top": (0.1,), "score": "wanda"},
     "threshold_by": {},
     "prefix": {"attacks": ("identity_shift#6",)},
+    "layer_alpha": {"over_refusal": ("builtin:lookalike/calibration#4",)},
+    "layer_tokens": {"over_refusal": ("builtin:lookalike/calibration#4",)},
 }
 FIELDS = [(task, field) for task, module in BASES.items() for field in module.base()]
 
@@ -295,6 +322,7 @@ def seen(model, monkeypatch):
     stand_in_for_scans(monkeypatch, seen, model)
     stand_in_for_remedies(monkeypatch, seen, model)
     stand_in_for_weights(monkeypatch, seen)
+    stand_in_for_parts(monkeypatch, seen, model.config)
     return seen
 
 
@@ -380,6 +408,7 @@ def stand_in_for_weights(monkeypatch, seen):
     monkeypatch.setattr(common, "own_answers_once", own)
     monkeypatch.setattr(attack, "examine_run", ran)
     monkeypatch.setattr(attack, "safety_layers_once", scanned)
+    monkeypatch.setattr(anatomy, "safety_layers_once", scanned)
     monkeypatch.setattr(
         attack.attacks,
         "own_texts",
@@ -388,6 +417,31 @@ def stand_in_for_weights(monkeypatch, seen):
         ),
     )
     monkeypatch.setattr(brittleness, "export", lambda config, material, point, out: seen.note("export", point))
+
+
+def stand_in_for_parts(monkeypatch, seen, config):
+    units = Units(np.ones((config.layers, config.heads), np.int8), np.ones((config.layers, config.mlp), np.int8))
+
+    def roles(store, asked, rows, how, done):
+        seen.note("units", asked, [data_sha256(each) for each in rows.values()], how)
+        return UnitRoles(units, InputMoments({}, {}), [plain(how.shares), how.as_coded])
+
+    def read(store, asked, prompts, rows, how, done):
+        seen.note("read", asked, prompts, how)
+        gap = Gap(*[(0.0,) * config.layers] * 6, (4, 4), how.triples, LayerRange(0, 1))
+        return gap, Direction(np.ones(config.embed, np.float32), 0, 0, 0.0, 0.0, 0.15)
+
+    def parts(asked, material, found, direction):
+        seen.note("parts", asked.weights, asked.ranks)
+        return Parts({}, units, {}, {}, {})
+
+    def agree(config, params, parts, draws, seed, done):
+        seen.note("overlaps", draws, seed)
+        return ()
+
+    for name, stand_in in (("unit_roles_once", roles), ("read_once", read), ("parts_of", parts), ("overlaps", agree)):
+        monkeypatch.setattr(anatomy, name, stand_in)
+    monkeypatch.setattr(anatomy, "unit_weights", lambda config, units: {"layers": {"o": np.ones((config.layers, 2))}})
 
 
 def given(value, pairs):
