@@ -18,9 +18,20 @@ GAP = Gap(
     (60, 50), 500, LayerRange(1, 2),
 )  # fmt: skip
 OVERLAPS = (
-    Overlap("weights", "units", "Jaccard index", (0.1, 0.02, None), (0.02, 0.02, None), (0.01, 0.01, None), (0.03, 0.03, None), 19),
-    Overlap("ranks of o", "direction", "captured energy", (0.0, 0.5, 0.01), (0.02,) * 3, (0.001,) * 3, (0.08,) * 3, 0, True),
-)  # fmt: skip
+    Overlap(
+        "weights",
+        "units",
+        "Jaccard index",
+        (0.1, 0.02, None),
+        (0.02, 0.02, None),
+        (0.01, 0.01, None),
+        (0.03, 0.03, None),
+        19,
+    ),
+    Overlap(
+        "ranks of o", "direction", "captured energy", (0.0, 0.5, 0.01), (0.02,) * 3, (0.001,) * 3, (0.08,) * 3, 0, True
+    ),
+)
 DETAILS = Details(
     {"safety": 32, "utility": 31},
     (RoleCount("redundant", 0, 3, 0.05, (1, 1, 1)), RoleCount("safety", 1, 5, 0.1, (2, 4, 0))),
