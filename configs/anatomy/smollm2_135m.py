@@ -23,11 +23,11 @@ def get_config() -> ConfigDict:
     config.controls = 1
     config.draws = 19
     config.candidate_prompts = 16
-    config.candidate_positions = 2
+    config.candidate_positions = 5
     config.evaluation = ("builtin:harmful/test#40",)
-    config.harmless = ("builtin:plain/test#20",)
+    config.harmless = ("builtin:plain/test#10",)
     config.judge = "scans"
     config.max_new_tokens = 20
     config.batch_size = 40
-    config.passages = 12
+    config.passages = 6
     return config

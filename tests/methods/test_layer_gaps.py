@@ -53,7 +53,7 @@ CURVES = [
     ([0, 0, 4, 8, 12, 12.9, 20], (2, 5)),  # what comes behind the first levelling-off does not count
     ([0, 1, 2, 3], (1, 4)),  # it never levels off
     ([5, 5, 5], (0, 1)),
-    ([0, 0.5, 8, 9.9, 10], (2, 3)),  # 0.5 is below a tenth of the largest, and 1.9 below a quarter of 7.5
+    ([0, 0.5, 8, 9.8, 10], (2, 3)),  # 0.5 is below a tenth of the largest, and 1.8 below a quarter of 7.5
 ]
 
 
