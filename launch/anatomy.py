@@ -6,35 +6,22 @@ python -m launch.anatomy --config=configs/anatomy/llama2_7b_chat.py --out=runs/l
 import functools
 import pathlib
 
-import jax.numpy as jnp
-import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
 from jaxsafe.chat.model import ChatModel
 from jaxsafe.configs.anatomy.base import FIELDS
 from jaxsafe.evaluation.judges.keyword import judge
-from jaxsafe.kernels.ablation import written_directions
-from jaxsafe.kernels.lowrank import kept
-from jaxsafe.methods.anatomy import (
-    ReadSettings,
-    UnitRoles,
-    UnitSettings,
-    described,
-    direction_variants,
-    read_once,
-    unit_roles_once,
-    unit_variants,
-)
-from jaxsafe.methods.brittleness import SIDES, Material, Point, check_blocks, edited, mask_of, points
+from jaxsafe.methods.anatomy import ReadSettings, UnitSettings, described, parts_of, read_once, unit_roles_once
+from jaxsafe.methods.brittleness import SIDES, Material, Point, check_blocks, edited, points
 from jaxsafe.methods.layer_scan import ScanSettings, safety_layers_once
-from jaxsafe.methods.overlaps import PATHS, Parts, by_layer, inside, leading, outside, overlaps, unit_weights
+from jaxsafe.methods.overlaps import located, overlaps
+from jaxsafe.methods.part_variants import direction_variants, unit_variants
 from jaxsafe.methods.refusal_direction import Direction, Search
-from jaxsafe.methods.ssah import Role, RoleShares, units_of
+from jaxsafe.methods.ssah import RoleShares
 from jaxsafe.model.layers import LayerRange
-from jaxsafe.model.weights import flatten
 from jaxsafe.prompts.roles import Roles
-from jaxsafe.records.anatomy import Details, Gap, Inside, Overlap
+from jaxsafe.records.anatomy import Details, Gap
 from jaxsafe.records.attack import LayerScan
 from jaxsafe.records.run import Run
 from jaxsafe.study.study import Study
@@ -99,12 +86,15 @@ def run(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock) -
     for variant, ablated in direction_variants(model, direction, config.controls):
         study.examine(variant, ablated)
 
+    _, weights, ranks = (point for point in points_of(config) if point.control is None)
+    parts = parts_of(material, weights, ranks, units, direction)
+    with clock.watch("overlaps_s")("random parts", 2 * config.draws) as done:
+        agreement = overlaps(model.config, model.params, parts, config.draws, config.seed, done)
     layers = scan.layers if scan else gap.layers
-    parts = parts_of(config, material, units, direction)
-    found, where = compared(config, material, parts, layers, clock)
+    where = located(model.config, parts, layers) if layers else ()
+    scored = {side: len(rows[side]) for side in SIDES}
     chosen = described(direction, search_of(config))
-    counts = {side: len(rows[side]) for side in SIDES}
-    details = Details(counts, units.counts, gap, scan, layers, chosen, found, where)
+    details = Details(scored, units.counts, gap, scan, layers, chosen, agreement, where)
     return common.finish(study, "anatomy", config, roles, clock, details)
 
 
@@ -138,36 +128,6 @@ def scanned(config: ConfigDict, study: Study, roles: Roles, gap: Gap, clock: Clo
     how = ScanSettings(start, config.layer_alpha, config.layer_tokens, config.batch_size)
     with clock.watch("layers_s")("layers by scaling", len(prompts) * (1 + 2 * L - start.first)) as done:
         return safety_layers_once(study.store, study.model, prompts, judge(config.judge), how, done)
-
-
-def parts_of(config: ConfigDict, material: Material, units: UnitRoles, direction: Direction) -> Parts:
-    """What each attribution names: weights, units, ranks and the direction."""
-    safety, utility = (material.bases(side) for side in SIDES)
-    ranks = {path: flatten(safety)[path].vectors.shape[-1] for path in PATHS}
-    r_s, r_u = config.ranks
-    width = material.config
-    counts = {path: (int(kept(width, R, r_s)), int(kept(width, R, r_u))) for path, R in ranks.items()}
-    written = written_directions(material.config, material.params, jnp.asarray(direction.vector))
-    return Parts(
-        mask_of(material, points_of(config)[1]),
-        units_of(units.roles, Role.SAFETY),
-        outside(safety, utility, counts),
-        leading(utility, {path: each[0] for path, each in counts.items()}),
-        {path: written[path.split("/")[-1]] for path in PATHS},
-    )
-
-
-def compared(
-    config: ConfigDict, material: Material, parts: Parts, layers: LayerRange | None, clock: Clock
-) -> tuple[tuple[Overlap, ...], tuple[Inside, ...]]:
-    """How far the parts agree, and how much of the sets of weights lies in the safety layers."""
-    model = material.model
-    masks = {"weights": parts.weights, "units": unit_weights(model.config, parts.units)}
-    counts = {name: np.sum([*map(by_layer, flatten(mask).values())], axis=0) for name, mask in masks.items()}
-    where = [inside(name, each, layers) for name, each in counts.items()] if layers else []
-    with clock.watch("overlaps_s")("random parts", 2 * config.draws) as done:
-        found = overlaps(model.config, model.params, parts, config.draws, config.seed, done)
-    return found, tuple(each for each in where if each)
 
 
 def main() -> None:

@@ -1,28 +1,23 @@
-"""Where the safety of one model lives: its units, what its layers tell apart, its refusal direction, and variants.
+"""Where the safety of one model lives: roles of its units, what its layers tell apart, and its refusal direction.
 
 SSAH (arXiv 2410.10862), Safety Layers (arXiv 2408.17003) and the refusal direction (arXiv 2406.11717), each made once
 of the same two sides. "safety" and "utility" are rows of refusals and of answers; "malicious" and "normal" are prompts.
-
-n prompts, P positions, L layers, D embed
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 from jaxsafe.chat.model import ChatModel
-from jaxsafe.digest import arrays_sha256
 from jaxsafe.io.store import TREE, Json, Store
-from jaxsafe.kernels.ablation import ablation
-from jaxsafe.kernels.selection import sparsity
+from jaxsafe.kernels.ablation import written_directions
+from jaxsafe.kernels.lowrank import kept
 from jaxsafe.kernels.units import Units
-from jaxsafe.methods.brittleness import DENSE, SIDES
+from jaxsafe.methods.brittleness import SIDES, Material, Point, mask_of
 from jaxsafe.methods.layer_gaps import gap_curve
-from jaxsafe.methods.overlaps import unit_weights
+from jaxsafe.methods.overlaps import PATHS, Parts, leading, outside
 from jaxsafe.methods.refusal_direction import (
     Direction,
     Search,
@@ -31,17 +26,15 @@ from jaxsafe.methods.refusal_direction import (
     openings,
     template_positions,
 )
-from jaxsafe.methods.ssah import Role, RoleShares, random_units, unit_roles, unit_scores, units_of, without_units
+from jaxsafe.methods.ssah import Role, RoleShares, unit_roles, unit_scores, units_of
 from jaxsafe.methods.unit_inputs import INPUTS, InputMoments, input_moments
+from jaxsafe.model.weights import flatten
 from jaxsafe.progress import Progress, silent
 from jaxsafe.records.anatomy import Gap, RefusalDirection, RoleCount
-from jaxsafe.records.brittleness import About
-from jaxsafe.records.run import Variant, from_json, plain
+from jaxsafe.records.run import from_json, plain
 from jaxsafe.rows import Row, data_sha256
 
 ROLES = tuple(role.name.lower() for role in Role)
-Made = tuple[Variant, Callable[[], ChatModel]]
-"""A variant, and what makes its model when it is needed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,59 +88,20 @@ def unit_roles_once(
     store: Store, model: ChatModel, rows: Mapping[str, Sequence[Row]], how: UnitSettings, done: Progress = silent
 ) -> UnitRoles:
     """The roles by the `rows` of both sides; their moments are kept in `store`. `done` is called with rows."""
-    found = {}
     data = {side: data_sha256(rows[side]) for side in SIDES}
+    moments = {}
     for side in SIDES:
 
         def make(side: str = side) -> dict[str, dict[str, np.ndarray]]:
-            moments = input_moments(model, rows[side], how.as_coded, how.batch_size, done)
-            return {"mean": dict(moments.mean), "variance": dict(moments.variance)}
+            read = input_moments(model, rows[side], how.as_coded, how.batch_size, done)
+            return {"mean": dict(read.mean), "variance": dict(read.variance)}
 
-        kept = store.once("moments", [model.fingerprint(), data[side], how.as_coded], make, TREE)
-        wide = {of: {tap: np.asarray(kept[of][tap], np.float64) for tap in INPUTS.values()} for of in kept}
-        found[side] = InputMoments(wide["mean"], wide["variance"])
-    safety, utility = (unit_scores(model.config, model.params, found[side]) for side in SIDES)
+        stored = store.once("moments", [model.fingerprint(), data[side], how.as_coded], make, TREE)
+        wide = {of: {tap: np.asarray(stored[of][tap], np.float64) for tap in INPUTS.values()} for of in stored}
+        moments[side] = InputMoments(wide["mean"], wide["variance"])
+    safety, utility = (unit_scores(model.config, model.params, moments[side]) for side in SIDES)
     follows = ["units", data, plain(how.shares), how.as_coded]
-    return UnitRoles(unit_roles(model.config, safety, utility, how.shares), found[SIDES[0]], follows)
-
-
-def unit_variants(model: ChatModel, found: UnitRoles, role: str, controls: int) -> Iterator[Made]:
-    """The model without the units of a role, and without as many random heads and neurons of each layer.
-
-    Each has its mean input in the place of what is pruned.
-    """
-    units = units_of(found.roles, Role[role.upper()])
-    share = sparsity(unit_weights(model.config, units))
-    follows, name = [*found.follows, role], f"{role} units"
-    variant = _variant(name, follows, About(name, sparsity=share), controls)
-    yield variant, functools.partial(without_units, model, units, found.moments)
-    for seed in range(controls):
-        control = _control(name, seed, follows, About("random units", True, sparsity=share))
-        yield control, functools.partial(without_units, model, random_units(units, seed), found.moments)
-
-
-def direction_variants(model: ChatModel, direction: Direction, controls: int) -> Iterator[Made]:
-    """The model whose stream has no part along the refusal direction, and along random ones."""
-    follows, name = ["direction", arrays_sha256([direction.vector])], "refusal direction"
-    yield _variant(name, follows, About(name), controls), functools.partial(_ablated, model, direction.vector)
-    for seed in range(controls):
-        drawn = np.random.default_rng(seed).standard_normal(len(direction.vector)).astype(np.float32)
-        control = _control(name, seed, follows, About("random direction", True))
-        yield control, functools.partial(_ablated, model, drawn / np.linalg.norm(drawn))
-
-
-def _ablated(model: ChatModel, vector: Float[np.ndarray, " D"]) -> ChatModel:
-    return model.with_edits(ablation(model.config, model.params, jnp.asarray(vector)))
-
-
-def _variant(name: str, follows: Json, about: About, controls: int) -> Variant:
-    control = f"random for {name} seed 0" if controls else None
-    return Variant(name, follows, DENSE.name, control, name, plain(about))
-
-
-def _control(name: str, seed: int, follows: Json, about: About) -> Variant:
-    group = f"random for {name}"
-    return Variant(f"{group} seed {seed}", [follows, "random", seed], DENSE.name, None, group, plain(about))
+    return UnitRoles(unit_roles(model.config, safety, utility, how.shares), moments["safety"], follows)
 
 
 def read_once(
@@ -182,9 +136,26 @@ def read_once(
     asked = [data_sha256(model.rows(each)) for each in kinds]
     limits = {name: value for name, value in plain(how.search).items() if name != "batch_size"}
     follows = [model.fingerprint(), asked, [refusals.tolist(), answers.tolist()], how.triples, how.positions, limits]
-    kept = store.once("read", [*follows, how.seed], make)
-    chosen = kept["direction"] | {"vector": np.array(kept["direction"]["vector"], np.float32)}
-    return from_json(kept["gap"], Gap), Direction(**chosen)
+    stored = store.once("read", [*follows, how.seed], make)
+    direction = stored["direction"] | {"vector": np.array(stored["direction"]["vector"], np.float32)}
+    return from_json(stored["gap"], Gap), Direction(**direction)
+
+
+def parts_of(material: Material, weights: Point, ranks: Point, units: UnitRoles, direction: Direction) -> Parts:
+    """What each attribution names: `weights` is a point of weights, `ranks` one of orthogonal ranks (r_s, r_u)."""
+    config = material.config
+    safety, utility = (material.bases(side) for side in SIDES)
+    r_s, r_u = map(int, ranks.values)
+    known = {path: flatten(safety)[path].vectors.shape[-1] for path in PATHS}
+    counts = {path: (int(kept(config, R, r_s)), int(kept(config, R, r_u))) for path, R in known.items()}
+    written = written_directions(config, material.params, jnp.asarray(direction.vector))
+    return Parts(
+        mask_of(material, weights),
+        units_of(units.roles, Role.SAFETY),
+        outside(safety, utility, counts),
+        leading(utility, {path: of_safety for path, (of_safety, _) in counts.items()}),
+        {path: written[path.split("/")[-1]] for path in PATHS},
+    )
 
 
 def described(direction: Direction, search: Search) -> RefusalDirection:

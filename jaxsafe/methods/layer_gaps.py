@@ -7,7 +7,8 @@ m:
 
 Published: 500 random pairs, and the range of layers is read off the curve by eye, from where the gap appears to where
 it first levels off. Ours: the rule that reads it (`gap_layers`), and an interval over prompts rather than pairs, since
-a prompt is in many pairs. The published last state is taken behind the final norm, ours before it.
+a prompt is in many pairs. Otherwise than published, prompts stand in the model's own template, not in Alpaca's, and the
+last layer's state is taken before the final norm.
 
 n normal prompts, m malicious prompts, L layers, D embed, R triples, S resamples
 """

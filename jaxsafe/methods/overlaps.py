@@ -188,10 +188,15 @@ def _plain(values: Float[np.ndarray, " L"]) -> ByLayer:
     return tuple(float(value) if np.isfinite(value) else None for value in values)
 
 
-def inside(part: str, counts: Float[np.ndarray, " L"], layers: LayerRange) -> Inside | None:
-    """The share of `counts` in `layers`, against all ranges of as many layers; None where there is nothing to count."""
-    if not counts.sum():
-        return None
+def located(config: ModelConfig, parts: Parts, layers: LayerRange) -> tuple[Inside, ...]:
+    """How much of the weights and of the units' weights lies in `layers`; without a part that has none."""
+    masks = {"weights": parts.weights, "units": unit_weights(config, parts.units)}
+    counts = {name: np.sum([by_layer(each) for each in flatten(mask).values()], axis=0) for name, mask in masks.items()}
+    return tuple(inside(name, each, layers) for name, each in counts.items() if each.any())
+
+
+def inside(part: str, counts: Float[np.ndarray, " L"], layers: LayerRange) -> Inside:
+    """The share of `counts` in `layers`, against all ranges of as many layers."""
     width = len(layers)
     shares = np.array([counts[k : k + width].sum() for k in range(len(counts) - width + 1)]) / counts.sum()
     share = shares[layers.first]

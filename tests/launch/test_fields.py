@@ -431,8 +431,8 @@ def stand_in_for_parts(monkeypatch, seen, config):
         gap = Gap(*[(0.0,) * config.layers] * 6, (4, 4), how.triples, LayerRange(0, 1))
         return gap, Direction(np.ones(config.embed, np.float32), 0, 0, 0.0, 0.0, 0.15)
 
-    def parts(asked, material, found, direction):
-        seen.note("parts", asked.weights, asked.ranks)
+    def parts(material, weights, ranks, units, direction):
+        seen.note("parts", weights, ranks)
         return Parts({}, units, {}, {}, {})
 
     def agree(config, params, parts, draws, seed, done):
@@ -441,7 +441,7 @@ def stand_in_for_parts(monkeypatch, seen, config):
 
     for name, stand_in in (("unit_roles_once", roles), ("read_once", read), ("parts_of", parts), ("overlaps", agree)):
         monkeypatch.setattr(anatomy, name, stand_in)
-    monkeypatch.setattr(anatomy, "unit_weights", lambda config, units: {"layers": {"o": np.ones((config.layers, 2))}})
+    monkeypatch.setattr(anatomy, "located", lambda config, parts, layers: ())
 
 
 def given(value, pairs):

@@ -43,7 +43,7 @@ def test_the_interval_is_as_wide_as_prompts_and_not_as_pairs_make_it():
     """Half of the malicious prompts are at a right angle, half are as the normal ones: a share of `m` coins."""
     normal = np.tile(np.float32([1, 0]), (8, 1, 1))
     malicious = np.float32([[[1, 0]]] * 8 + [[[0, 1]]] * 8)
-    found = gap_curve(normal, malicious, count=4000, resamples=4000)
+    found = gap_curve(normal, malicious, count=2000)
     spread = 90 * math.sqrt(0.25 / 16)  # of a mean of 16 coins, however many pairs are drawn
     assert found.high[0] - found.low[0] == pytest.approx(2 * 1.96 * spread, rel=0.1)
 

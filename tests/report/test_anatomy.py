@@ -76,16 +76,17 @@ def test_the_page_says_which_units_layers_and_pairs():
     assert "weights · units 0.06 by 0.02" in figures[-1].inline
 
 
-def test_no_gap_and_no_allowed_direction_are_said():
-    gap = dataclasses.replace(GAP, layers=None)
-    direction = dataclasses.replace(DETAILS.direction, allowed=False)
-    changed = dataclasses.replace(DETAILS, gap=gap, layers=None, direction=direction, inside=())
+def test_no_gap_no_allowed_direction_and_a_scan_are_said():
+    changed = dataclasses.replace(
+        DETAILS,
+        gap=dataclasses.replace(GAP, layers=None),
+        direction=dataclasses.replace(DETAILS.direction, allowed=False),
+        scan=LayerScan(0, 2, 7, (), ()),
+        layers=LayerRange(0, 2),
+    )
     said = " ".join(Page(render(run_of(changed), [])[0]).texts("p"))
     assert "No gap opens" in said and "no candidate is within the published limits" in said
-    scanned = dataclasses.replace(DETAILS, scan=LayerScan(0, 2, 7, (), ()), layers=LayerRange(0, 2))
-    assert "Scaling finds layers 0 to 1: 7 prompts are refused" in " ".join(
-        Page(render(run_of(scanned), [])[0]).texts("p")
-    )
+    assert "Scaling finds layers 0 to 1: 7 prompts are refused" in said
 
 
 def test_layers_outside_what_is_random_are_counted():
