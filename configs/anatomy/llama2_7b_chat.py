@@ -11,8 +11,8 @@ Hardware, in bfloat16: 13.5 GB of weights; SNIP adds two trees of float32 scores
 16 GB chips with --mesh=data:1,model:8. Grams of ActSVD take 8.6 GB.
 
 Published, to hold the run against (judges, prompts and truncation differ): units of safety are 1.3% of all, of utility
-13.3%, redundant 14.8%, complex 70.6%; without those of safety the ASR goes from 10 to 66%, of utility to 28%, redundant
-to 15% (arXiv 2410.10862). Safety layers are 6 to 14, counted from 0 (arXiv 2408.17003).
+13.3%, redundant 14.8%, complex 70.6%; without those of safety the ASR goes from 10 to 66% (arXiv 2410.10862). Safety
+layers are 6 to 14, counted from 0 (arXiv 2408.17003).
 """
 
 from ml_collections import ConfigDict
