@@ -231,8 +231,8 @@ def scored_records(config: ConfigDict, model: ChatModel, roles: Roles, store: St
     return tuple(found)
 
 
-def scored_roles(config: ConfigDict) -> Roles:
-    """Prompt sets by role: scored for safety and for utility, evaluated, and harmless.
+def scored_roles(config: ConfigDict, further: Sequence[str] = ()) -> Roles:
+    """Prompt sets by role: scored for safety and for utility, of `further` fields, evaluated, and harmless.
 
     No prompt is both scored and evaluated, those of files of pairs included, which have no roles. Raises ValueError
     where there is nothing to evaluate.
@@ -240,6 +240,7 @@ def scored_roles(config: ConfigDict) -> Roles:
     if not config.evaluation:
         raise ValueError("config.evaluation is empty; name at least one set of harmful prompts")
     scored = {side: () if config[f"{side}_pairs"] else config[side] for side in SIDES}
+    scored |= {name: config[name] for name in further}
     evaluate = {name: config[name] for name in ("evaluation", "harmless")}
     roles = assign_roles(scored, evaluate, config.data or None, (), config.seed)
     for file in (config[f"{side}_pairs"] for side in SIDES if config[f"{side}_pairs"]):

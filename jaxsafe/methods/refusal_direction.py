@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxsafe.chat.model import ChatModel
 from jaxsafe.kernels.forward import capture
@@ -96,17 +96,22 @@ def end_states(
 
 
 def refusal_tokens(evidence: Evidence, share: float = 0.05) -> tuple[int, ...]:
-    """The tokens that refusals of the model begin with, each at least `share` of them and more often than answers do.
+    """The tokens that refusals of the model begin with (see `openings`)."""
+    begun = evidence.lengths > 0
+    refusals, answers = (evidence.tokens[begun & (evidence.refused == refused), 0] for refused in (True, False))
+    return openings(refusals, answers, share)
+
+
+def openings(refusals: Int[np.ndarray, " n"], answers: Int[np.ndarray, " m"], share: float = 0.05) -> tuple[int, ...]:
+    """Of the first tokens of refusals, each that opens at least `share` of them, and more often than it does answers.
 
     The paper names them by hand for each model. Raises ValueError where there is no such token.
     """
-    begun = evidence.lengths > 0
-    first = {refused: evidence.tokens[begun & (evidence.refused == refused), 0] for refused in (True, False)}
 
-    def frequency(token: int, refused: bool) -> float:
-        return float((first[refused] == token).mean()) if len(first[refused]) else 0.0
+    def frequency(token: int, first: Int[np.ndarray, " n"]) -> float:
+        return float((first == token).mean()) if len(first) else 0.0
 
-    found = [int(t) for t in np.unique(first[True]) if frequency(t, True) >= max(share, 2 * frequency(t, False))]
+    found = [int(t) for t in np.unique(refusals) if frequency(t, refusals) >= max(share, 2 * frequency(t, answers))]
     if not found:
         raise ValueError("refusals of this model begin with no token of their own; its refusal cannot be scored by one")
     return tuple(found)

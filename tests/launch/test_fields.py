@@ -13,6 +13,7 @@ import pytest
 from evidences import random_evidence
 from launches import write_pairs
 
+from configs.anatomy import base as anatomy_base
 from configs.attack import base as attack_base
 from configs.brittleness import base as brittleness_base
 from configs.jailbreak import base as jailbreak_base
@@ -22,19 +23,25 @@ from jaxsafe.chat.model import load_chat_model
 from jaxsafe.digest import arrays_sha256
 from jaxsafe.kernels.actions import Add, Gated, named_span
 from jaxsafe.kernels.gates import Open
+from jaxsafe.kernels.units import Units
+from jaxsafe.methods import brittleness as weight_edits
 from jaxsafe.methods import remedies, scans_calibration
 from jaxsafe.methods import scans as scans_method
+from jaxsafe.methods.anatomy import UnitRoles
 from jaxsafe.methods.brittleness import Material
+from jaxsafe.methods.overlaps import Parts
 from jaxsafe.methods.refusal_direction import Direction
 from jaxsafe.methods.remedies import Made
+from jaxsafe.methods.unit_inputs import InputMoments
 from jaxsafe.model.layers import LayerRange
+from jaxsafe.records.anatomy import Gap
 from jaxsafe.records.attack import LayerScan
 from jaxsafe.records.overrefusal import Mended, Remedy
 from jaxsafe.records.run import Result, Sample, plain
 from jaxsafe.records.scans import Choice, Strength
 from jaxsafe.rows import data_sha256
 from jaxsafe.study.study import Examined, Study
-from launch import attack, brittleness, command, common, jailbreak, overrefusal, scans
+from launch import anatomy, attack, brittleness, command, common, jailbreak, overrefusal, scans
 from launch.progress import Clock
 
 BASES = {
@@ -43,6 +50,7 @@ BASES = {
     "brittleness": brittleness_base,
     "attack": attack_base,
     "jailbreak": jailbreak_base,
+    "anatomy": anatomy_base,
 }
 SCRIPTS = {
     "scans": scans,
@@ -50,6 +58,7 @@ SCRIPTS = {
     "brittleness": brittleness,
     "attack": attack,
     "jailbreak": jailbreak,
+    "anatomy": anatomy,
 }
 # What makes the base configs run on a tiny model and the built-in prompts.
 SMALL = {
@@ -95,6 +104,14 @@ SMALL_BY_TASK = {
         "top_ks": (5,),
         "scales": (0.5,),
         "controls": 1,
+    },
+    "anatomy": {
+        "weights": (0.3, 0.1),
+        "ranks": (8, 8),
+        "controls": 1,
+        "samples": 6,
+        "malicious": ("builtin:harmful/calibration#4",),
+        "normal": ("builtin:plain/calibration#4",),
     },
 }
 # Another value of each field; a function of the pairs' file where it names a file. A mapping changes others, too,
@@ -225,6 +242,15 @@ OTHER = {
     "top_ks": (6,),
     "scaled_layers": (0, 1),
     "scales": (0.6,),
+    "unit_shares": (0.02, 0.1, 0.1),
+    "as_coded": True,
+    "prune": ("safety",),
+    "weights": (0.2, 0.1),
+    "ranks": (9, 8),
+    "draws": 3,
+    "malicious": ("builtin:harmful/calibration#5",),
+    "normal": ("builtin:plain/calibration#5",),
+    "triples": 7,
 }
 BY_TASK = {("attack", "settings"): ("vanilla",), ("attack", "controls"): False, ("attack", "epochs"): 7}
 BY_TASK |= {("overrefusal", "controls"): False, ("jailbreak", "attacks"): ("no_template",)}
@@ -247,6 +273,8 @@ BESIDE = {
     "prefix": {"attacks": ("identity_shift#6",)},
     ("jailbreak", "suffixes"): {"attacks": ("suffix",)},
     ("jailbreak", "openings"): {"attacks": ("prefill",)},
+    "layer_alpha": {"over_refusal": ("builtin:lookalike/calibration#4",)},
+    "layer_tokens": {"over_refusal": ("builtin:lookalike/calibration#4",)},
 }
 ATTACK_OF = {
     "decoding": ("temperatures", "top_ps", "top_ks"),
@@ -301,6 +329,11 @@ def out(tmp_path_factory):
     return tmp_path_factory.mktemp("out")  # shared, so that sums are made once
 
 
+@pytest.fixture(scope="module")
+def usuals():
+    return {}  # what a run asks for without a change, which most fields share
+
+
 @pytest.fixture
 def seen(model, monkeypatch):
     """A recorder in the place of everything that takes long."""
@@ -332,6 +365,7 @@ def seen(model, monkeypatch):
     stand_in_for_scans(monkeypatch, seen, model)
     stand_in_for_remedies(monkeypatch, seen, model)
     stand_in_for_weights(monkeypatch, seen)
+    stand_in_for_parts(monkeypatch, seen, model.config)
     return seen
 
 
@@ -425,6 +459,7 @@ def stand_in_for_weights(monkeypatch, seen):
     monkeypatch.setattr(attack, "examine_run", ran)
     monkeypatch.setattr(attack, "examine_together", lambda work, most: seen.note("together", most))
     monkeypatch.setattr(attack, "safety_layers_once", scanned)
+    monkeypatch.setattr(anatomy, "safety_layers_once", scanned)
     monkeypatch.setattr(
         attack.attacks,
         "own_texts",
@@ -433,6 +468,33 @@ def stand_in_for_weights(monkeypatch, seen):
         ),
     )
     monkeypatch.setattr(brittleness, "export", lambda config, material, point, out: seen.note("export", point))
+
+
+def stand_in_for_parts(monkeypatch, seen, config):
+    units = Units(np.ones((config.layers, config.heads), np.int8), np.ones((config.layers, config.mlp), np.int8))
+
+    def roles(store, asked, rows, how, done):
+        seen.note("units", asked, [data_sha256(each) for each in rows.values()], how)
+        return UnitRoles(units, InputMoments({}, {}), [plain(how.shares), how.as_coded])
+
+    def read(store, asked, prompts, rows, how, done):
+        seen.note("read", asked, prompts, how)
+        gap = Gap(*[(0.0,) * config.layers] * 6, (4, 4), how.triples, LayerRange(0, 1))
+        return gap, Direction(np.ones(config.embed, np.float32), 0, 0, 0.0, 0.0, 0.15)
+
+    def parts(material, weights, ranks, units, direction):
+        seen.note("parts", weights, ranks)
+        return Parts({}, units, {}, {}, {})
+
+    def agree(config, params, parts, draws, seed, done):
+        seen.note("overlaps", draws, seed)
+        return ()
+
+    for name, stand_in in (("unit_roles_once", roles), ("read_once", read), ("parts_of", parts), ("overlaps", agree)):
+        monkeypatch.setattr(anatomy, name, stand_in)
+    monkeypatch.setattr(anatomy, "located", lambda config, parts, layers: ())
+    # How sparse a variant is follows from what its key already names.
+    monkeypatch.setattr(weight_edits, "removed", lambda material, point: None)
 
 
 def given(value, pairs):
@@ -457,10 +519,13 @@ def description(task, seen, out, changes):
 
 
 @pytest.mark.parametrize(("task", "field"), FIELDS, ids=[f"{task}-{field}" for task, field in FIELDS])
-def test_a_field_changes_the_run(task, field, seen, out, pairs):
+def test_a_field_changes_the_run(task, field, seen, out, pairs, usuals):
     beside = BESIDE.get((task, field), BESIDE.get(field, {}))
     usual = SMALL | SMALL_BY_TASK[task] | {k: given(v, pairs) for k, v in beside.items()}
-    before = description(task, seen, out / task, usual)
+    key = (task, repr(usual))
+    if key not in usuals:
+        usuals[key] = description(task, seen, out / task, usual)
+    before = usuals[key]
     changed = BY_TASK.get((task, field), OTHER[field])
     after = description(task, seen, out / task, usual | {field: given(changed, pairs)})
     assert after != before, f"config.{field} of {task} changes nothing"
