@@ -15,6 +15,7 @@ TASKS = {
     "overrefusal": "put every remedy for over-refusal side by side, each with a control of its size",
     "brittleness": "find and remove the weights and ranks that carry a chat model's safety",
     "attack": "fine-tune safety away, with and without defences",
+    "landscape": "walk through the weights around a chat model: where does its safety end, and where its language",
     "reproduce": "which tables of the papers can be made, with their commands, memory and times",
     "plan": "will a job fit, and how fast can it be, before there is a machine for it",
 }

@@ -113,6 +113,6 @@ def moved(params: Params, directions: Sequence[Params], offsets: Float[Array, " 
     return jax.tree.map(of_tensor, params, *directions)
 
 
-def moved_together(params: Params, directions: Sequence[Params], offsets: Float[Array, "P K"]) -> Params:
-    """`moved` to each of P points: a tree whose tensors have a leading axis P."""
+def moved_stack(params: Params, directions: Sequence[Params], offsets: Any) -> Params:
+    """`moved` to each of the `offsets` [P K]: a tree whose tensors have a leading axis P."""
     return jax.vmap(moved, in_axes=(None, None, 0))(params, tuple(directions), jnp.asarray(offsets, jnp.float32))

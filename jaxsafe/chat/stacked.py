@@ -14,14 +14,14 @@ from jaxtyping import Float, Int
 from jaxsafe.chat.answers import Answers
 from jaxsafe.chat.model import ChatModel
 from jaxsafe.kernels.sampling import Decoding, drawing, row_seeds
-from jaxsafe.kernels.together import answer_together, nll_together
+from jaxsafe.kernels.stacked import stacked_answers, stacked_nll
 from jaxsafe.model.transformer import Params
 from jaxsafe.progress import Progress, silent
 from jaxsafe.rows import Batch, Row, Tree, answer_slots, bucket, in_order, reported
 
 
 @dataclasses.dataclass(frozen=True)
-class Together:
+class Stacked:
     """`model` with each of the weights in `stack`, whose tensors have a leading axis M.
 
     It is asked as `Steered` is, with a rule for each of the weights that is None: all of them are held at once, and
@@ -36,7 +36,7 @@ class Together:
         """None for each of the weights."""
         return (None,) * len(jax.tree.leaves(self.stack)[0])
 
-    def with_prompt(self, *prompt: Any, **named: Any) -> "Together":
+    def with_prompt(self, *prompt: Any, **named: Any) -> "Stacked":
         """The same weights asked in another way; see `ChatModel.with_prompt`."""
         return dataclasses.replace(self, model=self.model.with_prompt(*prompt, **named))
 
@@ -49,7 +49,7 @@ class Together:
         numbers = row_seeds(rows)
 
         def call(batch: Batch, indices: np.ndarray) -> Tree:
-            return answer_together(model.config, self.stack, batch, drawing(decoding, numbers[indices]), model.edits)
+            return stacked_answers(model.config, self.stack, batch, drawing(decoding, numbers[indices]), model.edits)
 
         for indices, by_model in model.batches(call, rows, batch_size, decoding.max_new_tokens):
             read = sum(len(rows[i].ids) for i in indices)
@@ -62,6 +62,6 @@ class Together:
 
         def call(batch: Batch, indices: np.ndarray) -> Tree:
             last = bucket(answer_slots(rows, indices))
-            return nll_together(self.model.config, self.stack, batch, self.model.edits, last)
+            return stacked_nll(self.model.config, self.stack, batch, self.model.edits, last)
 
         return in_order(reported(self.model.batches(call, rows, batch_size), done))

@@ -21,7 +21,7 @@ MODELS = "models"
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def answer_together(
+def stacked_answers(
     config: ModelConfig, stack: Params, batch: Batch, drawing: Drawing, edits: Any = None
 ) -> tuple[Generated, ...]:
     """What `prefill_and_decode` gives for each model of `stack`, whose tensors have a leading axis M."""
@@ -33,7 +33,7 @@ def answer_together(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "last"))
-def nll_together(
+def stacked_nll(
     config: ModelConfig, stack: Params, batch: Batch, edits: Any = None, last: int | None = None
 ) -> tuple[tuple[Float[Array, " B"], Int[Array, " B"]], ...]:
     """What `answer_nll` gives for each model of `stack`."""
@@ -42,5 +42,5 @@ def nll_together(
 
 def _apart(tree: Any) -> tuple[Any, ...]:
     """The entries of the leading axis M."""
-    models = len(jax.tree.leaves(tree)[0])
-    return tuple(jax.tree.map(lambda a: a[m], tree) for m in range(models))
+    leaves, structure = jax.tree.flatten(tree)
+    return tuple(jax.tree.unflatten(structure, each) for each in zip(*leaves, strict=True))
