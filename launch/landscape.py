@@ -81,10 +81,10 @@ def details_of(study: Study, ground: Ground, grid: Grid) -> Details:
     unsafe = unsafe_answers(study, lines)
     found = {name: depth(unsafe, definition) for name, definition in DEFINITIONS.items()} if unsafe.size else {}
     visage = tuple(Visage(name, *each) for name, each in found.items())
+    prompts = unsafe.shape[-1] if lines else 0
     if ground.other is None:
-        return Details(visage, prompts=unsafe.shape[-1])
-    away = distance(ground.model.params, ground.other.params)
-    return Details(visage, ground.other.name, away, unsafe.shape[-1])
+        return Details(prompts, visage)
+    return Details(prompts, visage, ground.other.name, distance(ground.model.params, ground.other.params))
 
 
 def distance(params: Params, other: Params) -> float:

@@ -35,11 +35,11 @@ class Visage:
 class Details:
     """Of a run through the landscape.
 
-    visage: by definition, of the random lines, none without them; other: the model that a line leads to, with its
-    distance as a share of the norm of the weights; prompts: harmful ones under the first setting.
+    prompts: how many harmful ones VISAGE is of; visage: by definition, of the random lines, none without them; other:
+    the model that a line leads to; distance: how far it is, as a share of the norm of the weights.
     """
 
+    prompts: int
     visage: tuple[Visage, ...] = ()
     other: str | None = None
     distance: float | None = None
-    prompts: int = 0

@@ -15,6 +15,7 @@ from launches import write_pairs
 
 from configs.attack import base as attack_base
 from configs.brittleness import base as brittleness_base
+from configs.landscape import base as landscape_base
 from configs.overrefusal import base as overrefusal_base
 from configs.scans import base as scans_base
 from jaxsafe.chat.model import load_chat_model
@@ -32,7 +33,7 @@ from jaxsafe.records.run import Result, Sample, plain
 from jaxsafe.records.scans import Choice, Strength
 from jaxsafe.rows import data_sha256
 from jaxsafe.study.study import Examined, Study
-from launch import attack, brittleness, command, common, overrefusal, scans
+from launch import attack, brittleness, command, common, landscape, overrefusal, scans
 from launch.progress import Clock
 
 BASES = {
@@ -40,8 +41,15 @@ BASES = {
     "overrefusal": overrefusal_base,
     "brittleness": brittleness_base,
     "attack": attack_base,
+    "landscape": landscape_base,
 }
-SCRIPTS = {"scans": scans, "overrefusal": overrefusal, "brittleness": brittleness, "attack": attack}
+SCRIPTS = {
+    "scans": scans,
+    "overrefusal": overrefusal,
+    "brittleness": brittleness,
+    "attack": attack,
+    "landscape": landscape,
+}
 # What makes the base configs run on a tiny model and the built-in prompts.
 SMALL = {
     "model": "tiny",
@@ -78,6 +86,7 @@ SMALL_BY_TASK = {
         "layer_start": (0.3, 0.7),
         "samples": 6,
     },
+    "landscape": {"steps": 2, "draws": 1},
 }
 # Another value of each field; a function of the pairs' file where it names a file. A mapping changes others, too,
 # both times: what makes the field matter.
@@ -196,9 +205,18 @@ OTHER = {
     "layer_start": (0.0, 0.7),
     "layer_tokens": 5,
     "evaluate_every": 1,
+    "reach": 0.3,
+    "steps": 4,
+    "draws": 2,
+    "per": "filter",
+    "plane_steps": 2,
+    "other_model": "another",
+    "toward": (0.5,),
+    "together": 2,
 }
 BY_TASK = {("attack", "settings"): ("vanilla",), ("attack", "controls"): False, ("attack", "epochs"): 7}
 BY_TASK[("overrefusal", "controls")] = False
+BY_TASK[("landscape", "controls")] = 1
 BESIDE = {
     "data": {"evaluation": ("advbench#5",)},
     "suffixes": {"settings": ("vanilla", "suffix")},
@@ -216,6 +234,8 @@ BESIDE = {
     "sequential": {"top": (0.1,), "score": "wanda"},
     "threshold_by": {},
     "prefix": {"attacks": ("identity_shift#6",)},
+    "toward": {"other_model": "another"},
+    ("landscape", "controls"): {"other_model": "another"},
 }
 FIELDS = [(task, field) for task, module in BASES.items() for field in module.base()]
 
@@ -413,7 +433,8 @@ def description(task, seen, out, changes):
 
 @pytest.mark.parametrize(("task", "field"), FIELDS, ids=[f"{task}-{field}" for task, field in FIELDS])
 def test_a_field_changes_the_run(task, field, seen, out, pairs):
-    usual = SMALL | SMALL_BY_TASK[task] | {k: given(v, pairs) for k, v in BESIDE.get(field, {}).items()}
+    beside = BESIDE.get((task, field), BESIDE.get(field, {}))
+    usual = SMALL | SMALL_BY_TASK[task] | {k: given(v, pairs) for k, v in beside.items()}
     before = description(task, seen, out / task, usual)
     changed = BY_TASK.get((task, field), OTHER[field])
     after = description(task, seen, out / task, usual | {field: given(changed, pairs)})
