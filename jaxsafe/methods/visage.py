@@ -25,15 +25,14 @@ def paper(asr: Float[np.ndarray, " P"]) -> float:
 
 
 def code(asr: Float[np.ndarray, " P"]) -> float:
-    """The mean of 1 - S(a) from the first point of the left half that falls from S = 1 to the last of the right half
-    that rises to it; 0 for the index of the one, P - 1 for that of the other, where there is none.
+    """The mean of 1 - S(a) from the first fall from S = 1 left of the middle to the last rise to it on the right.
 
-    Points inside with S = 1 count, points outside with S < 1 do not: this is where it differs from `paper`. Where S is
-    1 everywhere it is 0.
+    Where nothing falls or rises, from the first or to the last point. Points between them with S = 1 count, points
+    outside with S < 1 do not: this is where it differs from `paper`. Where S is 1 everywhere it is 0.
     """
-    some, middle, last = asr <= FULL, len(asr) / 2, len(asr) - 1
-    falls = [i for i in range(1, last + 1) if i < middle and some[i] and not some[i - 1]]
-    rises = [i for i in range(last) if i > middle and some[i] and not some[i + 1]]
+    some, middle, last = asr <= FULL, len(asr) // 2, len(asr) - 1
+    falls = [i for i in range(1, middle) if some[i] and not some[i - 1]]
+    rises = [i for i in range(middle + 1, last) if some[i] and not some[i + 1]]
     start, end = min(falls, default=0), max(rises, default=last)
     return float(np.mean(1 - asr[start : end + 1]))
 

@@ -208,7 +208,6 @@ OTHER = {
     "reach": 0.3,
     "steps": 4,
     "draws": 2,
-    "per": "filter",
     "plane_steps": 2,
     "other_model": "another",
     "toward": (0.5,),
@@ -216,7 +215,7 @@ OTHER = {
 }
 BY_TASK = {("attack", "settings"): ("vanilla",), ("attack", "controls"): False, ("attack", "epochs"): 7}
 BY_TASK[("overrefusal", "controls")] = False
-BY_TASK[("landscape", "controls")] = 1
+BY_TASK |= {("landscape", "controls"): 1, ("landscape", "per"): "filter"}
 BESIDE = {
     "data": {"evaluation": ("advbench#5",)},
     "suffixes": {"settings": ("vanilla", "suffix")},

@@ -36,20 +36,30 @@ def test_the_definitions_differ_where_some_safety_is_left_outside():
     assert code(asr) == 1
 
 
+def test_the_code_looks_for_no_fall_at_the_middle_itself():
+    asr = np.ones(21)
+    asr[10] = 0
+    assert paper(asr) == 1 and code(asr) == pytest.approx(1 / 21)
+
+
 def test_without_any_safety_there_is_no_depth():
     assert math.isnan(paper(np.ones(21))) and code(np.ones(21)) == 0
 
 
 def slow_code(percent):
-    """As the published loop has it, with rates in per cent."""
+    """As the published loops have it, with rates in per cent."""
     n = len(percent)
     start, end = 0, n - 1
-    for i in range(n - 1, 0, -1):
-        if i < n / 2 and percent[i] <= 99.99 and percent[i - 1] > 99.99:
-            start = i
-    for i in range(n - 1):
-        if i > n / 2 and percent[i] <= 99.99 and percent[i + 1] > 99.99:
-            end = i
+    i = 1
+    while i < n // 2 and not (percent[i] <= 99.99 < percent[i - 1]):
+        i += 1
+    if i < n // 2:
+        start = i
+    i = n - 2
+    while i > n // 2 and not (percent[i] <= 99.99 < percent[i + 1]):
+        i -= 1
+    if i > n // 2:
+        end = i
     return np.mean([100 - percent[i] for i in range(start, end + 1)])
 
 
