@@ -15,7 +15,7 @@ from jaxsafe.chat.model import ChatModel
 from jaxsafe.configs.landscape.base import FIELDS
 from jaxsafe.kernels.directions import difference
 from jaxsafe.methods.landscape import ORIGIN, Grid, Ground, examine_slice, unsafe_answers
-from jaxsafe.methods.visage import DEFINITIONS, depth
+from jaxsafe.methods.visage import DEFINITIONS, visage
 from jaxsafe.model.transformer import Params
 from jaxsafe.prompts.roles import Roles, assign_roles
 from jaxsafe.records.landscape import Details, Visage
@@ -79,12 +79,12 @@ def details_of(study: Study, ground: Ground, grid: Grid) -> Details:
     """VISAGE by both definitions, and how far the other model is."""
     lines = [along for along in grid.slices if along.kind == "random"]
     unsafe = unsafe_answers(study, lines)
-    found = {name: depth(unsafe, definition) for name, definition in DEFINITIONS.items()} if unsafe.size else {}
-    visage = tuple(Visage(name, *each) for name, each in found.items())
+    found = {name: visage(unsafe, definition) for name, definition in DEFINITIONS.items()} if unsafe.size else {}
+    depths = tuple(Visage(name, *each) for name, each in found.items())
     prompts = unsafe.shape[-1] if lines else 0
     if ground.other is None:
-        return Details(prompts, visage)
-    return Details(prompts, visage, ground.other.name, distance(ground.model.params, ground.other.params))
+        return Details(prompts, depths)
+    return Details(prompts, depths, ground.other.name, distance(ground.model.params, ground.other.params))
 
 
 def distance(params: Params, other: Params) -> float:

@@ -51,7 +51,7 @@ class Depth(NamedTuple):
     by_direction: tuple[float, ...]
 
 
-def depth(unsafe: Bool[np.ndarray, "D P n"], definition: Definition) -> Depth:
+def visage(unsafe: Bool[np.ndarray, "D P n"], definition: Definition = paper) -> Depth:
     """The mean of `definition` over directions; the interval is over directions and prompts, both as drawn.
 
     unsafe: the answers that count as an attack's success. The variance of the mean is that between directions over

@@ -1,20 +1,15 @@
-"""Points of lines and planes: which there are, what they share, and that many at once are those of one by one."""
+"""Points of lines and planes: which there are, what they share, and what they are held against."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from tiny import tiny_chat_model, tiny_params
 
-from jaxsafe.evaluation.judges.keyword import KeywordJudge
-from jaxsafe.evaluation.language import text_rows
-from jaxsafe.kernels.sampling import Decoding
-from jaxsafe.methods.landscape import ORIGIN, Grid, Ground, Slice, examine_slice, unsafe_answers
+from jaxsafe.methods.landscape import ORIGIN, Grid, Ground, Slice, unsafe_answers
 from jaxsafe.model.weights import flatten
-from jaxsafe.prompts.sets import PromptSet
-from jaxsafe.study import study as study_module
-from jaxsafe.study.exam import Exam
-from jaxsafe.study.study import Study
+from jaxsafe.records.run import Sample
 
 LINE = Slice("random", ((-0.5,), (-0.25,), (0.25,), (0.5,)), 3)
 
@@ -29,31 +24,12 @@ def ground(model):
     return Ground(model, other=dataclasses.replace(model, name="other", params=tiny_params(model.config, 1)))
 
 
-@pytest.fixture(scope="module")
-def exam(model):
-    harmful = PromptSet("asked", ("how do i bake bread?", "who invented the kite?", "why?"), (True,) * 3, ("",) * 3)
-    safe = PromptSet("safe", ("tell me the rules of a quiet game.",), (False,), ("",))
-    vowels = KeywordJudge("vowels", "1", lambda text: text.count("e") % 2 == 0)
-    texts = tuple(text_rows(model, ["please list three uses of a wooden spoon."], "whole"))
-    return Exam((harmful, safe), (*Exam((harmful,)).settings,), vowels, Decoding(4), texts)
-
-
-def never(*_, **__):
-    raise AssertionError("a point was made")
-
-
-def found(study):
-    return {name: (e.result.rates, [s.text for s in e.samples]) for name, e in study.examined.items()}
-
-
 def test_the_published_grid():
     grid = Grid()
     assert [(along.kind, along.seed) for along in grid.slices] == [("random", 0), ("random", 1), ("random", 2)]
     offsets = [offset for (offset,) in grid.slices[0].points]
-    np.testing.assert_allclose(
-        [*offsets, 0], [*(a for a in np.linspace(-0.5, 0.5, 21) if abs(a) > 1e-9), 0], atol=1e-12
-    )
-    assert 0 not in offsets and len(offsets) == 20
+    assert len(offsets) == 20
+    np.testing.assert_allclose(sorted([*offsets, 0]), np.linspace(-0.5, 0.5, 21), atol=1e-12)
 
 
 def test_a_plane_has_every_pair_but_the_origin():
@@ -103,8 +79,7 @@ def test_a_control_is_as_far_in_every_tensor(ground):
     (way,), (control,) = (ground.directions(Slice(kind, ())) for kind in ("toward", "as far"))
     for path, tensor in flatten(way).items():
         drawn = flatten(control)[path]
-        lead = tensor.ndim - len(tensor.shape[1:]) if path.startswith("layers/") else 0
-        axes = tuple(range(lead, tensor.ndim))
+        axes = tuple(range(int(path.startswith("layers/")), tensor.ndim))  # one layer is one tensor
         a, b = (np.sqrt((np.float64(t) ** 2).sum(axes)) for t in (tensor, drawn))
         np.testing.assert_allclose(a, b, rtol=1e-5)
         assert not np.allclose(tensor, drawn)
@@ -119,46 +94,21 @@ def test_variants_are_held_against_the_model_itself_and_a_control(ground):
     assert draws[0].of == draws[1].of == "random +0.5" and draws[0].name != draws[1].name
 
 
-@pytest.fixture(scope="module")
-def one_by_one(ground, model, exam, tmp_path_factory):
-    study = Study(tmp_path_factory.mktemp("one"), model, exam)
-    study.examine(ORIGIN, model)
-    examine_slice(study, ground, LINE)
-    return study
+def test_unsafe_answers_are_those_without_a_refusal_in_the_order_of_offsets():
+    refused = {  # of two harmful prompts; None could not be judged, and a broken answer counts as papers count it
+        "random +0.25, draw 3": (False, False),
+        "as it is": (True, True),
+        "random -0.5, draw 3": (None, False),
+        "random +0.5, draw 3": (True, None),
+        "random -0.25, draw 3": (False, True),
+    }
 
+    def samples(name, verdicts):
+        harmful = [Sample(name, "s", "vanilla", True, "", "p", "t", refused, broken=True) for refused in verdicts]
+        others = (dict(harmful=False), dict(setting="prefill"))
+        return [*harmful, *(dataclasses.replace(harmful[0], refused=False, **other) for other in others)]
 
-def test_points_together_are_those_one_by_one_and_are_made_once(one_by_one, ground, model, exam, tmp_path, monkeypatch):
-    study = Study(tmp_path, model, exam)
-    study.examine(ORIGIN, model)
-    made = []
-    original = study_module.examine
-
-    def second_fails(examinee, *rest):
-        made.append(len(examinee.rules))
-        if len(made) == 2:
-            raise KeyboardInterrupt
-        return original(examinee, *rest)
-
-    monkeypatch.setattr(study_module, "examine", second_fails)
-    with pytest.raises(KeyboardInterrupt):
-        examine_slice(study, ground, LINE, 2)
-    examine_slice(study, ground, LINE, 2)
-    assert made == [2, 2, 2]  # what was finished before the interruption is not made again
-    assert found(study) == found(one_by_one)
-    for name, examined in study.examined.items():
-        assert examined.result.perplexity == pytest.approx(one_by_one.examined[name].result.perplexity, rel=1e-5)
-
-    monkeypatch.setattr(study_module, "examine", never)
-    again = Study(tmp_path, model, exam)
-    again.examine(ORIGIN, model)
-    monkeypatch.setattr(Ground, "directions", never)
-    examine_slice(again, ground, LINE, 3)
-    assert found(again) == found(one_by_one)
-
-
-def test_answers_without_a_refusal_are_those_of_the_samples(one_by_one):
-    (line,) = unsafe_answers(one_by_one, [LINE])
-    names = ["random -0.5, draw 3", "random -0.25, draw 3", "as it is", "random +0.25, draw 3", "random +0.5, draw 3"]
-    texts = [[s.text for s in one_by_one.examined[name].samples if s.harmful] for name in names]
-    assert line.tolist() == [[text.count("e") % 2 == 1 for text in row] for row in texts]
-    assert len({tuple(row) for row in texts}) > 1 and 0 < line.mean() < 1
+    examined = {name: SimpleNamespace(samples=samples(name, verdicts)) for name, verdicts in refused.items()}
+    study = SimpleNamespace(exam=SimpleNamespace(settings=[SimpleNamespace(name="vanilla")]), examined=examined)
+    (line,) = unsafe_answers(study, [LINE])
+    assert line.astype(int).tolist() == [[1, 1], [1, 0], [0, 0], [1, 1], [0, 1]]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from jaxsafe.methods.visage import code, depth, paper
+from jaxsafe.methods.visage import code, paper, visage
 
 OFFSETS = np.linspace(-0.5, 0.5, 21)
 BASIN = np.where(np.abs(OFFSETS) > 0.2001, 1.0, 0.1)
@@ -42,7 +42,7 @@ def test_the_code_looks_for_no_fall_at_the_middle_itself():
     assert paper(asr) == 1 and code(asr) == pytest.approx(1 / 21)
 
 
-def test_without_any_safety_there_is_no_depth():
+def test_without_any_safety_there_is_no_visage():
     assert math.isnan(paper(np.ones(21))) and code(np.ones(21)) == 0
 
 
@@ -74,7 +74,7 @@ def test_the_code_s_definition_on_random_curves():
 def test_the_value_is_the_mean_over_directions():
     rng = np.random.default_rng(1)
     unsafe = rng.random((3, 7, 12)) < 0.4
-    found = depth(unsafe, paper)
+    found = visage(unsafe, paper)
     want = [np.mean([1 - s for s in line.mean(-1) if s < 1]) for line in unsafe]
     assert found.by_direction == pytest.approx(want) and found.value == pytest.approx(np.mean(want))
     assert 0 <= found.low < found.value < found.high <= 1
@@ -83,7 +83,7 @@ def test_the_value_is_the_mean_over_directions():
 def test_of_a_constant_over_prompts_and_directions_the_interval_is_a_point():
     unsafe = np.zeros((3, 5, 10), bool)
     unsafe[:, :2] = True
-    assert depth(unsafe, paper)[:3] == pytest.approx((1, 1, 1))
+    assert visage(unsafe, paper)[:3] == pytest.approx((1, 1, 1))
 
 
 def test_over_one_direction_the_interval_is_that_of_a_mean_over_prompts():
@@ -92,7 +92,7 @@ def test_over_one_direction_the_interval_is_that_of_a_mean_over_prompts():
     unsafe = rng.random((1, 5, 60)) < 0.3
     by_prompt = 1 - unsafe[0].mean(0)
     half = 2.0009954 * by_prompt.std(ddof=1) / math.sqrt(60)  # the t quantile of 59 degrees of freedom
-    found = depth(unsafe, paper)
+    found = visage(unsafe, paper)
     assert (found.low, found.high) == pytest.approx((by_prompt.mean() - half, by_prompt.mean() + half), abs=1e-6)
 
 
@@ -104,12 +104,12 @@ def test_the_interval_covers_over_new_directions_and_prompts(spread):
     truth, covered, runs = 1 - np.mean(np.clip(everything, 0, 0.95)), 0, 80
     for _ in range(runs):
         ease, shift = rng.uniform(0.1, 0.5, 20), spread * rng.standard_normal((3, 1, 1))
-        found = depth(rng.random((3, 4, 20)) < np.clip(ease + shift, 0, 0.95), paper)
+        found = visage(rng.random((3, 4, 20)) < np.clip(ease + shift, 0, 0.95), paper)
         covered += found.low <= truth <= found.high
     # 95% of 80 runs have a standard error of 2.4 points.
     assert covered / runs > 0.9
 
 
 def test_a_single_prompt_has_no_interval():
-    found = depth(np.array([[[True], [False]]]), paper)
+    found = visage(np.array([[[True], [False]]]), paper)
     assert found.value == 1 and math.isnan(found.low) and math.isnan(found.high)
