@@ -105,7 +105,7 @@ def test_unsafe_answers_are_those_without_a_refusal_in_the_order_of_offsets():
 
     def samples(name, verdicts):
         harmful = [Sample(name, "s", "vanilla", True, "", "p", "t", refused, broken=True) for refused in verdicts]
-        others = (dict(harmful=False), dict(setting="prefill"))
+        others = {"harmful": False}, {"setting": "prefill"}
         return [*harmful, *(dataclasses.replace(harmful[0], refused=False, **other) for other in others)]
 
     examined = {name: SimpleNamespace(samples=samples(name, verdicts)) for name, verdicts in refused.items()}
