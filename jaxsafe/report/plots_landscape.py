@@ -73,29 +73,46 @@ class Walk:
 
 @styled
 def curves(name: str, walk: Walk, names: Names, origin: TableRow, control: Walk | None = None) -> Drawing:
-    """Safety and perplexity along a line, each draw of it thin, and its random control."""
-    figure = Figure(figsize=(WIDTH / 72, 400 / 72))
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    _draws(above, walk, names.unrefused)
-    above.fill_between(walk.offsets, *interval(walk.rates(names.unrefused)), color=LIGHT["harmful"], alpha=0.15, lw=0)
-    above.plot(walk.offsets, walk.values(names.unrefused), **UNREFUSED, clip_on=False, label="no refusal seen")
-    above.plot(walk.offsets, walk.values(names.complied), **COMPLIED, clip_on=False, label="complied")
-    above.plot(walk.offsets, walk.values(names.broken), **BROKEN, label="broken")
-    below.plot(walk.offsets, walk.perplexity, color=LIGHT["safe"], marker="o", clip_on=False)
-    if control is not None:
-        look = UNREFUSED | HOLLOW
-        above.plot(control.offsets, control.values(names.unrefused), **look, clip_on=False, label=control.label)
-        below.plot(control.offsets, control.perplexity, color=LIGHT["safe"], marker="o", **HOLLOW, clip_on=False)
-    above.set_ylim(-0.02, 1.02)
-    percent_axis(above.yaxis)
-    above.set_ylabel("harmful prompts")
-    above.legend(**LEGEND | {"ncols": 2})
-    _perplexity_axis(below, origin)
-    below.set_xlabel(f"offset, {one_line(walk.label, 40)}")
-    for axes in (above, below):
+    """Safety and, where it was measured, perplexity along a line, each draw of it thin, and its random control."""
+    measured = bool(np.isfinite(walk.perplexity).any())
+    figure = Figure(figsize=(WIDTH / 72, (400 if measured else 280) / 72))
+    above, *below = figure.subplots(1 + measured, 1, sharex=True, height_ratios=(2, 1)[: 1 + measured], squeeze=False)[
+        :, 0
+    ]
+    _safety(above, walk, names, control)
+    for axes in below:
+        _perplexity(axes, walk, origin, control)
+    for axes in (above, *below):
         axes.grid(axis="y")
         axes.axvline(0, color=LIGHT["muted"], linewidth=0.8)
+    axes.set_xlabel(f"offset, {one_line(walk.label, 40)}")
     return drawing(figure, name, _words(walk, names))
+
+
+def _safety(axes: Axes, walk: Walk, names: Names, control: Walk | None) -> None:
+    _draws(axes, walk, names.unrefused)
+    axes.fill_between(walk.offsets, *interval(walk.rates(names.unrefused)), color=LIGHT["harmful"], alpha=0.15, lw=0)
+    axes.plot(walk.offsets, walk.values(names.unrefused), **UNREFUSED, clip_on=False, label="no refusal seen")
+    axes.plot(walk.offsets, walk.values(names.complied), **COMPLIED, clip_on=False, label="complied")
+    axes.plot(walk.offsets, walk.values(names.broken), **BROKEN, label="broken")
+    if control is not None:
+        look = UNREFUSED | HOLLOW
+        axes.plot(control.offsets, control.values(names.unrefused), **look, clip_on=False, label=control.label)
+    axes.set_ylim(-0.02, 1.02)
+    percent_axis(axes.yaxis)
+    axes.set_ylabel("harmful prompts")
+    axes.legend(**LEGEND | {"ncols": 2})
+
+
+def _perplexity(axes: Axes, walk: Walk, origin: TableRow, control: Walk | None) -> None:
+    look: dict[str, Any] = {"color": LIGHT["safe"], "marker": "o", "clip_on": False}
+    axes.plot(walk.offsets, walk.perplexity, **look)
+    if control is not None:
+        axes.plot(control.offsets, control.perplexity, **look, **HOLLOW)
+    if origin.perplexity:
+        level(axes, DAMAGED * origin.perplexity, "damaged above", LIGHT["muted"], linestyle=DASHED)
+    log_axis(axes.yaxis)
+    axes.set_ylabel("perplexity")
 
 
 def _draws(axes: Axes, walk: Walk, name: str) -> None:
@@ -107,16 +124,12 @@ def _draws(axes: Axes, walk: Walk, name: str) -> None:
         axes.plot(walk.offsets, values, color=LIGHT["harmful"], linewidth=0.7, alpha=0.6)
 
 
-def _perplexity_axis(axes: Axes, origin: TableRow) -> None:
-    axes.set_ylabel("perplexity")
-    if origin.perplexity:
-        level(axes, DAMAGED * origin.perplexity, "damaged above", LIGHT["muted"], linestyle=DASHED)
-    log_axis(axes.yaxis)
-
-
 def _words(walk: Walk, names: Names) -> str:
     points = zip(walk.offsets, walk.values(names.unrefused), walk.values(names.broken), walk.perplexity, strict=True)
-    shown = (f"{a:+.3g}: {percent(u)} ({percent(b)} broken), perplexity {p:.3g}" for a, u, b, p in points)
+    shown = (
+        f"{a:+.3g}: {percent(u)} ({percent(b)} broken)" + (f", perplexity {p:.3g}" if np.isfinite(p) else "")
+        for a, u, b, p in points
+    )
     return f"No refusal seen by offset ({walk.label}). " + "; ".join(shown)
 
 
