@@ -25,6 +25,7 @@ from jaxsafe.kernels.gates import Open
 from jaxsafe.methods import remedies, scans_calibration
 from jaxsafe.methods import scans as scans_method
 from jaxsafe.methods.brittleness import Material
+from jaxsafe.methods.landscape import Ground
 from jaxsafe.methods.remedies import Made
 from jaxsafe.model.layers import LayerRange
 from jaxsafe.records.attack import LayerScan
@@ -314,6 +315,8 @@ def seen(model, monkeypatch):
     stand_in_for_scans(monkeypatch, seen, model)
     stand_in_for_remedies(monkeypatch, seen, model)
     stand_in_for_weights(monkeypatch, seen)
+    # What directions are made from is in what their variants follow from.
+    monkeypatch.setattr(Ground, "directions", lambda ground, along: (model.params,) * len(along.points[0]))
     return seen
 
 
