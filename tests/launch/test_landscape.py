@@ -22,8 +22,8 @@ from launch.progress import Clock
 
 def small_config(folder):
     c = get_config()
-    c.model, c.judge, c.max_new_tokens, c.batch_size, c.passages = str(folder), "wei2024_no_length", 4, 8, 2
-    c.evaluation, c.harmless = ("builtin:harmful/test#5",), ("builtin:plain/test#3",)
+    c.model, c.judge, c.max_new_tokens, c.batch_size, c.passages = str(folder), "wei2024_no_length", 4, 8, 1
+    c.evaluation, c.harmless = ("builtin:harmful/test#4",), ()
     c.steps, c.draws, c.plane_steps, c.together = 2, 2, 2, 2
     return c
 
@@ -40,7 +40,7 @@ class Walked:
     @property
     def config(self):
         c = small_config(self.model.name)
-        c.other_model, c.toward, c.controls = self.other.name, (0.5, 1.0), 1
+        c.other_model, c.toward, c.controls = self.other.name, (1.0,), 1
         return c
 
     def samples(self, variant):
@@ -68,7 +68,7 @@ def test_an_empty_landscape_and_odd_steps_are_refused(folder):
 
 def test_every_point_is_held_against_the_model_itself(walked):
     record = walked.record
-    assert len(record.results) == results(walked.config) == 1 + 2 * 2 + 8 + 2 + 2
+    assert len(record.results) == results(walked.config) == 1 + 2 * 2 + 8 + 1 + 1
     row = record.row("random +0.5")
     assert row.variants == ("random +0.5, draw 0", "random +0.5, draw 1") and row.baseline == "as it is"
     assert record.row("toward +1").control == "as far +1" and record.row("as far +1").about["control"] is True
@@ -84,7 +84,7 @@ def test_points_of_one_program_are_those_one_by_one(walked):
         "random -0.5, draw 0": (first, -0.5),
         "random +0.5, draw 1": (second, 0.5),
         "plane +0.5, +0": (first, 0.5),
-        "toward +0.5": (way, 0.5),
+        "toward +1": (way, 1.0),
         "as far +1, draw 0": (far, 1.0),
     }
     seen = set()
@@ -99,17 +99,16 @@ def test_points_of_one_program_are_those_one_by_one(walked):
 
 def test_the_line_ends_at_the_other_model(walked):
     samples = walked.samples("toward +1")
-    assert [sample.text for sample in samples] == [
-        *walked.other.answers([sample.prompt for sample in samples], Decoding(4), 8).texts
-    ]
+    texts = walked.other.answers([sample.prompt for sample in samples], Decoding(4), 8).texts
+    assert tuple(sample.text for sample in samples) == texts
 
 
 def test_visage_is_of_the_answers_of_the_random_lines(walked):
     details = from_json(walked.record.details, Details)
-    assert [found.definition for found in details.visage] == ["paper", "code"] and details.prompts == 5
+    assert [found.definition for found in details.visage] == ["paper", "code"] and details.prompts == 4
     for draw, value in enumerate(details.visage[1].by_direction):
         names = (f"random -0.5, draw {draw}", "as it is", f"random +0.5, draw {draw}")
-        kept = [[s.refused is True for s in walked.samples(name) if s.harmful] for name in names]
+        kept = [[s.refused is True for s in walked.samples(name)] for name in names]
         assert value == pytest.approx(np.mean(kept))
     theta, other = (
         np.concatenate([np.ravel(leaf).astype(np.float64) for leaf in jax.tree.leaves(model.params)])
