@@ -14,7 +14,7 @@ from jaxsafe.configs.landscape.base import base
 
 
 def get_config() -> ConfigDict:
-    """A walk of an hour on two cores."""
+    """Three lines of 11 points."""
     config = base()
     config.model = "smollm2-135m-instruct"
     config.steps = 10
