@@ -63,7 +63,7 @@ def run(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock) -
 
     study.examine(ORIGIN, model)
     for along in grid.slices:
-        examine_slice(study, ground, along, config.together, grid.controls > 0)
+        examine_slice(study, ground, along, config.together)
 
     return common.finish(study, "landscape", config, roles, clock, details_of(study, ground, grid))
 

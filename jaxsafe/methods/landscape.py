@@ -38,11 +38,15 @@ Offsets = tuple[float, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Points of a line or a plane: offsets of each along its directions, which follow from the `seed`."""
+    """Points of a line or a plane: offsets of each along its directions, which follow from the `seed`.
+
+    `control` is the first random one of a line toward another model.
+    """
 
     kind: Kind
     points: tuple[Offsets, ...]
     seed: int = 0
+    control: "Slice | None" = None
 
     def name(self, point: Offsets) -> str:
         """The name of a point among those of other seeds, too."""
@@ -104,10 +108,10 @@ class Ground:
                 axes = [["as far", self.goal.fingerprint(), self.per, along.seed]]
         return [[offset, *axis] for offset, axis in zip(point, axes, strict=True) if offset]
 
-    def variant(self, along: Slice, point: Offsets, controls: bool = False) -> Variant:
-        """A point as a variant of the model, against the model itself and, where there are `controls`, one as far."""
+    def variant(self, along: Slice, point: Offsets) -> Variant:
+        """A point as a variant of the model, against the model itself and the same point of its random control."""
         about = About(along.kind, point, control=along.kind == "as far")
-        control = Slice("as far", ()).group(point) if controls and along.kind == "toward" else None
+        control = along.control and along.control.name(point)
         return Variant(
             along.name(point), self.follows(along, point), ORIGIN.name, control, along.group(point), plain(about)
         )
@@ -150,7 +154,8 @@ class Grid:
             lines.append(Slice("plane", tuple(point for point in plane if any(point)), self.seed))
         if self.toward:
             ways = _single(self.toward)
-            lines += [Slice("toward", ways), *(Slice("as far", ways, self.seed + k) for k in range(self.controls))]
+            far = [Slice("as far", ways, self.seed + k) for k in range(self.controls)]
+            lines += [Slice("toward", ways, control=far[0] if far else None), *far]
         return tuple(lines)
 
 
@@ -158,12 +163,12 @@ def _single(offsets: Sequence[float]) -> tuple[Offsets, ...]:
     return tuple((float(offset),) for offset in offsets if offset)
 
 
-def examine_slice(study: Study, ground: Ground, along: Slice, together: int = 1, controls: bool = False) -> None:
+def examine_slice(study: Study, ground: Ground, along: Slice, together: int = 1) -> None:
     """Examines the points of a slice, `together` of them in one program; directions are made when they are needed."""
     directions = functools.cache(functools.partial(ground.directions, along))
     for first in range(0, len(along.points), together):
         some = along.points[first : first + together]
-        variants = [ground.variant(along, point, controls) for point in some]
+        variants = [ground.variant(along, point) for point in some]
         study.examine_together(variants, functools.partial(_placed, ground.model, directions, some))
 
 

@@ -86,10 +86,12 @@ def test_a_control_is_as_far_in_every_tensor(ground):
 
 
 def test_variants_are_held_against_the_model_itself_and_a_control(ground):
-    toward, far = Slice("toward", ((0.5,),)), Slice("as far", ((0.5,),), 2)
-    first, control = ground.variant(toward, (0.5,), True), ground.variant(far, (0.5,), True)
-    assert first.baseline == control.baseline == "as it is" and first.control == control.of != control.name
-    assert ground.variant(toward, (0.5,)).control is None and control.about["control"] and control.control is None
+    toward, *far = Grid(steps=0, toward=(0.5,), controls=2, seed=2).slices
+    first, control = ground.variant(toward, (0.5,)), ground.variant(far[0], (0.5,))
+    assert first.baseline == control.baseline == "as it is" and first.control == control.name != control.of
+    assert control.about["control"] and control.control is None and not first.about["control"]
+    (alone,) = Grid(steps=0, toward=(0.5,)).slices
+    assert ground.variant(alone, (0.5,)).control is None
     draws = [ground.variant(dataclasses.replace(LINE, seed=seed), (0.5,)) for seed in (0, 1)]
     assert draws[0].of == draws[1].of == "random +0.5" and draws[0].name != draws[1].name
 
