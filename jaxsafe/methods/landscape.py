@@ -111,7 +111,7 @@ class Ground:
     def variant(self, along: Slice, point: Offsets) -> Variant:
         """A point as a variant of the model, against the model itself and the same point of its random control."""
         about = About(along.kind, point, control=along.kind == "as far")
-        control = along.control and along.control.name(point)
+        control = None if along.control is None else along.control.name(point)
         return Variant(
             along.name(point), self.follows(along, point), ORIGIN.name, control, along.group(point), plain(about)
         )
