@@ -26,7 +26,10 @@ def alone(stacked, place):
     return stacked.model.with_params(jax.tree.map(lambda a: a[place], stacked.stack))
 
 
-@pytest.mark.parametrize("how", [decoding(9), decoding(9, temperature=0.8, samples=2)], ids=["greedy", "drawn"])
+DRAWN = pytest.param(decoding(9, temperature=0.8, samples=2), marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("how", [decoding(9), DRAWN], ids=["greedy", "drawn"])
 def test_answers_are_those_of_each_model(stacked, how):
     # Every model's own ends are met: a token that the first one says ends its answers early, and not the others'.
     said = alone(stacked, 0).answers(PROMPTS, how).tokens
