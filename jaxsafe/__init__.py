@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from jaxsafe.kernels.actions import Clamp as Clamp
     from jaxsafe.kernels.actions import Gated as Gated
     from jaxsafe.kernels.actions import named_span as named_span
+    from jaxsafe.kernels.directions import difference as difference
+    from jaxsafe.kernels.directions import moved as moved
+    from jaxsafe.kernels.directions import random_direction as random_direction
     from jaxsafe.kernels.forward import capture as capture
     from jaxsafe.kernels.freezing import freeze as freeze
     from jaxsafe.kernels.freezing import outside as outside
@@ -114,6 +117,7 @@ if TYPE_CHECKING:
     from jaxsafe.methods.trainer import trained as trained
     from jaxsafe.methods.unit_inputs import InputMoments as InputMoments
     from jaxsafe.methods.unit_inputs import input_moments as input_moments
+    from jaxsafe.methods.visage import visage as visage
     from jaxsafe.model.config import ModelConfig as ModelConfig
     from jaxsafe.model.layers import LayerRange as LayerRange
     from jaxsafe.model.taps import At as At
@@ -190,6 +194,10 @@ _WHERE = {
     "jaccard": "jaxsafe.kernels.selection",
     "act_svd": "jaxsafe.kernels.lowrank",
     "remove_ranks": "jaxsafe.kernels.lowrank",
+    "difference": "jaxsafe.kernels.directions",
+    "moved": "jaxsafe.kernels.directions",
+    "random_direction": "jaxsafe.kernels.directions",
+    "visage": "jaxsafe.methods.visage",
     "ablation": "jaxsafe.kernels.ablation",
     "orthogonalised": "jaxsafe.kernels.ablation",
     "remove_orthogonal": "jaxsafe.kernels.lowrank",

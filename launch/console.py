@@ -17,6 +17,7 @@ TASKS = {
     "anatomy": "where a chat model's safety lives: units, layers, weights, ranks, direction, and how far they agree",
     "attack": "fine-tune safety away, with and without defences",
     "jailbreak": "get past safety without training: prefill, persona, decoding, ablation, scaling, suffixes",
+    "landscape": "walk through the weights around a chat model: where does its safety end, and where its language",
     "reproduce": "which tables of the papers can be made, with their commands, memory and times",
     "plan": "will a job fit, and how fast can it be, before there is a machine for it",
 }

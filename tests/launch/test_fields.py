@@ -17,6 +17,7 @@ from configs.anatomy import base as anatomy_base
 from configs.attack import base as attack_base
 from configs.brittleness import base as brittleness_base
 from configs.jailbreak import base as jailbreak_base
+from configs.landscape import base as landscape_base
 from configs.overrefusal import base as overrefusal_base
 from configs.scans import base as scans_base
 from jaxsafe.chat.model import load_chat_model
@@ -29,6 +30,7 @@ from jaxsafe.methods import remedies, scans_calibration
 from jaxsafe.methods import scans as scans_method
 from jaxsafe.methods.anatomy import UnitRoles
 from jaxsafe.methods.brittleness import Material
+from jaxsafe.methods.landscape import Ground
 from jaxsafe.methods.overlaps import Parts
 from jaxsafe.methods.refusal_direction import Direction
 from jaxsafe.methods.remedies import Made
@@ -41,7 +43,7 @@ from jaxsafe.records.run import Result, Sample, plain
 from jaxsafe.records.scans import Choice, Strength
 from jaxsafe.rows import data_sha256
 from jaxsafe.study.study import Examined, Study
-from launch import anatomy, attack, brittleness, command, common, jailbreak, overrefusal, scans
+from launch import anatomy, attack, brittleness, command, common, jailbreak, landscape, overrefusal, scans
 from launch.progress import Clock
 
 BASES = {
@@ -51,6 +53,7 @@ BASES = {
     "attack": attack_base,
     "jailbreak": jailbreak_base,
     "anatomy": anatomy_base,
+    "landscape": landscape_base,
 }
 SCRIPTS = {
     "scans": scans,
@@ -59,6 +62,7 @@ SCRIPTS = {
     "attack": attack,
     "jailbreak": jailbreak,
     "anatomy": anatomy,
+    "landscape": landscape,
 }
 # What makes the base configs run on a tiny model and the built-in prompts.
 SMALL = {
@@ -113,6 +117,7 @@ SMALL_BY_TASK = {
         "malicious": ("builtin:harmful/calibration#4",),
         "normal": ("builtin:plain/calibration#4",),
     },
+    "landscape": {"steps": 2, "draws": 1},
 }
 # Another value of each field; a function of the pairs' file where it names a file. A mapping changes others, too,
 # both times: what makes the field matter.
@@ -251,9 +256,16 @@ OTHER = {
     "malicious": ("builtin:harmful/calibration#5",),
     "normal": ("builtin:plain/calibration#5",),
     "triples": 7,
+    "reach": 0.3,
+    "steps": 4,
+    "plane_steps": 2,
+    "other_model": "another",
+    "toward": (0.5,),
+    "together": 2,
 }
 BY_TASK = {("attack", "settings"): ("vanilla",), ("attack", "controls"): False, ("attack", "epochs"): 7}
 BY_TASK |= {("overrefusal", "controls"): False, ("jailbreak", "attacks"): ("no_template",)}
+BY_TASK |= {("landscape", "controls"): 1, ("landscape", "per"): "filter"}
 BESIDE = {
     "data": {"evaluation": ("advbench#5",)},
     "suffixes": {"settings": ("vanilla", "suffix")},
@@ -275,6 +287,8 @@ BESIDE = {
     ("jailbreak", "openings"): {"attacks": ("prefill",)},
     "layer_alpha": {"over_refusal": ("builtin:lookalike/calibration#4",)},
     "layer_tokens": {"over_refusal": ("builtin:lookalike/calibration#4",)},
+    "toward": {"other_model": "another"},
+    ("landscape", "controls"): {"other_model": "another"},
 }
 ATTACK_OF = {
     "decoding": ("temperatures", "top_ps", "top_ks"),
@@ -366,6 +380,8 @@ def seen(model, monkeypatch):
     stand_in_for_remedies(monkeypatch, seen, model)
     stand_in_for_weights(monkeypatch, seen)
     stand_in_for_parts(monkeypatch, seen, model.config)
+    # What directions are made from is in what their variants follow from.
+    monkeypatch.setattr(Ground, "directions", lambda ground, along: (model.params,) * len(along.points[0]))
     return seen
 
 
