@@ -64,8 +64,8 @@ def agreement(overlap: Overlap) -> Agreement:
     pair = plots_anatomy.pair_name(overlap)
     above = sum(value > high for value, _, _, high in rows)
     below = sum(value < low for value, _, low, _ in rows)
-    means = [_mean([row[place] for row in rows]) for place in (0, 1)]
-    return Agreement(pair, overlap.measure, *means, above, below, len(rows))
+    values, chances = ([row[place] for row in rows] for place in (0, 1))
+    return Agreement(pair, overlap.measure, _mean(values), _mean(chances), above, below, len(rows))
 
 
 def _mean(values: Sequence[float]) -> float | None:
