@@ -496,7 +496,7 @@ def stand_in_for_parts(monkeypatch, seen, config):
     def read(store, asked, prompts, rows, how, done):
         seen.note("read", asked, prompts, how)
         gap = Gap(*[(0.0,) * config.layers] * 6, (4, 4), how.triples, LayerRange(0, 1))
-        return gap, Direction(np.ones(config.embed, np.float32), 0, 0, 0.0, 0.0, 0.15)
+        return gap, Direction(np.ones(config.embed, np.float32), 0, 0, 0.0, 0.0, 0.15, True)
 
     def parts(material, weights, ranks, units, direction):
         seen.note("parts", weights, ranks)
