@@ -446,7 +446,8 @@ def stand_in_for_weights(monkeypatch, seen):
         rows = asked.rows(prompts)
         return [dataclasses.replace(row, ids=(*row.ids, 9, 8)) for row in rows]
 
-    def ran(study, cells, settings, rows, grid):
+    def ran(work):
+        study, cells, settings, rows, grid = work.study, work.cells, work.settings, work.rows, work.grid
         of = [cell.variant(settings.steps, settings, rows, grid.material, grid.guards) for cell in cells]
         keys = [study.key(variant) for variant in of]
         seen.note(
