@@ -117,9 +117,9 @@ def run(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock) -
             variant = reported(f"best by {sampler}", seed, about, control)
             runs.examine(study, variant, dataclasses.replace(settings, seed=seed))
 
-    each = tuple(Searched(s.sampler, tuple(s.trials), s.best.name if s.best else None) for s in searches)
+    kept = tuple(Searched(s.sampler, tuple(s.trials), s.best.name if s.best else None) for s in searches)
     utility = ", ".join(config.utility_tasks) or "perplexity"
-    details = Details(config.bound, utility, base, each, importlib.metadata.version("optuna"))
+    details = Details(config.bound, utility, base, kept, importlib.metadata.version("optuna"))
     return common.finish(study, "search", config, roles, clock, details)
 
 

@@ -34,9 +34,8 @@ def bounded(name: str, bound: float, trials: Mapping[str, Sequence[Trial]], best
         y = array(trial.harm for trial in trials[kind])
         axes.plot(x, y, **LOOKS[kind], linestyle="none", clip_on=False, label=LABELS[kind])
         if kind in best:
-            mark = {"marker": "*", "markersize": 13, "markeredgewidth": 1.2, "color": LOOKS[kind]["color"]}
-            hollow = {} if kind == "tpe" else {"markerfacecolor": "none"}
-            axes.plot(best[kind].loss or 0.0, best[kind].harm, **mark, **hollow, clip_on=False, zorder=4)
+            mark: dict[str, Any] = LOOKS[kind] | {"marker": "*", "markersize": 14, "clip_on": False, "zorder": 4}
+            axes.plot(array([best[kind].loss]), array([best[kind].harm]), **mark)
     axes.axvline(bound, color=LIGHT["ink"], linewidth=1.2, linestyle=DASHED)
     note(axes, "bound", (bound, 1), (-4, 2), ("data", "axes fraction"), ha="right", color=LIGHT["ink"])
     axes.set_xscale("symlog", linthresh=unit, linscale=1)
