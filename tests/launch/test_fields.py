@@ -244,6 +244,7 @@ OTHER = {
     "freeze_weights": ((0.2, 0.1),),
     "freeze_ranks": (7,),
     "freeze_layers": ((0, 1),),
+    "freeze_units": (0.5,),
     "rewinds": False,
     "over_refusal": ("builtin:lookalike/test#3",),
     "layer_alpha": 1.5,
