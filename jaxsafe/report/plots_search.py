@@ -16,7 +16,7 @@ LOOKS: dict[str, dict[str, Any]] = {
     "base attack": {"color": LIGHT["ink"], "marker": "^", "markersize": 7},
 }
 """By whose trial it is; a random one is hollow and larger, so that it is seen around one of the same place."""
-LABELS = {"tpe": "search (TPE)", "random": "random search", "base attack": "base attack"}
+LABELS = {"tpe": "TPE", "random": "random", "base attack": "base attack"}
 
 
 @styled
@@ -37,14 +37,14 @@ def bounded(name: str, bound: float, trials: Mapping[str, Sequence[Trial]], best
             mark: dict[str, Any] = LOOKS[kind] | {"marker": "*", "markersize": 14, "clip_on": False, "zorder": 4}
             axes.plot(array([best[kind].loss]), array([best[kind].harm]), **mark)
     axes.axvline(bound, color=LIGHT["ink"], linewidth=1.2, linestyle=DASHED)
-    note(axes, "bound", (bound, 1), (-4, 2), ("data", "axes fraction"), ha="right", color=LIGHT["ink"])
+    note(axes, "bound", (bound, 1), (-4, -14), ("data", "axes fraction"), ha="right", color=LIGHT["ink"])
     axes.set_xscale("symlog", linthresh=unit, linscale=1)
     axes.set_xlim(1.3 * low, high)
-    ticks = [tick for tick in (-unit, 0.0, unit, 10 * unit, 100 * unit, 1000 * unit) if 1.3 * low <= tick <= high]
-    axes.set_xticks(ticks)
-    axes.xaxis.set_minor_locator(axes.xaxis.get_minor_locator())
+    axes.set_xticks(
+        [tick for tick in (-unit, 0.0, unit, 10 * unit, 100 * unit, 1000 * unit) if 1.3 * low <= tick <= high]
+    )
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:+.3g}%" if value else "0"))
-    axes.set_xlabel("loss of utility, as a share")
+    axes.set_xlabel("loss of utility")
     axes.set_ylabel("attack success")
     axes.set_ylim(-0.02, 1.02)
     percent_axis(axes.yaxis)

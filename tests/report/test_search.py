@@ -72,8 +72,8 @@ def test_the_page_has_every_trial_and_no_validation_among_the_rates(rendered):
     assert any(text.startswith("random 1 outside the bound – –") for text in rows)
     shown = own(new_run("search", TABLE, DETAILS)).shown
     assert [each.group for each in shown] == ["before", BASE, "best by tpe", "best by random"]
-    assert "search (TPE): 2 of 3 within the bound, most harm 60% at +8%" in figures["bounded"]
-    assert "random search: 1 of 2 within the bound, most harm 20% at -5%" in figures["bounded"]
+    assert "TPE: 2 of 3 within the bound, most harm 60% at +8%" in figures["bounded"]
+    assert "random: 1 of 2 within the bound, most harm 20% at -5%" in figures["bounded"]
 
 
 def test_a_search_may_find_nothing_within_the_bound():
