@@ -170,12 +170,12 @@ def _figures(groups: Sequence[Group]) -> list[Drawing]:
 
 
 def harmless(groups: Sequence[Group], group: Group) -> list[Defended]:
-    """The undefended run of as many steps on harmless rows, the control of one on others; none where there is none."""
+    """The undefended run of as many steps on harmless rows, asked alike: the control of one on others; none without."""
     ends = {row.about.step for row in group.rows if row.undefended}
     return [
         row
         for other in groups
-        if other is not group and other.tuning == group.tuning and other.attack.startswith("benign ")
+        if (other.tuning, other.metric) == (group.tuning, group.metric) and other.attack.startswith("benign ")
         for row in other.rows
         if row.undefended and row.about.step in ends and not group.attack.startswith("benign ")
     ]
