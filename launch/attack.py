@@ -20,7 +20,7 @@ from jaxsafe.methods import attacks
 from jaxsafe.methods.attacks import Attack, Example, preset, training_rows
 from jaxsafe.methods.brittleness import SIDES
 from jaxsafe.methods.cells import Cell, Grid, Tuning, Work, before, examine_run, examine_together, runs
-from jaxsafe.methods.defences import Defence, Keep, defences
+from jaxsafe.methods.defences import PARTS, Defence, Keep, defences
 from jaxsafe.methods.layer_scan import ScanSettings, safety_layers_once
 from jaxsafe.methods.trainer import FineTuning
 from jaxsafe.model.layers import LayerRange
@@ -68,7 +68,7 @@ def check(config: ConfigDict) -> None:
 
 def results(config: ConfigDict) -> int:
     """How many results the experiment has: of each attack the model before it, and the due steps of its runs."""
-    regions = len(config.freeze_weights) + len(config.freeze_ranks) + len(config.freeze_layers)
+    regions = sum(len(config[f"freeze_{part}"]) for part in PARTS)
     kept, runs = regions * (1 + config.controls), len(tunings_of(config)) * len(config.seeds)
     due = [_due(config, attack.steps) for attack in attacks_of(config)]
     return sum(1 + runs * ((1 + kept) * steps + kept * config.rewinds) for steps in due)
@@ -127,7 +127,7 @@ def run(
 
     for tokens in grid.tokens:
         clock.count("training_s", tokens)
-    scored = any(isinstance(guard, Keep) and guard.point is not None for guard in guards)
+    scored = any(isinstance(guard, Keep) and guard.scored for guard in guards)
     used = {role: sets for role, sets in roles.items() if scored or role not in SIDES}
     return common.finish(study, "attack", config, used, clock, Details(tuple(scans), losses))
 
@@ -200,7 +200,7 @@ def guards_of(
     found = iter(scans)
     layers = [(next(found).layers if each == FIND else LayerRange.parse(each)) for each in config.freeze_layers]
     ranges = [(each.first, each.stop) for each in layers]
-    regions = {"weights": config.freeze_weights, "ranks": config.freeze_ranks, "layers": ranges}
+    regions = {part: config[f"freeze_{part}"] for part in PARTS} | {"layers": ranges}
     return defences(regions, config.controls, config.rewinds), scans
 
 

@@ -62,8 +62,13 @@ def check(config: ConfigDict) -> None:
         load_text(config.text) if config.reading in PROTOCOLS else load_passages(config.text, config.passages)
     if config.window and config.reading not in PROTOCOLS:
         raise ValueError(f"config.window {config.window} does nothing under config.reading {config.reading!r}")
-    if config.get("zero_shot") and importlib.util.find_spec("lm_eval") is None:
-        raise ValueError(f'config.zero_shot {config.zero_shot} needs lm-eval: pip install "jaxsafe[eval]"')
+    check_tasks("zero_shot", config.get("zero_shot", ()))
+
+
+def check_tasks(name: str, tasks: Sequence[str]) -> None:
+    """Raises ValueError where the field `name` has `tasks` and lm-eval is not there."""
+    if tasks and importlib.util.find_spec("lm_eval") is None:
+        raise ValueError(f'config.{name} {tuple(tasks)} needs lm-eval: pip install "jaxsafe[eval]"')
 
 
 def check_settings(config: ConfigDict) -> None:

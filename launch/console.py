@@ -16,6 +16,7 @@ TASKS = {
     "brittleness": "find and remove the weights and ranks that carry a chat model's safety",
     "anatomy": "where a chat model's safety lives: units, layers, weights, ranks, direction, and how far they agree",
     "attack": "fine-tune safety away, with and without defences",
+    "search": "find the fine-tuning that takes most safety and costs no more utility than a bound allows",
     "jailbreak": "get past safety without training: prefill, persona, decoding, ablation, scaling, suffixes",
     "landscape": "walk through the weights around a chat model: where does its safety end, and where its language",
     "reproduce": "which tables of the papers can be made, with their commands, memory and times",

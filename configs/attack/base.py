@@ -80,6 +80,7 @@ DEFENCE: Fields = {
     ),
     "freeze_ranks": Field((100,), tuple[Count, ...], "first directions of safety data, out of the model's width"),
     "freeze_layers": Field((), tuple, '(first, stop), or "find": as arXiv 2408.17003 finds it', entry=layers_or_find),
+    "freeze_units": Field((), tuple[Share, ...], "safety units, and so many of all units that are complex (SSAH)"),
     "controls": Field(True, bool, "a random region of the same size beside each, drawn anew for every seed"),
     "rewinds": Field(True, bool, "also wind each region back after training, in place of freezing it"),
 }

@@ -12,7 +12,13 @@ more of a push, and its user less of a wait. So it has two seeds, hence two draw
 
 draws the attacker's curve instead: attack success and perplexity after 5, 10, 20, 40 and 80 steps of adapters of 16
 ranks on 100 openers, harmful prompts with the first words of an answer and no answer (of your own:
---config.attacks="('poisoned#100',)" --config.poison=FILE), by three seeds that are trained at once.
+--config.attacks="('poisoned#100','benign#100')" --config.poison=FILE), by three seeds that are trained at once. Beside
+it are as many steps on 100 plain requests with the model's own answers. The variant
+
+    python -m launch.attack --config=configs/attack/smollm2_135m.py:units --config.model=TUNED
+
+freezes units in the first attack, after SSAH (arXiv 2410.10862): those of safety with 6% of all units that are complex,
+or with all complex ones, each beside as many random units.
 """
 
 from typing import Any
@@ -22,7 +28,7 @@ from ml_collections import ConfigDict
 from jaxsafe.configs.attack.base import base
 
 STEPS: dict[str, Any] = {
-    "attacks": ("openers#100",),
+    "attacks": ("openers#100", "benign#100"),
     "tunings": ("lora",),
     "lora_rank": 16,
     "lora_alpha": 32.0,
@@ -35,11 +41,19 @@ STEPS: dict[str, Any] = {
     "checkpoint_every": 20,
     "max_new_tokens": 32,
 }
-VARIANTS: dict[str, dict[str, Any]] = {"": {}, "steps": STEPS}
+UNITS: dict[str, Any] = {
+    "freeze_weights": (),
+    "freeze_ranks": (),
+    "freeze_units": (0.06, 1.0),
+    "rewinds": False,
+    "evaluate_every": 0,
+    "max_new_tokens": 24,
+}
+VARIANTS: dict[str, dict[str, Any]] = {"": {}, "steps": STEPS, "units": UNITS}
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The settings of the quickstart; `variant` "steps" is the attacker's curve. Raises ValueError for another."""
+    """The settings of the quickstart, or of a `variant`. Raises ValueError for an unknown one."""
     if variant not in VARIANTS:
         raise ValueError(f"variant {variant!r} is not known; the variants are {list(VARIANTS)}")
     config = base()

@@ -1,8 +1,10 @@
 """What keeps a model safe under fine-tuning attacks: defences, their random controls, and the grid of attacked models.
 
 The first defence keeps a region of the model as it was: weights that matter to safety and not to utility, directions
-of the outputs that safety data uses most, or a range of layers. It freezes the region during training or winds it back
-afterwards, as was published (Wei et al., arXiv 2402.05162, section 4.4). A control keeps as much, chosen at random.
+of the outputs that safety data uses most, a range of layers, or heads and neurons. It freezes the region in training or
+winds it back afterwards, as was published (Wei et al., arXiv 2402.05162, section 4.4); units are frozen after SSAH
+(arXiv 2410.10862): those of safety, and the complex ones of most importance to safety. What the latter are ranked by,
+and which weights of a unit are frozen, is ours. A control keeps as much, chosen at random.
 
 L layers, O outputs of a linear map, R ranks
 """
@@ -21,14 +23,16 @@ from jaxsafe.kernels.freezing import freeze, outside, rewind
 from jaxsafe.kernels.lora import changed
 from jaxsafe.kernels.lowrank import Bases, kept, random_bases
 from jaxsafe.kernels.selection import Mask, sparsity
-from jaxsafe.kernels.units import layer_mask
-from jaxsafe.methods.brittleness import Material, Point, mask_of
+from jaxsafe.kernels.units import Units, layer_mask, unit_mask
+from jaxsafe.methods.anatomy import UnitSettings, unit_roles_once
+from jaxsafe.methods.brittleness import SIDES, Material, Point, mask_of
+from jaxsafe.methods.ssah import kept_units, random_units, unit_scores
 from jaxsafe.methods.trainer import FREE
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.layers import LayerRange
 from jaxsafe.model.transformer import Params
 from jaxsafe.model.weights import flatten, linear_maps, nest, sizes
-from jaxsafe.rows import Row
+from jaxsafe.rows import Row, data_sha256
 
 
 class Defence(Protocol):
@@ -89,9 +93,14 @@ class Undefended(Defence):
 
 NONE = Undefended()
 
-PARTS: Mapping[str, tuple[str, ...]] = {"weights": ("q", "p"), "ranks": ("k",), "layers": ("first", "stop")}
+PARTS: Mapping[str, tuple[str, ...]] = {
+    "weights": ("q", "p"),
+    "ranks": ("k",),
+    "layers": ("first", "stop"),
+    "units": ("c",),
+}
 """Part of the model -> the numbers that say how much of it: top q of safety not in the top p of utility, k directions
-out of the model's width, first <= layer < stop."""
+out of the model's width, first <= layer < stop, units of safety and up to a share c of all units that are complex."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,13 +148,20 @@ class Keep(Defence):
         return NONE if self.wound_back else self
 
     @property
+    def scored(self) -> bool:
+        """Whether scored data decide the region."""
+        return self.part != "layers"
+
+    @property
     def point(self) -> Point | None:
-        """The edit whose material decides the region, None for layers."""
+        """The edit whose material decides the region, None for layers and units."""
         method = {"weights": "set_difference", "ranks": "top_ranks"}.get(self.part)
         return None if method is None else Point(method, self.values)
 
     def follows(self, material: Material) -> Json:
         """Its fields, and the scored data where they decide the region."""
+        if self.part == "units":
+            return [dataclasses.asdict(self), {side: data_sha256(material.rows(side)) for side in SIDES}]
         return [dataclasses.asdict(self), None if self.point is None else material.follows(self.point)]
 
     def share(self, material: Material) -> float:
@@ -208,7 +224,8 @@ def region(material: Material, defence: Keep, seed: int) -> Region:
     """What `defence` keeps; random choices follow from `seed`.
 
     A random mask holds as many weights of every matrix, random ranks are as many directions in the span of the
-    outputs, a random range of layers is as long and begins elsewhere.
+    outputs, a random range of layers is as long and begins elsewhere, random units are as many heads and neurons of
+    each layer.
     """
     config = material.config
     match defence.part:
@@ -220,8 +237,22 @@ def region(material: Material, defence: Keep, seed: int) -> Region:
             if defence.random:
                 bases = random_bases(config, bases, seed, ranks)
             return Region(bases=leading(config, bases, ranks))
+        case "units":
+            units = safety_units(material, float(defence.values[0]))
+            return Region(mask=unit_mask(config, random_units(units, seed) if defence.random else units))
     layers = _elsewhere(config, defence.layers, seed) if defence.random else defence.layers
     return Region(mask=layer_mask(config, layers))
+
+
+def safety_units(material: Material, complex_share: float) -> Units:
+    """The units of safety by the material's data, and the complex ones that matter most to it; see `kept_units`."""
+    found = unit_roles_once(
+        material.store,
+        material.model,
+        {side: material.rows(side) for side in SIDES},
+        UnitSettings(batch_size=material.settings.batch_size),
+    )
+    return kept_units(found.roles, unit_scores(material.config, material.params, found.moments), complex_share)
 
 
 def _elsewhere(config: ModelConfig, layers: LayerRange, seed: int) -> LayerRange:

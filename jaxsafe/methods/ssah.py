@@ -109,6 +109,22 @@ def units_of(roles: Units, role: Role) -> Units:
     return Units(roles.heads == role, roles.neurons == role)
 
 
+def kept_units(roles: Units, safety: Units, complex_share: float) -> Units:
+    """The units that are frozen in fine-tuning, as booleans: all of safety, and complex ones of the highest score.
+
+    Of these there are as many as the share `complex_share` of all units, rounded, or all. `safety` are the scores S by
+    which they are ranked, which is ours: nothing says what their "top" complex units are top in. Ties are as in
+    `unit_roles`.
+    """
+    of, score = _flat(roles), _flat(safety)
+    order = np.argsort(np.where(of == Role.COMPLEX, -score, np.inf), kind="stable")
+    most = min(round(complex_share * len(of)), int((of == Role.COMPLEX).sum()))
+    kept = of == Role.SAFETY
+    kept[order[:most]] = True
+    heads, neurons = np.split(kept, [roles.heads.size])
+    return Units(heads.reshape(roles.heads.shape), neurons.reshape(roles.neurons.shape))
+
+
 def random_units(units: Units, seed: int) -> Units:
     """As many random heads and neurons of each layer as `units` has; from the whole layer, those of `units` as well."""
     rng = np.random.default_rng(seed)

@@ -157,7 +157,7 @@ def headline(groups: Sequence[Group]) -> str:
 def _figures(groups: Sequence[Group]) -> list[Drawing]:
     figures = []
     for index, group in enumerate(groups):
-        none = [row for row in group.rows if row.undefended]
+        none = [*(row for row in group.rows if row.undefended), *harmless(groups, group)]
         for place, region in enumerate(group.regions or [""]):
             rows = [*none, *(row for row in group.rows if not row.undefended and row.about.region == region)]
             figures.append(plots.curves(f"curves-{index}-{place}", rows))
@@ -167,6 +167,18 @@ def _figures(groups: Sequence[Group]) -> list[Drawing]:
         if compared:
             figures.append(plots.differences(f"differences-{index}", compared))
     return figures
+
+
+def harmless(groups: Sequence[Group], group: Group) -> list[Defended]:
+    """The undefended run of as many steps on harmless rows, asked alike: the control of one on others; none without."""
+    ends = {row.about.step for row in group.rows if row.undefended}
+    return [
+        row
+        for other in groups
+        if (other.tuning, other.metric) == (group.tuning, group.metric) and other.attack.startswith("benign ")
+        for row in other.rows
+        if row.undefended and row.about.step in ends and not group.attack.startswith("benign ")
+    ]
 
 
 def _scan(scan: LayerScan) -> tuple[str, int, list[tuple[str, int]]]:

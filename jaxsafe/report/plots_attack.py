@@ -60,8 +60,15 @@ class Defended:
         return self.about.defence == "none"
 
     @property
+    def harmless(self) -> bool:
+        """Whether it is an undefended run on harmless rows."""
+        return self.undefended and self.about.attack.startswith("benign ")
+
+    @property
     def words(self) -> str:
         """A defence without its region: "frozen", "random, rewound"."""
+        if self.harmless:
+            return "harmless rows"
         if self.undefended:
             return "no defence"
         words = (["random"] if self.about.control else []) + ["rewound" if self.about.rewind else "frozen"]
@@ -76,7 +83,8 @@ class Defended:
     def look(self) -> dict[str, Any]:
         """How it is drawn."""
         if self.undefended:
-            return {"color": LIGHT["harmful"], "marker": "o", "linestyle": "-"}
+            hollow = {"linestyle": DASHED, "markerfacecolor": LIGHT["paper"]} if self.harmless else {"linestyle": "-"}
+            return {"color": LIGHT["harmful"], "marker": "o"} | hollow
         return _LOOKS[self.about.control, self.about.rewind]
 
 

@@ -20,6 +20,7 @@ from configs.jailbreak import base as jailbreak_base
 from configs.landscape import base as landscape_base
 from configs.overrefusal import base as overrefusal_base
 from configs.scans import base as scans_base
+from configs.search import base as search_base
 from jaxsafe.chat.model import load_chat_model
 from jaxsafe.digest import arrays_sha256
 from jaxsafe.kernels.actions import Add, Gated, named_span
@@ -39,11 +40,11 @@ from jaxsafe.model.layers import LayerRange
 from jaxsafe.records.anatomy import Gap
 from jaxsafe.records.attack import LayerScan
 from jaxsafe.records.overrefusal import Mended, Remedy
-from jaxsafe.records.run import Result, Sample, plain
+from jaxsafe.records.run import Rate, Result, Sample, plain
 from jaxsafe.records.scans import Choice, Strength
 from jaxsafe.rows import data_sha256
 from jaxsafe.study.study import Examined, Study
-from launch import anatomy, attack, brittleness, command, common, jailbreak, landscape, overrefusal, scans
+from launch import anatomy, attack, brittleness, command, common, jailbreak, landscape, overrefusal, scans, search
 from launch.progress import Clock
 
 BASES = {
@@ -54,6 +55,7 @@ BASES = {
     "jailbreak": jailbreak_base,
     "anatomy": anatomy_base,
     "landscape": landscape_base,
+    "search": search_base,
 }
 SCRIPTS = {
     "scans": scans,
@@ -63,6 +65,7 @@ SCRIPTS = {
     "jailbreak": jailbreak,
     "anatomy": anatomy,
     "landscape": landscape,
+    "search": search,
 }
 # What makes the base configs run on a tiny model and the built-in prompts.
 SMALL = {
@@ -118,6 +121,14 @@ SMALL_BY_TASK = {
         "normal": ("builtin:plain/calibration#4",),
     },
     "landscape": {"steps": 2, "draws": 1},
+    "search": {
+        "attack": "identity_shift#6",
+        "validation": ("builtin:harmful/calibration#4",),
+        "bound": 0.1,
+        "trials": 2,
+        "startup": 1,
+        "seeds": (2,),
+    },
 }
 # Another value of each field; a function of the pairs' file where it names a file. A mapping changes others, too,
 # both times: what makes the field matter.
@@ -233,6 +244,7 @@ OTHER = {
     "freeze_weights": ((0.2, 0.1),),
     "freeze_ranks": (7,),
     "freeze_layers": ((0, 1),),
+    "freeze_units": (0.5,),
     "rewinds": False,
     "over_refusal": ("builtin:lookalike/test#3",),
     "layer_alpha": 1.5,
@@ -262,6 +274,17 @@ OTHER = {
     "other_model": "another",
     "toward": (0.5,),
     "together": 2,
+    "attack": "identity_shift#5",
+    "trials": 3,
+    "startup": 2,
+    "bound": 0.2,
+    "utility_tasks": ("boolq",),
+    "try_rates": (1e-5, 1e-4),
+    "try_steps": (5,),
+    "try_batch_sizes": (5,),
+    "try_ranks": (),
+    "try_schedules": ("constant",),
+    "validation": ("builtin:harmful/calibration#5",),
 }
 BY_TASK = {("attack", "settings"): ("vanilla",), ("attack", "controls"): False, ("attack", "epochs"): 7}
 BY_TASK |= {("overrefusal", "controls"): False, ("jailbreak", "attacks"): ("no_template",)}
@@ -282,7 +305,8 @@ BESIDE = {
     "by_row": {"top": (0.1,)},
     "sequential": {"top": (0.1,), "score": "wanda"},
     "threshold_by": {},
-    "prefix": {"attacks": ("identity_shift#6",)},
+    ("attack", "prefix"): {"attacks": ("identity_shift#6",)},
+    ("search", "own_tokens"): {"attack": "benign#3"},
     ("jailbreak", "suffixes"): {"attacks": ("suffix",)},
     ("jailbreak", "openings"): {"attacks": ("prefill",)},
     "layer_alpha": {"over_refusal": ("builtin:lookalike/calibration#4",)},
@@ -360,7 +384,9 @@ def seen(model, monkeypatch):
     def examined(study, variant):
         seen.note("examine", study.key(variant), described(variant), described(study.exam))
         sample = Sample(variant.name, "s", study.exam.settings[0].name, True, "", "p", "t", True, score=0.5)
-        study.examined[variant.name] = Examined(Result(variant, "", {}), (sample,), study.exam)
+        rates = dict.fromkeys(("asr_any/any", "zero_shot/boolq"), Rate(0.5, 0.0, 1.0, 2))
+        study.examined[variant.name] = Examined(Result(variant, "", rates, 9.0, 1), (sample,), study.exam)
+        return study.examined[variant.name].result
 
     def together(study, variants, make):
         for variant in variants:

@@ -9,8 +9,11 @@ from tiny import random_rows, tiny_chat_model, tiny_config, tiny_params
 
 from jaxsafe.io.store import Store
 from jaxsafe.kernels.lora import LoRA
+from jaxsafe.kernels.units import unit_mask
+from jaxsafe.methods.anatomy import UnitSettings, unit_roles_once
 from jaxsafe.methods.brittleness import Material
 from jaxsafe.methods.defences import NONE, Keep, defences, leading, region
+from jaxsafe.methods.ssah import Role, kept_units, random_units, unit_scores, units_of
 from jaxsafe.methods.trainer import FineTuning, train, trained
 from jaxsafe.model.weights import flatten, linear_maps
 
@@ -24,6 +27,7 @@ SIDES = {
 ROWS = random_rows([14, 16, 13, 15, 16, 14], behind=[4, 7, 3, 5, 2, 6])
 OUTPUTS = {"q": 32, "k": 16, "v": 16, "o": 32, "gate": 48, "up": 48, "down": 32}
 WEIGHTS, RANKS, LAYERS = Keep("weights", (0.3, 0.1)), Keep("ranks", (8,)), Keep("layers", (1, 2))
+UNITS = Keep("units", (0.2,))
 REGIONS = [Keep(d.part, d.values, random) for d in (WEIGHTS, RANKS, LAYERS) for random in (False, True)]
 
 
@@ -101,6 +105,21 @@ def test_a_control_keeps_as_much_elsewhere(material):
         region(material, Keep("layers", (0, 3), True), 0)
 
 
+def test_units_are_those_of_safety_and_complex_ones_and_a_control_keeps_as_many(material):
+    found = unit_roles_once(material.store, material.model, SIDES, UnitSettings())
+    score = unit_scores(CONFIG, PARAMS, found.moments)
+    kept = kept_units(found.roles, score, 0.2)
+    assert kept.neurons.sum() > units_of(found.roles, Role.SAFETY).neurons.sum() > 0
+    random = random_units(kept, 5)
+    for defence, seed, units in ((UNITS, 0, kept), (UNITS.control, 5, random)):
+        wanted, mask = (flatten(m) for m in (unit_mask(CONFIG, units), region(material, defence, seed).mask))
+        assert all((np.asarray(mask[path]) == np.asarray(of)).all() for path, of in wanted.items())
+    assert (random.neurons.sum(1) == kept.neurons.sum(1)).all() and (random.neurons != kept.neurons).any()
+    assert UNITS.share(material) == UNITS.control.share(material) == region(material, UNITS, 0).share
+    none = Keep("units", (0.0,))
+    assert UNITS.follows(material) != none.follows(material) and none.share(material) < UNITS.share(material)
+
+
 def test_ranks_are_the_first_of_each_basis(material):
     found = flatten(leading(CONFIG, material.bases("safety"), 8))
     for path, basis in flatten(material.bases("safety")).items():
@@ -112,7 +131,7 @@ def test_ranks_are_the_first_of_each_basis(material):
             leading(CONFIG, material.bases("safety"), k)
 
 
-@pytest.mark.parametrize("defence", REGIONS, ids=lambda d: d.name)
+@pytest.mark.parametrize("defence", [*REGIONS, UNITS], ids=lambda d: d.name)
 def test_rewinding_restores_the_region_and_nothing_else(material, defence):
     kept = region(material, defence, 3)
     ours = flatten(dataclasses.replace(defence, wound_back=True).after(TUNED, material, 3))

@@ -14,6 +14,7 @@ from jaxsafe.methods.ssah import (
     Role,
     RoleShares,
     head_cost,
+    kept_units,
     random_units,
     role_transfer,
     unit_roles,
@@ -249,3 +250,27 @@ def test_what_does_not_fit_is_refused(model, rows):
         input_moments(model, [rows[0], model.row("Why?")])
     with pytest.raises(ValueError, match="there are no rows"):
         input_moments(model, [])
+
+
+def test_units_of_safety_and_the_most_important_complex_ones_are_kept():
+    C, S, U, R = Role.COMPLEX, Role.SAFETY, Role.UTILITY, Role.REDUNDANT
+    roles = Units(np.array([[C, U], [S, C]]), np.array([[C, S, R, C], [C, C, U, R]]))
+    score = Units(np.array([[0.1, 9], [0, 0.7]]), np.array([[0.5, 0, 9, 0.7], [0.2, 0.9, 9, 9]]))
+    safety = units_of(roles, S)
+
+    def more(share):
+        kept = kept_units(roles, score, share)
+        assert (kept.heads >= safety.heads).all() and (kept.neurons >= safety.neurons).all()
+        return [
+            [(of, *map(int, place)) for place in np.argwhere(k & ~s)]
+            for of, k, s in (("head", kept.heads, safety.heads), ("neuron", kept.neurons, safety.neurons))
+        ]
+
+    assert more(0.0) == [[], []] and more(1 / 12) == [[], [("neuron", 1, 1)]]
+    # Of equal scores heads come before neurons; shares are of all 12 units, rounded.
+    assert more(2 / 12) == [[("head", 1, 1)], [("neuron", 1, 1)]] == more(0.2)
+    complex_units = [
+        [("head", 0, 0), ("head", 1, 1)],
+        [("neuron", 0, 0), ("neuron", 0, 3), ("neuron", 1, 0), ("neuron", 1, 1)],
+    ]
+    assert more(6 / 12) == more(1.0) == complex_units

@@ -148,3 +148,17 @@ def test_each_attack_has_the_rate_of_its_own_setting(run):
     assert [row.end for row in first.rows] == [row.end for row in second.rows]
     label = next(figure for figure in render(both, [])[1] if figure.name == "outcomes").inline
     assert label.count("complied,") == 2 * sum(row.about["last"] is not False for row in run.table)
+
+
+def test_as_many_steps_on_harmless_rows_are_drawn_beside(run):
+    def curve(label):
+        """The first attack's curve, with the rows of another attack in the run."""
+        others = [
+            dataclasses.replace(row, group=row.group.replace(LABEL, label), about=row.about | {"attack": label})
+            for row in run.table
+        ]
+        found = attack.own(dataclasses.replace(run, table=(*run.table, *others)))
+        return next(figure.inline for figure in found.figures if figure.name == "curves-0-0")
+
+    assert "harmless rows: 2% at 0" in curve("benign n=10") and "no defence: 2% at 0" in curve("benign n=10")
+    assert "harmless rows" not in curve("poisoned n=10")
