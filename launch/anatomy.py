@@ -5,14 +5,23 @@ python -m launch.anatomy --config=configs/anatomy/llama2_7b_chat.py --out=runs/l
 
 import functools
 import pathlib
+from collections.abc import Mapping, Sequence
 
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxsafe.chat.model import ChatModel
+from jaxsafe.chat.model import ChatModel, load_chat_model
 from jaxsafe.configs.anatomy.base import FIELDS
 from jaxsafe.evaluation.judges.keyword import judge
-from jaxsafe.methods.anatomy import ReadSettings, UnitSettings, described, parts_of, read_once, unit_roles_once
+from jaxsafe.methods.anatomy import (
+    ReadSettings,
+    UnitSettings,
+    described,
+    parts_of,
+    read_once,
+    role_transfer_once,
+    unit_roles_once,
+)
 from jaxsafe.methods.brittleness import SIDES, Material, Point, check_blocks, edited, points
 from jaxsafe.methods.layer_scan import ScanSettings, safety_layers_once
 from jaxsafe.methods.overlaps import located, overlaps
@@ -21,9 +30,10 @@ from jaxsafe.methods.refusal_direction import Direction, Search
 from jaxsafe.methods.ssah import RoleShares
 from jaxsafe.model.layers import LayerRange
 from jaxsafe.prompts.roles import Roles
-from jaxsafe.records.anatomy import Details, Gap
+from jaxsafe.records.anatomy import Details, Gap, RoleTransfer
 from jaxsafe.records.attack import LayerScan
 from jaxsafe.records.run import Run
+from jaxsafe.rows import Row
 from jaxsafe.study.study import Study
 
 from . import command, common, folder
@@ -74,6 +84,7 @@ def run(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock) -
     how = UnitSettings(RoleShares(*config.unit_shares), config.as_coded, config.score_batch_size)
     with clock.watch("scores_s")("roles of units", sum(map(len, rows.values()))) as done:
         units = unit_roles_once(study.store, model, rows, how, done)
+    transfer = transferred(config, study, rows, how, clock)
     gap, direction = read(config, material, roles, clock)
     scan = scanned(config, study, roles, gap, clock)
 
@@ -93,13 +104,28 @@ def run(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock) -
     layers = scan.layers if scan else gap.layers
     where = located(model.config, parts, layers) if layers else ()
     scored = {side: len(rows[side]) for side in SIDES}
-    details = Details(scored, units.counts, gap, scan, layers, described(direction), agreement, where)
+    details = Details(scored, units.counts, gap, scan, layers, described(direction), agreement, where, transfer)
     return common.finish(study, "anatomy", config, roles, clock, details)
 
 
 def changed(material: Material, point: Point) -> ChatModel:
     """The material's model after the edit."""
     return material.model.with_params(edited(material, point)[0])
+
+
+def transferred(
+    config: ConfigDict, study: Study, rows: Mapping[str, Sequence[Row]], how: UnitSettings, clock: Clock
+) -> RoleTransfer | None:
+    """How roles change in the other model, where the config names one. Raises ValueError for another shape."""
+    if not config.other_model:
+        return None
+    with clock.watch("scores_s")(f"roles of units in {config.other_model}", 0):
+        other = load_chat_model(config.other_model, study.model.config.dtype, study.model.mesh, raw=True)
+        if other.config != study.model.config:
+            raise ValueError(
+                f"config.other_model {config.other_model} is of another shape than {study.model.name}; need the same"
+            )
+        return role_transfer_once(study.store, (study.model, other), rows, how)
 
 
 def search_of(config: ConfigDict) -> Search:

@@ -18,6 +18,7 @@ FIELDS: Fields = {
         (0.01, 0.1, 0.1), tuple[Share, Share, Share], "of the units' cost: for safety, for utility, redundant"
     ),
     "as_coded": Field(False, bool, "variances of units as the published code estimates them"),
+    "other_model": Field("", str, "this model fine-tuned, say: which units have another role there; empty: none"),
     "prune": Field(("safety", "utility", "redundant"), Texts, "roles whose units are pruned, each a variant", ROLES),
     "weights": Field((0.05, 0.05), tuple[Share, Share], "(q, p): top q of safety and not top p of utility"),
     "ranks": Field((4000, 3550), tuple[Count, Count], "(r_s, r_u): ranks of safety outside those of utility"),

@@ -26,11 +26,11 @@ from jaxsafe.methods.refusal_direction import (
     openings,
     template_positions,
 )
-from jaxsafe.methods.ssah import Role, RoleShares, unit_roles, unit_scores, units_of
+from jaxsafe.methods.ssah import Role, RoleShares, role_transfer, unit_roles, unit_scores, units_of
 from jaxsafe.methods.unit_inputs import INPUTS, InputMoments, input_moments
 from jaxsafe.model.weights import flatten
 from jaxsafe.progress import Progress, silent
-from jaxsafe.records.anatomy import Gap, RefusalDirection, RoleCount
+from jaxsafe.records.anatomy import Gap, RefusalDirection, RoleCount, RoleTransfer
 from jaxsafe.records.run import from_json, plain
 from jaxsafe.rows import Row, data_sha256
 
@@ -102,6 +102,20 @@ def unit_roles_once(
     safety, utility = (unit_scores(model.config, model.params, moments[side]) for side in SIDES)
     follows = ["units", data, plain(how.shares), how.as_coded]
     return UnitRoles(unit_roles(model.config, safety, utility, how.shares), moments["safety"], follows)
+
+
+def role_transfer_once(
+    store: Store, models: tuple[ChatModel, ChatModel], rows: Mapping[str, Sequence[Row]], how: UnitSettings
+) -> RoleTransfer:
+    """How units change their roles from the first model to the second, by the same `rows` of both sides.
+
+    The control is ours: the first model by every second row, and by the rows between.
+    """
+    halves = [{side: rows[side][k::2] for side in SIDES} for k in (0, 1)]
+    before, after = (unit_roles_once(store, model, rows, how).roles for model in models)
+    first, second = (unit_roles_once(store, models[0], half, how).roles for half in halves)
+    pairs = (role_transfer(before, after), role_transfer(first, second))
+    return RoleTransfer(models[1].name, *(tuple(map(tuple, counts.tolist())) for counts in pairs))
 
 
 def read_once(

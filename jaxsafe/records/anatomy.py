@@ -23,6 +23,18 @@ class RoleCount:
 
 
 @dataclasses.dataclass(frozen=True)
+class RoleTransfer:
+    """How many units of each role (rows, in the order of roles) have which role (columns) in the model `other`.
+
+    control: those of the model itself by one half of the scored rows (rows) and by the other half (columns).
+    """
+
+    other: str
+    counts: tuple[tuple[int, ...], ...]
+    control: tuple[tuple[int, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Gap:
     """How far apart a model reads normal and malicious prompts, layer by layer (arXiv 2408.17003, section 3.2).
 
@@ -105,3 +117,4 @@ class Details:
     direction: RefusalDirection
     overlaps: tuple[Overlap, ...]
     inside: tuple[Inside, ...]
+    transfer: RoleTransfer | None = None

@@ -27,6 +27,7 @@ def config(folder, tmp_path):
     c.malicious, c.normal = ("builtin:harmful/calibration#4",), ("builtin:plain/calibration#4",)
     c.candidate_positions, c.prune = 2, ("redundant",)
     c.weights, c.ranks, c.draws, c.triples = (0.05, 0.01), (28, 16), 2, 40
+    c.other_model = str(folder)
     c.over_refusal = ("builtin:lookalike/calibration#2",)
     return c
 
@@ -48,8 +49,14 @@ def test_a_run_leaves_everything_that_it_names(config, tmp_path):
     assert record.row("redundant units").about["sparsity"] > 0 and units["redundant"].neurons > 0
     assert details.scored == {"safety": len(PROMPTS), "utility": len(PROMPTS)}
     assert details.scan is not None and details.layers == details.scan.layers
+    assert details.transfer is not None and len(set(map(sum, details.transfer.control))) > 1
+    diagonal = [
+        [role.heads + role.neurons if role is other else 0 for other in details.roles] for role in details.roles
+    ]
+    assert [list(row) for row in details.transfer.counts] == diagonal, "a model beside itself"
     assert len(details.overlaps) == 9 and [each.part for each in details.inside] == ["weights", "units"]
     page = (out / "report.html").read_text()
+    assert "units have other roles" in page
     assert all(f"fig-{name}" in page for name in ("perplexity", "roles", "gap", "agreement"))
 
 
