@@ -46,7 +46,7 @@ def head_mask(config: ModelConfig, heads: Collection[Head]) -> Mask:
             raise ValueError(f"no head {(layer, head)}; the model has {config.layers} layers of {config.heads} heads")
         chosen[layer, head] = True
     group = chosen.reshape(config.layers, config.kv_heads, config.groups).all(-1)
-    units: dict[str, np.ndarray] = {"heads": chosen, "kv_heads": np.asarray(group)}
+    units = {"heads": chosen, "kv_heads": np.asarray(group)}
     return nest({path: _along(config, weight, units) for path, weight in linear_maps(config).items()})
 
 
@@ -68,7 +68,7 @@ def unit_mask(config: ModelConfig, units: Units) -> Mask:
     if (units.heads.shape, units.neurons.shape) != expected:
         raise ValueError(f"units have shapes {units.heads.shape} and {units.neurons.shape}; the model has {expected}")
     group = units.heads.reshape(config.layers, config.kv_heads, config.groups).any(-1)
-    chosen: dict[str, np.ndarray] = {"heads": units.heads, "kv_heads": np.asarray(group), "mlp": units.neurons}
+    chosen = {"heads": units.heads, "kv_heads": np.asarray(group), "mlp": units.neurons}
     owned = {path: w for path, w in weights(config).items() if w.stacked and chosen.keys() & {*w.inputs, *w.outputs}}
     return nest({path: _along(config, weight, chosen) for path, weight in owned.items()})
 

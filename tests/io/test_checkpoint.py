@@ -138,13 +138,9 @@ def test_a_signal_waits_for_what_must_be_whole_and_is_then_handed_on(number):
 
 
 def test_a_listener_that_raises_is_what_ends_the_run():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a process in the background lacks
-    try:
-        with pytest.raises(KeyboardInterrupt), stoppable() as whole, whole():
-            signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt), stoppable() as whole, whole():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_beside_the_main_thread_nothing_waits():

@@ -1,9 +1,11 @@
 """What bfloat16 does to scores, masks and steering of the real model: less than the choices that follow from them."""
 
+import jax
 import numpy as np
 import pytest
 
 from jaxsafe.chat.model import load_chat_model
+from jaxsafe.devices import multiplies_bfloat16
 from jaxsafe.kernels.selection import top
 from jaxsafe.kernels.sums import Scoring, gather
 from jaxsafe.methods.safety_tuning import builtin_refusals
@@ -38,10 +40,27 @@ def test_the_weights_that_matter_most_are_the_same(models, prompts, kind):
         assert (exact & masks[1][path]).sum() >= 0.95 * exact.sum() > 0, path
 
 
-def test_scores_of_prompts_move_by_less_than_they_differ(models, prompts):
-    """By 0.002 (root mean square); a single prompt may move by more."""
-    scores = []
+@pytest.fixture(scope="module")
+def scores(models, prompts):
+    found = []
     for model in models:
         cosines = read_prompts(model, find_directions(model, *prompts), [*prompts[0][:16], *prompts[1][:16]]).cosines
-        scores.append(cosines[:, model.config.layers // 3 : -1].mean(1))
+        found.append(cosines[:, model.config.layers // 3 : -1].mean(1))
+    return found
+
+
+NEWER = jax.__version_info__ >= (0, 12)
+
+
+@pytest.mark.xfail(
+    NEWER or multiplies_bfloat16(),
+    strict=NEWER,
+    reason="bfloat16 moves one prompt of 32 by 0.0029 under jax 0.12; older ones are not known on native products",
+)
+def test_scores_of_prompts_are_the_same(scores):
+    assert np.abs(scores[0] - scores[1]).max() <= 0.002 < np.ptp(scores[0])
+
+
+def test_scores_of_prompts_move_by_less_than_they_differ(scores):
+    """By 0.002 (root mean square); a single prompt may move by more."""
     assert np.sqrt(np.square(scores[0] - scores[1]).mean()) <= 0.002 < 0.1 * scores[0].std()
