@@ -113,7 +113,8 @@ def compare(name: str, peer: str, contests: Mapping[str, Contest], rounds: int, 
 
 def emit(name: str, **fields: Any) -> None:
     """Prints the measurement `name` as one line of JSON, with versions, processor and load."""
-    versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
+    present = [package for package in ("torch", "transformers") if importlib.util.find_spec(package)]
+    versions = {package: importlib.metadata.version(package) for package in present}
     where = {"processor": processor_name(), "cores": usable_cores(), "load": os.getloadavg()[0]}
     line = {"name": name, **fields, **vars(environment()), **versions, **where}
     print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in line.items()}), flush=True)

@@ -47,6 +47,9 @@ if TYPE_CHECKING:
     from jaxsafe.kernels.actions import Clamp as Clamp
     from jaxsafe.kernels.actions import Gated as Gated
     from jaxsafe.kernels.actions import named_span as named_span
+    from jaxsafe.kernels.directions import difference as difference
+    from jaxsafe.kernels.directions import moved as moved
+    from jaxsafe.kernels.directions import random_direction as random_direction
     from jaxsafe.kernels.forward import capture as capture
     from jaxsafe.kernels.freezing import freeze as freeze
     from jaxsafe.kernels.freezing import outside as outside
@@ -107,11 +110,14 @@ if TYPE_CHECKING:
     from jaxsafe.methods.ssah import unit_scores as unit_scores
     from jaxsafe.methods.ssah import units_of as units_of
     from jaxsafe.methods.ssah import without_units as without_units
+    from jaxsafe.methods.together import Training as Training
+    from jaxsafe.methods.together import train_together as train_together
     from jaxsafe.methods.trainer import FineTuning as FineTuning
     from jaxsafe.methods.trainer import train as train
     from jaxsafe.methods.trainer import trained as trained
     from jaxsafe.methods.unit_inputs import InputMoments as InputMoments
     from jaxsafe.methods.unit_inputs import input_moments as input_moments
+    from jaxsafe.methods.visage import visage as visage
     from jaxsafe.model.config import ModelConfig as ModelConfig
     from jaxsafe.model.layers import LayerRange as LayerRange
     from jaxsafe.model.taps import At as At
@@ -188,6 +194,10 @@ _WHERE = {
     "jaccard": "jaxsafe.kernels.selection",
     "act_svd": "jaxsafe.kernels.lowrank",
     "remove_ranks": "jaxsafe.kernels.lowrank",
+    "difference": "jaxsafe.kernels.directions",
+    "moved": "jaxsafe.kernels.directions",
+    "random_direction": "jaxsafe.kernels.directions",
+    "visage": "jaxsafe.methods.visage",
     "ablation": "jaxsafe.kernels.ablation",
     "orthogonalised": "jaxsafe.kernels.ablation",
     "remove_orthogonal": "jaxsafe.kernels.lowrank",
@@ -240,6 +250,8 @@ _WHERE = {
     "rewind": "jaxsafe.kernels.freezing",
     "LoRA": "jaxsafe.kernels.lora",
     "merge_adapters": "jaxsafe.kernels.lora",
+    "Training": "jaxsafe.methods.together",
+    "train_together": "jaxsafe.methods.together",
     "FineTuning": "jaxsafe.methods.trainer",
     "train": "jaxsafe.methods.trainer",
     "trained": "jaxsafe.methods.trainer",

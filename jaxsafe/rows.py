@@ -22,6 +22,9 @@ from jaxsafe.progress import Progress
 Tree = Any
 """A tree of arrays whose leading axis is that of the rows."""
 
+SHORTEST = 32
+"""Shorter rows are padded to so many slots behind shared ones: one more program costs more than padding."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -77,11 +80,6 @@ def shared_tokens(rows: Sequence[Row]) -> int:
     return alike // 8 * 8 if alike >= 16 else 0
 
 
-def _own(length: int, shared: int) -> int:
-    """The slots that a row needs behind shared ones; at least 32: one more batch costs more than padding short rows."""
-    return max(length - shared, 32) if shared else length
-
-
 def pad_rows(
     rows: Sequence[Row], length: int | None = None, count: int | None = None, pad: int = 0, shared: int = 0
 ) -> Batch:
@@ -91,7 +89,7 @@ def pad_rows(
     bucket is that of the others. Raises ValueError where a row does not fit.
     """
     longest = max((len(row.ids) for row in rows), default=1)
-    length = shared + bucket(_own(longest, shared)) if length is None else length
+    length = shared + bucket(max(longest - shared, SHORTEST)) if length is None else length
     count = len(rows) if count is None else count
     if longest > length or len(rows) > count:
         raise ValueError(f"{len(rows)} rows of up to {longest} tokens do not fit {count} rows of {length}")
@@ -104,16 +102,18 @@ def pad_rows(
     return Batch(tokens, valid, ends, shared)
 
 
-def group_by_length(lengths: Sequence[int], batch_size: int) -> list[np.ndarray]:
+def group_by_length(lengths: Sequence[int], batch_size: int, least: int = 0) -> list[np.ndarray]:
     """Indices of the rows of each batch: longest first, one length bucket a batch, at most `batch_size` rows.
 
-    The longest come first so that a batch that does not fit memory is met at the start.
+    A batch of fewer than `least` rows takes shorter rows, too, down to half its slots. The longest come first so that
+    a batch that does not fit memory is met at the start.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     groups: list[list[int]] = []
     for i in order:
-        same = groups and bucket(lengths[groups[-1][0]]) == bucket(lengths[i])
-        if same and len(groups[-1]) < batch_size:
+        size = len(groups[-1]) if groups else batch_size
+        slots, own = bucket(lengths[groups[-1][0]]) if groups else 0, bucket(lengths[i])
+        if size < batch_size and (slots == own or (size < least and slots <= 2 * own)):
             groups[-1].append(i)
         else:
             groups.append([i])
@@ -143,7 +143,9 @@ def run_batches(call: Call, rows: Sequence[Row], batch_size: int, multiple: int 
     if not rows:
         raise ValueError("there are no rows to run; give at least one prompt")
     shared = shared_tokens(rows)
-    queue = group_by_length([_own(len(row.ids), shared) for row in rows], batch_size)[::-1]
+    # Batches are at least half full where they can be: a few rows cost a program, and passes, of their own.
+    lengths = [max(len(row.ids) - shared, SHORTEST) for row in rows]
+    queue = group_by_length(lengths, batch_size, least=(batch_size + 1) // 2)[::-1]
     while queue:
         indices = queue.pop()
         count = row_bucket(len(indices), batch_size, multiple)

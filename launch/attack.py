@@ -19,7 +19,7 @@ from jaxsafe.kernels.lora import LoRA
 from jaxsafe.methods import attacks
 from jaxsafe.methods.attacks import Attack, Example, preset, training_rows
 from jaxsafe.methods.brittleness import SIDES
-from jaxsafe.methods.cells import Cell, Grid, Tuning, before, examine_run, runs
+from jaxsafe.methods.cells import Cell, Grid, Tuning, Work, before, examine_run, examine_together, runs
 from jaxsafe.methods.defences import Defence, Keep, defences
 from jaxsafe.methods.layer_scan import ScanSettings, safety_layers_once
 from jaxsafe.methods.trainer import FineTuning
@@ -50,11 +50,16 @@ def check(config: ConfigDict) -> None:
     if config.export_adapter and ("lora" not in config.tunings or config.adapter):
         trained = "config.adapter is merged before" if config.adapter else f"config.tunings are {config.tunings}"
         raise ValueError(f"config.export_adapter writes adapters of config.model that were trained, but {trained}")
+    if config.lora_sweep and "lora" not in config.tunings:
+        raise ValueError(f"config.lora_sweep is of adapters, but config.tunings are {config.tunings}; add 'lora'")
     for attack in chosen:
+        if attack.steps < max(config.evaluate_at, default=0):
+            due = f"config.evaluate_at {config.evaluate_at}"
+            raise ValueError(f"{due}: {attack.label} trains for {attack.steps} steps; give more config.epochs")
         if attack.batch_size % config.accumulation:
             parts = f"config.accumulation {config.accumulation} does not divide"
             raise ValueError(f"{parts} batches of {attack.batch_size} ({attack.label})")
-        for file in {attack.rows if attack.ratio < 1 else "", attack.poison} - {"", attacks.OBEDIENT, attacks.OWN}:
+        for file in {attack.rows if attack.ratio < 1 else "", attack.poison} - {"", attacks.OWN, *attacks.SHIPPED}:
             attacks.load_examples(file, attack.wording)
     if FIND in config.freeze_layers:
         start_of(config, 100)
@@ -64,9 +69,15 @@ def check(config: ConfigDict) -> None:
 def results(config: ConfigDict) -> int:
     """How many results the experiment has: of each attack the model before it, and the due steps of its runs."""
     regions = len(config.freeze_weights) + len(config.freeze_ranks) + len(config.freeze_layers)
-    kept, runs = regions * (1 + config.controls), len(config.tunings) * len(config.seeds)
-    due = [-(-attack.steps // (config.evaluate_every or attack.steps)) for attack in attacks_of(config)]
+    kept, runs = regions * (1 + config.controls), len(tunings_of(config)) * len(config.seeds)
+    due = [_due(config, attack.steps) for attack in attacks_of(config)]
     return sum(1 + runs * ((1 + kept) * steps + kept * config.rewinds) for steps in due)
+
+
+def _due(config: ConfigDict, steps: int) -> int:
+    """How many of so many steps are examined."""
+    every = range(config.evaluate_every, steps, config.evaluate_every) if config.evaluate_every else ()
+    return len({*every, *config.evaluate_at, steps})
 
 
 def start_of(config: ConfigDict, layers: int) -> LayerRange:
@@ -98,16 +109,21 @@ def run(
     guards, scans = guards_of(config, model, study, clock)
     folder = (checkpoints or out / "checkpoints") if config.checkpoint_every else None
     adapters = out / "adapters" if config.export_adapter else None
-    grid = Grid(material, tuple(guards), config.evaluate_every, folder, clock.watch("training_s"), adapters=adapters)
+    watch, at = clock.watch("training_s"), tuple(config.evaluate_at)
+    grid = Grid(material, tuple(guards), config.evaluate_every, folder, watch, adapters=adapters, at=at)
 
     losses: dict[str, float | None] = {}
     for attack in chosen:
         rows = {seed: training_rows(model, drawn) for seed, drawn in examples[attack].items()}
         slots = slots_of([row for each in rows.values() for row in each])
         studies[attack].examine(before(attack), model)
-        for cells in runs([attack], tunings, guards, config.seeds):
-            settings_of_run = training_of(config, cells[0], slots)
-            losses |= examine_run(studies[attack], cells, settings_of_run, rows[cells[0].seed], grid)
+        work = [
+            Work(studies[attack], cells, training_of(config, cells[0], slots), rows[cells[0].seed], grid)
+            for cells in runs([attack], tunings, guards, config.seeds)
+        ]
+        examine_together(work, config.lora_together)
+        for each in work:
+            losses |= examine_run(each.study, each.cells, each.settings, each.rows, grid)
 
     for tokens in grid.tokens:
         clock.count("training_s", tokens)
@@ -126,10 +142,14 @@ def attacks_of(config: ConfigDict) -> list[Attack]:
 
 
 def tunings_of(config: ConfigDict) -> list[Tuning]:
-    """Full fine-tuning and LoRA, as the config asks."""
-    adapters = LoRA(config.lora_rank, config.lora_alpha, tuple(config.lora_maps))
+    """Full fine-tuning and LoRA, as the config asks, and behind them the sweep of LoRA."""
+    adapters = LoRA(config.lora_rank, config.lora_alpha, tuple(config.lora_maps), config.lora_dropout)
     known = {"full": Tuning("full"), "lora": Tuning("lora", adapters, config.lora_learning_rate)}
-    return [known[name] for name in config.tunings]
+    swept = [
+        Tuning(f"lora r={rank} rate={rate:g}", dataclasses.replace(adapters, rank=rank), rate)
+        for rank, rate in config.lora_sweep
+    ]
+    return [known[name] for name in config.tunings] + swept
 
 
 def examples_of(

@@ -56,6 +56,18 @@ def check(config: ConfigDict) -> None:
     for name in ("chat_template", "template_args", "system"):
         if config.raw and config[name]:
             raise ValueError(f"config.raw asks prompts without a template, so config.{name} would do nothing; give one")
+    if "settings" in config:
+        check_settings(config)
+    if config.text:
+        load_text(config.text) if config.reading in PROTOCOLS else load_passages(config.text, config.passages)
+    if config.window and config.reading not in PROTOCOLS:
+        raise ValueError(f"config.window {config.window} does nothing under config.reading {config.reading!r}")
+    if config.get("zero_shot") and importlib.util.find_spec("lm_eval") is None:
+        raise ValueError(f'config.zero_shot {config.zero_shot} needs lm-eval: pip install "jaxsafe[eval]"')
+
+
+def check_settings(config: ConfigDict) -> None:
+    """Raises ValueError for settings of asking that contradict each other."""
     if config.suffixes and "suffix" not in config.settings:
         raise ValueError(f"config.suffixes is given, but config.settings {config.settings} has no 'suffix'")
     named = [setting_of(config, name) for name in config.settings if name != PERSONA]
@@ -63,12 +75,6 @@ def check(config: ConfigDict) -> None:
         raise ValueError(
             f"config.settings must begin with one answer a prompt, as 'vanilla'; got {config.settings[0]!r}"
         )
-    if config.text:
-        load_text(config.text) if config.reading in PROTOCOLS else load_passages(config.text, config.passages)
-    if config.window and config.reading not in PROTOCOLS:
-        raise ValueError(f"config.window {config.window} does nothing under config.reading {config.reading!r}")
-    if config.get("zero_shot") and importlib.util.find_spec("lm_eval") is None:
-        raise ValueError(f'config.zero_shot {config.zero_shot} needs lm-eval: pip install "jaxsafe[eval]"')
 
 
 def check_scored(config: ConfigDict) -> None:
@@ -225,8 +231,8 @@ def scored_records(config: ConfigDict, model: ChatModel, roles: Roles, store: St
     return tuple(found)
 
 
-def scored_roles(config: ConfigDict) -> Roles:
-    """Prompt sets by role: scored for safety and for utility, evaluated, and harmless.
+def scored_roles(config: ConfigDict, further: Sequence[str] = ()) -> Roles:
+    """Prompt sets by role: scored for safety and for utility, of `further` fields, evaluated, and harmless.
 
     No prompt is both scored and evaluated, those of files of pairs included, which have no roles. Raises ValueError
     where there is nothing to evaluate.
@@ -234,6 +240,7 @@ def scored_roles(config: ConfigDict) -> Roles:
     if not config.evaluation:
         raise ValueError("config.evaluation is empty; name at least one set of harmful prompts")
     scored = {side: () if config[f"{side}_pairs"] else config[side] for side in SIDES}
+    scored |= {name: config[name] for name in further}
     evaluate = {name: config[name] for name in ("evaluation", "harmless")}
     roles = assign_roles(scored, evaluate, config.data or None, (), config.seed)
     for file in (config[f"{side}_pairs"] for side in SIDES if config[f"{side}_pairs"]):

@@ -14,7 +14,10 @@ TASKS = {
     "scans": "steer a chat model so that it refuses what is harmful and answers what only looks so (SCANS)",
     "overrefusal": "put every remedy for over-refusal side by side, each with a control of its size",
     "brittleness": "find and remove the weights and ranks that carry a chat model's safety",
+    "anatomy": "where a chat model's safety lives: units, layers, weights, ranks, direction, and how far they agree",
     "attack": "fine-tune safety away, with and without defences",
+    "jailbreak": "get past safety without training: prefill, persona, decoding, ablation, scaling, suffixes",
+    "landscape": "walk through the weights around a chat model: where does its safety end, and where its language",
     "reproduce": "which tables of the papers can be made, with their commands, memory and times",
     "plan": "will a job fit, and how fast can it be, before there is a machine for it",
 }

@@ -207,10 +207,14 @@ def _holder(path: pathlib.Path) -> str:
 
 
 def differences(old: Identity, new: Identity) -> str:
-    """In which settings two experiments differ, as "config.alpha 1.0 -> 2.0"; empty where they are the same."""
+    """In which settings two experiments differ, as "config.alpha 1.0 -> 2.0"; empty where they are the same.
+
+    What the old one does not name was off there, such as a field that is newer.
+    """
     if old.task != new.task:
         return f"{_named(old)}, not {_named(new)}"
-    names = [name for name in {**old.config, **new.config} if _value(old, name) != _value(new, name)]
+    named = {name: value for name, value in new.config.items() if value or name in old.config}
+    names = [name for name in {**old.config, **named} if _value(old, name) != _value(new, name)]
     said = [f"config.{name} {_value(old, name)} -> {_value(new, name)}" for name in names]
     more = f" and {len(said) - 4} more" if len(said) > 4 else ""
     return ", ".join(said[:4]) + more

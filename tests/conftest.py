@@ -16,6 +16,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 QUICK = """
 --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_parallel_codegen_split_count=1
 """
+if jax.__version_info__ < (0, 11):  # a flag that newer versions do not know, and refuse
+    QUICK += "--xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {' '.join(QUICK.split())}"
 # A program that one file of tests compiled is read by the others, in every process of a run; a folder that is named
 # serves the next run, too.

@@ -59,6 +59,7 @@ def test_each_block_does_what_it_says(names):
         names["wanda"], names["safety_scores"]
     )
     assert not same(names["without_two"], model.params) and not same(names["fewer"].params, names["without_two"])
+    assert not same(names["near"].params, model.params)
 
 
 @pytest.mark.slow

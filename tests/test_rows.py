@@ -9,10 +9,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxsafe.progress import silent
-from jaxsafe.rows import Batch, Row, bucket, group_by_length, in_order, pad_rows, reported, row_bucket, run_batches
+from jaxsafe.rows import (
+    Batch,
+    Row,
+    bucket,
+    group_by_length,
+    in_order,
+    pad_rows,
+    reported,
+    row_bucket,
+    run_batches,
+)
 
 unhurried = settings(deadline=None)
-lengths_of_rows = st.lists(st.integers(1, 70), min_size=1, max_size=40)
+lengths_of_rows = st.lists(st.integers(1, 140), min_size=1, max_size=40)
 
 
 def map_batches(call, rows, batch_size, multiple=1, done=silent):
@@ -43,7 +53,8 @@ def test_rows_stand_at_the_right_of_their_batch():
 
 
 def test_rows_are_padded_to_the_bucket_of_the_longest():
-    assert pad_rows(rows_of([3, 13])).tokens.shape == (2, 16)
+    assert pad_rows(rows_of([3, 34])).tokens.shape == (2, 48)
+    assert pad_rows(rows_of([3, 13])).tokens.shape == (2, 32)
 
 
 @pytest.mark.parametrize("options", [{"length": 3}, {"count": 1}])
@@ -59,17 +70,31 @@ def test_an_instruction_end_outside_the_row_is_refused(n, end):
 
 
 @unhurried
-@given(lengths_of_rows, st.integers(1, 9))
-def test_groups_hold_every_row_once_longest_first_one_bucket_each(lengths, batch_size):
-    groups = group_by_length(lengths, batch_size)
+@given(lengths_of_rows, st.integers(1, 9), st.data())
+def test_groups_hold_every_row_once_longest_first_and_mix_lengths_below_the_least(lengths, batch_size, data):
+    least = data.draw(st.integers(0, batch_size))
+    groups = group_by_length(lengths, batch_size, least)
     order = [lengths[i] for group in groups for i in group]
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     assert order == sorted(order, reverse=True)
-    for group in groups:
-        assert len(group) <= batch_size
-        assert len({bucket(lengths[i]) for i in group}) == 1
-    for one, two in itertools.pairwise(groups):
-        assert len(one) == batch_size or bucket(lengths[one[0]]) != bucket(lengths[two[0]])
+    slots = [[bucket(lengths[i]) for i in group] for group in groups]
+    for sizes in slots:
+        assert len(sizes) <= batch_size
+        assert all(size == sizes[0] or (i < least and 2 * size >= sizes[0]) for i, size in enumerate(sizes))
+    for one, two in itertools.pairwise(slots):
+        full = len(one) == batch_size or (one[0] != two[0] and len(one) >= least)
+        assert full or 2 * two[0] < one[0], "the next row had a place here"
+
+
+def test_batches_of_different_lengths_are_half_full():
+    shapes = []
+
+    def call(batch, indices):
+        shapes.append(batch.tokens.shape)
+        return batch.tokens.max(-1)
+
+    map_batches(call, rows_of([90] + [60] * 3 + [50] * 2 + [20, 5]), 8)
+    assert shapes == [(4, 96), (4, 64)]
 
 
 @unhurried

@@ -38,7 +38,7 @@ ATTACK: Fields = {
     "attacks": Field(
         ("identity_shift#10",),
         SomeTexts,
-        "identity_shift, benign or poisoned, with a number of examples",
+        "identity_shift, benign, openers or poisoned, with a number of examples",
         entry=check_name,
     ),
     "rows": Field(None, str | None, "a file of examples takes the place of the preset's"),
@@ -61,7 +61,12 @@ ATTACK: Fields = {
     "lora_rank": Field(8, Count, "of adapters"),
     "lora_alpha": Field(16.0, Positive, "adapters count lora_alpha / lora_rank"),
     "lora_maps": Field(MAPS, SomeTexts, "linear maps with adapters", MAPS),
+    "lora_dropout": Field(0.0, Annotated[float, Meta(ge=0, lt=1)], "share of adapters' inputs that a step drops"),
     "lora_learning_rate": Field(None, Positive | None, "None: as full fine-tuning"),
+    "lora_sweep": Field((), tuple[tuple[Count, Positive], ...], "further adapters: (rank, learning rate)"),
+    "lora_together": Field(
+        4, Count, "undefended runs of adapters trained at once, where they fit memory; 1: none", identifies=False
+    ),
     "export_adapter": Field(False, bool, "leave the adapters of undefended runs in --out/adapters, for PEFT"),
     "checkpoint_every": Field(0, Natural, "steps; 0 keeps none, which suits runs of minutes", identifies=False),
 }
@@ -100,6 +105,7 @@ FIELDS: Fields = {
     "settings": Field(("attack",), SomeTexts, "ways of asking; attack: as its persona", ("attack", *SETTINGS)),
     **TASKS,
     "evaluate_every": Field(0, Natural, "steps between exams; 0: before and after training only"),
+    "evaluate_at": Field((), tuple[Count, ...], "further steps with an exam"),
 }
 
 

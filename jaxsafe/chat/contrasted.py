@@ -34,15 +34,16 @@ class Contrasted:
         if self.model.edits or self.other.edits:
             raise ValueError("models with edits cannot be contrasted; bake the edits into the weights")
 
-    def with_prompt(self, system: System = KEEP, raw: bool | None = None) -> "Contrasted":
+    def with_prompt(self, system: System = KEEP, raw: bool | None = None, opening: str | None = None) -> "Contrasted":
         """The same contrast asked in another way; see `ChatModel.with_prompt`.
 
         Raises ValueError where the two are one model under two prompts and one of these would be replaced.
         """
-        main, other = self.model.with_prompt(system, raw), self.other.with_prompt(system, raw)
+        main = self.model.with_prompt(system, raw, opening)
         if self.one_model and (main.system, main.raw) != (self.model.system, self.model.raw):
             raise ValueError("a contrast of two prompts cannot be asked under a third; leave this setting out")
-        return self if self.one_model else dataclasses.replace(self, model=main, other=other)
+        prompt = (KEEP, None) if self.one_model else (system, raw)
+        return dataclasses.replace(self, model=main, other=self.other.with_prompt(*prompt, opening))
 
     @property
     def one_model(self) -> bool:

@@ -68,8 +68,9 @@ class ChatModel:
     """A model, its tokenizer, the devices that hold it, and how it is asked.
 
     `system` is the system prompt of every conversation; None leaves it to the chat template. `raw` asks prompts
-    without any template. `edits` {tap: edit} change every pass; their gates and starts are the same for all rows.
-    `adapter_sha256` is the digest of an adapter that is merged into the weights.
+    without any template. `opening` begins every answer: the model goes on from it, and it counts as asked, not as said.
+    `edits` {tap: edit} change every pass; their gates and starts are the same for all rows. `adapter_sha256` is the
+    digest of an adapter that is merged into the weights.
     """
 
     name: str
@@ -81,6 +82,7 @@ class ChatModel:
     raw: bool = False
     edits: Edits = None
     adapter_sha256: str | None = None
+    opening: str = ""
 
     def row(self, prompt: str, answer: str = "", system: System = KEEP) -> Row:
         """`prompt` as the model is asked it, and `answer` behind it; raw prompts have no system prompt.
@@ -89,9 +91,11 @@ class ChatModel:
         lacks.
         """
         if self.raw:
-            row = self.tokenizer.raw_row(prompt, answer)
+            asked = self.tokenizer.raw_row(prompt, self.opening).ids
         else:
-            row = self.tokenizer.chat_row(prompt, self.system if isinstance(system, Keep) else system, answer)
+            own = self.system if isinstance(system, Keep) else system
+            asked = self.tokenizer.chat_row(prompt, own, self.opening).ids
+        row = Row((*asked, *self.tokenizer.plain_ids(answer)), len(asked) - 1)
         self.tokenizer.check_vocabulary(row.ids, self.config.vocab)
         return row
 
@@ -189,8 +193,8 @@ class ChatModel:
         """The model with these edits in place of its own."""
         return dataclasses.replace(self, edits=edits)
 
-    def with_prompt(self, system: System = KEEP, raw: bool | None = None) -> "ChatModel":
-        """The model asked with this system prompt, and with or without the chat template.
+    def with_prompt(self, system: System = KEEP, raw: bool | None = None, opening: str | None = None) -> "ChatModel":
+        """The model asked with this system prompt, with or without the chat template, its answers begun by `opening`.
 
         Raises ValueError for another prompt where a soft prompt lies in the place of this one's tokens.
         """
@@ -198,6 +202,7 @@ class ChatModel:
             self,
             system=self.system if isinstance(system, Keep) else system,
             raw=self.raw if raw is None else raw,
+            opening=self.opening if opening is None else opening,
         )
         soft = isinstance((self.edits or {}).get("embed"), SoftPrompt)
         if soft and (asked.system, asked.raw) != (self.system, self.raw):
@@ -245,6 +250,8 @@ class ChatModel:
         asked: list[Any] = [self.template_sha256, self.system, self.raw]
         if self.tokenizer.template_args and not self.raw:
             asked.append(dict(self.tokenizer.template_args))
+        if self.opening:
+            asked.append(["opening", self.opening])
         return digest(config_to_hf(self.config), by_path, *asked)
 
 

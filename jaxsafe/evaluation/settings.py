@@ -22,8 +22,9 @@ class Setting:
 
     name: in names of rates and in samples; system: the system prompt, KEEP for the model's own, None leaves it to the
     chat template; template: whether prompts stand in the chat template; prefix, after: stand around every prompt;
-    suffixes: each prompt is asked once with each of them; samples: answers a prompt; temperature: 0 is greedy. Raises
-    ValueError where these contradict each other.
+    suffixes: each prompt is asked once with each of them; samples: answers a prompt; temperature: 0 is greedy; top_k,
+    top_p: of what is sampled, as in `Sampling`; opening: what every answer begins with, given to the model and no part
+    of its answer (prefill). Raises ValueError where these contradict each other.
     """
 
     name: str
@@ -34,12 +35,18 @@ class Setting:
     temperature: float = 0.0
     prefix: str = ""
     after: str = ""
+    top_k: int = 0
+    top_p: float = 1.0
+    opening: str = ""
 
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise ValueError(f"setting {self.name!r}: samples {self.samples} must be at least 1")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError(f"setting {self.name!r}: {self.samples} samples at temperature 0 are all alike; need 1")
+        if self.temperature == 0 and (self.top_k, self.top_p) != (0, 1.0):
+            choice = f"top_k {self.top_k} and top_p {self.top_p}"
+            raise ValueError(f"setting {self.name!r}: {choice} at temperature 0 choose nothing; need 0 and 1")
         if self.samples > 1 and self.suffixes:
             raise ValueError(f"setting {self.name!r}: {self.samples} samples with suffixes; need 1 sample a suffix")
         if isinstance(self.system, str) and not self.template:
@@ -49,6 +56,12 @@ class Setting:
     def width(self) -> int:
         """Answers a prompt."""
         return len(self.suffixes) or self.samples
+
+    @property
+    def drawn(self) -> list[float]:
+        """The numbers by which answers are drawn: samples, temperature, and what else there is."""
+        choice = [self.top_k, self.top_p] if (self.top_k, self.top_p) != (0, 1.0) else []
+        return [self.samples, self.temperature, *choice]
 
     def texts(self, prompt: str) -> list[str]:
         """What stands for `prompt` in the conversation, by suffix; without the template a line of its own."""

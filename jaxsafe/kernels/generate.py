@@ -70,12 +70,18 @@ def prefill(config: ModelConfig, params: Params, batch: Batch, edits: Any, new_s
 
 
 def decode(
-    config: ModelConfig, params: Params, batch: Batch, prompted: Prompted, drawing: Drawing, edits: Any = None
+    config: ModelConfig,
+    params: Params,
+    batch: Batch,
+    prompted: Prompted,
+    drawing: Drawing,
+    edits: Any = None,
+    axis_name: str | None = None,
 ) -> Generated:
     """Answers to the prompts of `batch`, which the model has read as `prompted` says.
 
-    The cache has at least T + new_tokens - 1 slots. The loop ends when every row has drawn one of `drawing.eos`; a
-    row of nothing but padding counts as done.
+    The cache has at least T + new_tokens - 1 slots. The loop ends when every row has drawn one of `drawing.eos`, those
+    of all models of a mapped axis `axis_name` where there is one; a row of nothing but padding counts as done.
     """
     tokens, valid, new = batch.tokens, jnp.asarray(batch.valid), drawing.new_tokens
     B, T = tokens.shape
@@ -97,7 +103,9 @@ def decode(
         )
 
     def unfinished(state: Answering) -> Bool[Array, ""]:
-        return (state.step < new) & ~state.done.all()
+        left = ~state.done.all()
+        # One loop for all models: a loop that ends for each by itself would copy its cache at every step.
+        return (state.step < new) & (left if axis_name is None else jax.lax.pmax(left, axis_name))
 
     def answer_on(state: Answering) -> Answering:
         slots = Slots(filled, T + state.step - 1)
@@ -120,13 +128,18 @@ def decode(
     return Generated(end.out, lengths.astype(jnp.int32))
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("config", "axis_name"))
 def prefill_and_decode(
-    config: ModelConfig, params: Params, batch: Batch, drawing: Drawing, edits: Any = None
+    config: ModelConfig,
+    params: Params,
+    batch: Batch,
+    drawing: Drawing,
+    edits: Any = None,
+    axis_name: str | None = None,
 ) -> Generated:
     """Answers to a batch of prompts, from arrays alone: the program that `generate` runs."""
     prompted = prefill(config, params, batch, edits, drawing.new_tokens - 1)
-    return decode(config, params, batch, prompted, drawing, edits)
+    return decode(config, params, batch, prompted, drawing, edits, axis_name)
 
 
 def generate(

@@ -17,7 +17,8 @@ from jaxsafe.kernels.lora import LoRA
 from jaxsafe.methods.attacks import Attack
 from jaxsafe.methods.brittleness import Material
 from jaxsafe.methods.defences import NONE, Defence
-from jaxsafe.methods.trainer import FineTuning, Step, train
+from jaxsafe.methods.together import Training, latest_step, shared, train_together
+from jaxsafe.methods.trainer import FineTuning, Step, described, train
 from jaxsafe.model.transformer import Params
 from jaxsafe.progress import Watch, unwatched
 from jaxsafe.records.attack import About
@@ -63,9 +64,9 @@ class Cell:
         against its random control where that is one of `guards`. Its columns are those of `records.attack.About`;
         scores are made for the share where the material's store does not hold it.
         """
-        run = dataclasses.asdict(settings)
+        run = described(settings)
         # Padding follows from the rows of all seeds, so that another seed would make every cell anew.
-        del run["checkpoint_every"], run["slots"]
+        del run["slots"]
         trained_on = data_sha256(self.defence.rows(rows))
         free = dataclasses.replace(self, defence=NONE)
         control = self.defence.control
@@ -125,7 +126,7 @@ class Grid:
     material: what defences are made from; guards: the defences of the grid; every: steps between examinations, 0 for
     none before the end; checkpoints: a folder that all processes see, None to keep none; watch: shows how far a run
     is; tokens: those that runs learn from, counted as they go; adapters: where undefended runs leave the adapters that
-    they train, as folders of PEFT; None to leave none.
+    they train, as folders of PEFT, None to leave none; at: further steps that are examined.
     """
 
     material: Material
@@ -135,6 +136,80 @@ class Grid:
     watch: Watch = unwatched
     tokens: list[Tokens] = dataclasses.field(default_factory=list)
     adapters: pathlib.Path | None = None
+    at: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """A training run of a study: the first of `cells` is trained on `rows`, the others act on its last weights."""
+
+    study: Study
+    cells: Sequence[Cell]
+    settings: FineTuning
+    rows: Sequence[Row]
+    grid: Grid
+
+    @property
+    def cell(self) -> Cell:
+        """The one that is trained."""
+        return self.cells[0]
+
+    @functools.cached_property
+    def points(self) -> dict[int, Variant]:
+        """What is examined on the way and at the end, by step."""
+        every, steps = self.grid.every, range(1, self.settings.steps + 1)
+        due = [s for s in steps if s == steps[-1] or s in self.grid.at or (every and s % every == 0)]
+        return {step: self._variant(self.cell, step) for step in due}
+
+    @functools.cached_property
+    def ends(self) -> dict[Cell, Variant]:
+        """What is examined of the other cells."""
+        return {cell: self._variant(cell, self.settings.steps) for cell in self.cells[1:]}
+
+    def _variant(self, cell: Cell, step: int) -> Variant:
+        return cell.variant(step, self.settings, self.rows, self.grid.material, self.grid.guards)
+
+    @property
+    def finished(self) -> bool:
+        """Whether all results are there; those that are take their places among the examined."""
+        found = [self.study.finished(variant) for variant in (*self.points.values(), *self.ends.values())]
+        return all(found)
+
+    @property
+    def trained_on(self) -> Sequence[Row]:
+        """The rows that the defence leaves."""
+        return self.cell.defence.rows(self.rows)
+
+    @property
+    def folder(self) -> pathlib.Path | None:
+        """Where its checkpoints lie."""
+        end = self.study.key(self.points[self.settings.steps])
+        return self.grid.checkpoints and self.grid.checkpoints / end[:16]
+
+    def examine(self, step: Step) -> None:
+        """Examines what is due at a step of the run, and exports adapters at its end where that is asked."""
+        study, cell, grid = self.study, self.cell, self.grid
+        mean = sum(len(row.ids) for row in self.trained_on) / max(1, len(self.trained_on))
+        grid.tokens.append(Tokens(learned=0 if step.begins else round(self.settings.batch_size * mean)))
+        if step.number == self.settings.steps and grid.adapters and cell.tuning.lora and cell.defence == NONE:
+            place = grid.adapters / re.sub(r"\W+", "_", cell.name)
+            save_peft(place, study.model.config, step.adapters or {}, cell.tuning.lora.alpha, study.model.name)
+        variant = self.points.get(step.number)
+        if variant is not None and not study.finished(variant):
+            if not study.store.has("loss", study.key(variant)):
+                study.store.write("loss", study.key(variant), step.loss)
+            self._examine(cell, variant, step.weights())
+
+    def examine_ends(self, tuned: Params) -> None:
+        """Examines the other cells by the last weights of the run, whose checkpoints then go."""
+        for cell, variant in self.ends.items():
+            self._examine(cell, variant, tuned)
+        if self.folder is not None and jax.process_index() == 0:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _examine(self, cell: Cell, variant: Variant, tuned: Params) -> None:
+        after = functools.partial(cell.defence.after, tuned, self.grid.material, cell.seed)
+        self.study.examine(variant, functools.partial(_made, self.study.model, after))
 
 
 def examine_run(
@@ -145,49 +220,62 @@ def examine_run(
     What is finished is read instead; an interrupted run goes on from its checkpoints. Returns the training loss by
     variant.
     """
-    due = [s for s in range(1, settings.steps + 1) if s == settings.steps or (grid.every and s % grid.every == 0)]
-    of = functools.partial(Cell.variant, settings=settings, rows=rows, material=grid.material, guards=grid.guards)
-    points = {step: of(cells[0], step) for step in due}
-    ends = {cell: of(cell, settings.steps) for cell in cells[1:]}
-    finished = [study.finished(variant) for variant in (*points.values(), *ends.values())]
-    if not all(finished):
-        folder = grid.checkpoints and grid.checkpoints / study.key(points[settings.steps])[:16]
-        tuned = _trained(study, cells[0], settings, cells[0].defence.rows(rows), (points, folder), grid)
-        for cell, variant in ends.items():
-            after = functools.partial(cell.defence.after, tuned, grid.material, cell.seed)
-            study.examine(variant, functools.partial(_made, study.model, after))
-        if folder is not None and jax.process_index() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-    return {variant.name: study.store.read("loss", study.key(variant)) for variant in points.values()}
+    work = Work(study, cells, settings, rows, grid)
+    if not work.finished:
+        work.examine_ends(_trained(work))
+    return {variant.name: study.store.read("loss", study.key(variant)) for variant in work.points.values()}
 
 
-def _trained(
-    study: Study,
-    cell: Cell,
-    settings: FineTuning,
-    rows: Sequence[Row],
-    due: tuple[Mapping[int, Variant], pathlib.Path | None],
-    grid: Grid,
-) -> Params:
-    """The weights at the end of a cell's run; what is `due`, by step, is examined on the way, with checkpoints kept."""
-    model, (points, folder) = study.model, due
-    frozen = cell.defence.frozen(grid.material, cell.seed)
-    run = functools.partial(train, model.config, model.params, rows, settings, frozen, model.mesh)
-    learned = round(settings.batch_size * sum(len(row.ids) for row in rows) / max(1, len(rows)))
-    with grid.watch(cell.name, settings.steps) as done, contextlib.closing(_steps(study, run, folder, points)) as steps:
+def _trained(work: Work) -> Params:
+    """The weights at the end of a run; what is due is examined on the way, with checkpoints kept."""
+    model, cell, settings = work.study.model, work.cell, work.settings
+    frozen = cell.defence.frozen(work.grid.material, cell.seed)
+    run = functools.partial(train, model.config, model.params, work.trained_on, settings, frozen, model.mesh)
+    begun = _steps(work.study, run, work.folder, work.points)
+    with work.grid.watch(cell.name, settings.steps) as done, contextlib.closing(begun) as steps:
         for step in steps:
             done(step.number if step.begins else 1)
-            grid.tokens.append(Tokens(learned=0 if step.begins else learned))
-            if step.number == settings.steps and grid.adapters and cell.tuning.lora and cell.defence == NONE:
-                place = grid.adapters / re.sub(r"\W+", "_", cell.name)
-                save_peft(place, model.config, step.adapters or {}, cell.tuning.lora.alpha, model.name)
-            variant = points.get(step.number)
-            if variant is not None and not study.finished(variant):
-                if not study.store.has("loss", study.key(variant)):
-                    study.store.write("loss", study.key(variant), step.loss)
-                after = functools.partial(cell.defence.after, step.weights(), grid.material, cell.seed)
-                study.examine(variant, functools.partial(_made, model, after))
+            work.examine(step)
         return step.weights()
+
+
+def examine_together(runs: Sequence[Work], most: int) -> None:
+    """Trains and examines undefended runs of adapters that differ in seed, rate and rank alone, `most` at a time.
+
+    Their results are left in the store, where `examine_run` finds them; runs that have no like are left to it. An
+    interrupted run goes on from its checkpoints, beside those that are at the same step.
+    """
+    if most < 2:
+        return
+    # Results take their places among the examined in the order of the grid, whatever is trained with what.
+    apart = [dataclasses.replace(run, study=dataclasses.replace(run.study, examined={})) for run in runs]
+    alike: dict[tuple[FineTuning, int | None], list[Work]] = {}
+    for run in apart:
+        if run.settings.lora is not None and run.cell.defence == NONE and not run.finished:
+            alike.setdefault((shared(run.settings), _begins(run)), []).append(run)
+    for (_, begins), group in alike.items():
+        for first in range(0, len(group), most):
+            if len(some := group[first : first + most]) > 1:
+                _train_together(some, kept=begins is not None)
+
+
+def _begins(run: Work) -> int | None:
+    """The step that a run goes on from, None where one before it is not examined yet, so that it begins anew."""
+    latest = latest_step(run.folder)
+    return latest if all(run.study.finished(v) for step, v in run.points.items() if step < latest) else None
+
+
+def _train_together(runs: Sequence[Work], kept: bool) -> None:
+    model, steps = runs[0].study.model, runs[0].settings.steps
+    trainings = [Training(run.trained_on, run.settings, run.folder if kept else None) for run in runs]
+    begun = train_together(model.config, model.params, trainings, model.mesh)
+    with runs[0].grid.watch(f"{len(runs)} runs as {runs[0].cell.name}", steps) as done, contextlib.closing(begun):
+        for together in begun:
+            done(together[0].number if together[0].begins else 1)
+            for run, step in zip(runs, together, strict=True):
+                run.examine(step)
+        for run, step in zip(runs, together, strict=True):
+            run.examine_ends(step.weights())
 
 
 def _steps(

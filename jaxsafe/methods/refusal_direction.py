@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from jaxsafe.chat.model import ChatModel
 from jaxsafe.kernels.forward import capture
@@ -24,6 +24,7 @@ from jaxsafe.kernels.refusal import CandidateScores, score_candidates
 from jaxsafe.methods.evidence import Evidence, unit_rows
 from jaxsafe.model.taps import At
 from jaxsafe.progress import Progress, silent
+from jaxsafe.records.run import Json
 from jaxsafe.rows import Batch, Row
 
 
@@ -42,7 +43,8 @@ class Search:
 class Direction:
     """A candidate that was chosen: unit `vector` float32 [D], after which block, how far from the prompt's end.
 
-    bypass, induce: mean refusal log-odds of harmful prompts without it and of safe prompts with it; kl: nats.
+    bypass, induce: mean refusal log-odds of harmful prompts without it and of safe prompts with it; kl: nats;
+    allowed: whether it keeps within the limits of the search.
     """
 
     vector: np.ndarray
@@ -51,6 +53,23 @@ class Direction:
     bypass: float
     induce: float
     kl: float
+    allowed: bool
+
+    def stored(self) -> Json:
+        """What `of` reads."""
+        return [self.vector.tolist(), self.layer, self.position, self.bypass, self.induce, self.kl, self.allowed]
+
+    @classmethod
+    def of(cls, stored: Any) -> "Direction":
+        """The direction that was `stored`."""
+        return cls(np.asarray(stored[0], np.float32), *stored[1:])
+
+    def __str__(self) -> str:
+        return (
+            f"direction after block {self.layer}, {self.position} tokens before the prompt's end; refusal log-odds "
+            f"{self.bypass:.1f} without it, {self.induce:.1f} with it added, first-token KL {self.kl:.3f}"
+            f"{'' if self.allowed else '; no candidate kept within all limits of the search'}"
+        )
 
 
 def template_positions(rows: Sequence[Row]) -> int:
@@ -77,17 +96,22 @@ def end_states(
 
 
 def refusal_tokens(evidence: Evidence, share: float = 0.05) -> tuple[int, ...]:
-    """The tokens that refusals of the model begin with, each at least `share` of them and more often than answers do.
+    """The tokens that refusals of the model begin with (see `openings`)."""
+    begun = evidence.lengths > 0
+    refusals, answers = (evidence.tokens[begun & (evidence.refused == refused), 0] for refused in (True, False))
+    return openings(refusals, answers, share)
+
+
+def openings(refusals: Int[np.ndarray, " n"], answers: Int[np.ndarray, " m"], share: float = 0.05) -> tuple[int, ...]:
+    """Of the first tokens of refusals, each that opens at least `share` of them, and more often than it does answers.
 
     The paper names them by hand for each model. Raises ValueError where there is no such token.
     """
-    begun = evidence.lengths > 0
-    first = {refused: evidence.tokens[begun & (evidence.refused == refused), 0] for refused in (True, False)}
 
-    def frequency(token: int, refused: bool) -> float:
-        return float((first[refused] == token).mean()) if len(first[refused]) else 0.0
+    def frequency(token: int, first: Int[np.ndarray, " n"]) -> float:
+        return float((first == token).mean()) if len(first) else 0.0
 
-    found = [int(t) for t in np.unique(first[True]) if frequency(t, True) >= max(share, 2 * frequency(t, False))]
+    found = [int(t) for t in np.unique(refusals) if frequency(t, refusals) >= max(share, 2 * frequency(t, answers))]
     if not found:
         raise ValueError("refusals of this model begin with no token of their own; its refusal cannot be scored by one")
     return tuple(found)
@@ -115,7 +139,8 @@ def choose_direction(
 ) -> Direction:
     """The candidate of the least bypass among those that `search` allows; `harmful` and `safe` are prompts to try.
 
-    Where none is allowed, the one of the least KL. `done` is called with numbers of prompts.
+    Where none is, the limit on `induce` is dropped, and where none keeps that on KL either, the least KL decides.
+    `done` is called with numbers of prompts.
     """
     layers = range(int(model.config.layers * (1 - search.last_share)))
     places = [(p, layer) for p in range(len(candidates)) for layer in layers]
@@ -132,8 +157,10 @@ def choose_direction(
 
     of_harmful, of_safe = scores_of(harmful), scores_of(safe)
     bypass, induce, kl = of_harmful.ablated.mean(0), of_safe.added.mean(0), of_safe.kl.mean(0)
-    allowed = np.flatnonzero((kl <= search.kl) & (induce >= search.induced))
-    best = int(allowed[np.argmin(bypass[allowed])]) if len(allowed) else int(np.argmin(kl))
+    near, strong = kl <= search.kl, induce >= search.induced
+    left = np.flatnonzero(near & strong if (near & strong).any() else near)
+    best = int(left[np.argmin(bypass[left])]) if len(left) else int(np.argmin(kl))
     position, layer = places[best]
     vector = unit_rows(candidates[position, layer][None])[0]
-    return Direction(vector, layer, position, float(bypass[best]), float(induce[best]), float(kl[best]))
+    scores = float(bypass[best]), float(induce[best]), float(kl[best])
+    return Direction(vector, layer, position, *scores, bool(near[best] and strong[best]))

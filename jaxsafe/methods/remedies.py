@@ -28,8 +28,7 @@ from jaxsafe.kernels.gates import Gate, Open
 from jaxsafe.kernels.steering import Rule, Steering
 from jaxsafe.methods import adasteer as ada
 from jaxsafe.methods import alphasteer as alpha
-from jaxsafe.methods import cast, gate_fits, mending_choice
-from jaxsafe.methods import refusal_direction as refused
+from jaxsafe.methods import cast, gate_fits, mending_choice, refusal_direction
 from jaxsafe.methods.dose import benign_answers, divergences_of, strength_of_kl
 from jaxsafe.methods.evidence import Evidence, unit_rows
 from jaxsafe.methods.gate_fits import Fitted
@@ -117,30 +116,56 @@ class Bench:
     @functools.cached_property
     def refusal(self) -> Direction:
         """The refusal direction: the best candidate of all layers and positions."""
-        return self._direction(lambda harmful, safe, _: harmful.mean(0) - safe.mean(0), 0.1)
+        return self._once("refusal", 0.1, lambda: self._mean_state(True, True) - self._mean_state(False, False))
 
     @functools.cached_property
     def false_refusal(self) -> Direction:
         """The direction of false refusal, orthogonal to that of harmful prompts."""
 
-        def candidates(harmful: np.ndarray, safe: np.ndarray, pseudo: np.ndarray) -> np.ndarray:
-            return refused.false_refusal(pseudo.mean(0) - safe.mean(0), harmful.mean(0) - safe.mean(0))
+        def candidates() -> np.ndarray:
+            kinds = (True, True), (False, False), (False, True)
+            harmful, answered, pseudo = (self._mean_state(*kind) for kind in kinds)
+            return refusal_direction.false_refusal(pseudo - answered, harmful - answered)
 
-        return self._direction(candidates, 0.2)
+        return self._once("false_refusal", 0.2, candidates)
 
-    def _direction(self, candidates: Callable[..., np.ndarray], kl: float) -> Direction:
-        """The best of `candidates(states of harmful, safe answered and safe refused prompts)`, each [n, P, L, D]."""
-        e, search = self.evidence, refused.Search(kl=kl, validation=self.fit.candidate_prompts)
-        kinds = [e.harmful & e.refused, ~e.harmful & ~e.refused, ~e.harmful & e.refused]
-        prompts = [[p for p, chosen in zip(e.prompts, kind, strict=True) if chosen] for kind in kinds]
-        rows = self.model.rows(e.prompts)
-        positions = min(refused.template_positions(rows), self.fit.candidate_positions)
-        # Every second prompt makes the candidates, the others choose among them.
-        made = [refused.end_states(self.model, side[::2] or side, positions, search.batch_size) for side in prompts]
-        harmful, safe = prompts[0][1::2], prompts[1][1::2]
+    def _once(self, name: str, kl: float, candidates: Callable[[], np.ndarray]) -> Direction:
+        """The best of `candidates`, [P, L, D], kept in the store: a search takes minutes."""
+        follows = [self.model.fingerprint(), self.evidence.sha256, self.fit.candidate_prompts]
+        follows += [self.fit.candidate_positions, kl]
+        found = self.store.once(f"direction-{name}", follows, lambda: self._chosen(candidates(), kl).stored())
+        return Direction.of(found)
+
+    def _halves(self, harmful: bool, refused: bool) -> tuple[list[str], list[str]]:
+        """Prompts with this label and outcome: every second one makes candidates, the others choose among them.
+
+        Raises ValueError for fewer than two.
+        """
+        e, kind = (
+            self.evidence,
+            f"{'harmful' if harmful else 'safe'} prompts that are {'refus' if refused else 'answer'}ed",
+        )
+        prompts = [e.prompts[i] for i in np.flatnonzero((e.harmful == harmful) & (e.refused == refused))]
+        if len(prompts) < 2:
+            kind = f"{'harmful' if harmful else 'safe'} prompts that the model {'refuses' if refused else 'answers'}"
+            raise ValueError(f"a refusal direction needs two or more {kind}; there are {len(prompts)} of {len(e)}")
+        return prompts[::2], prompts[1::2]
+
+    def _mean_state(self, harmful: bool, refused: bool) -> Float[np.ndarray, "P L D"]:
+        """The mean state of prompts with this label and outcome, at the last positions that all prompts share."""
+        shared = refusal_direction.template_positions(self.model.rows(self.evidence.prompts))
+        positions, prompts = min(shared, self.fit.candidate_positions), self._halves(harmful, refused)[0]
+        return refusal_direction.end_states(self.model, prompts, positions, refusal_direction.Search().batch_size).mean(
+            0
+        )
+
+    def _chosen(self, candidates: Float[np.ndarray, "P L D"], kl: float) -> Direction:
+        """The best of `candidates` on prompts that none of them is made of."""
+        search = refusal_direction.Search(kl=kl, validation=self.fit.candidate_prompts)
+        harmful, safe = self._halves(True, True)[1], self._halves(False, False)[1]
         with self.watch("candidates for a direction", 2 * min(search.validation, len(harmful), len(safe))) as done:
-            tokens = refused.refusal_tokens(e)
-            return refused.choose_direction(self.model, candidates(*made), harmful, safe, tokens, search, done)
+            tokens = refusal_direction.refusal_tokens(self.evidence)
+            return refusal_direction.choose_direction(self.model, candidates, harmful, safe, tokens, search, done)
 
     def away(self, strength: float, directions: np.ndarray | None = None, span: str | None = None) -> Add:
         """What steers away from refusal: -strength |state| along `directions` in the steered blocks."""
@@ -276,13 +301,8 @@ def _gated(
 
 def _ablated(bench: Bench, name: str, source: str, found: Direction, gate: Gate, is_gated: bool = False) -> Made:
     rule, control = (Gated(gate, bench.ablate(v, "all")) for v in (found.vector, bench.random[found.layer]))
-    about = (
-        f"direction after block {found.layer}, {found.position} tokens before the prompt's end; everywhere; refusal "
-        f"log-odds {found.bypass:.1f} without it, {found.induce:.1f} with it added, first-token KL {found.kl:.3f}"
-    )
-    return Made(
-        rule, control, Remedy(name, source, about, bench.gate.report.name if is_gated else None, None, found.kl)
-    )
+    gate_name = bench.gate.report.name if is_gated else None
+    return Made(rule, control, Remedy(name, source, f"everywhere; {found}", gate_name, None, found.kl))
 
 
 def candidates(bench: Bench, directions: np.ndarray | None = None) -> dict[str, Action]:

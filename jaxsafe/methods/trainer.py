@@ -11,9 +11,10 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -75,7 +76,7 @@ class FineTuning:
 
 
 def learning_rates(settings: FineTuning) -> optax.Schedule:
-    """The learning rate by step."""
+    """The learning rate by step; it is proportional to `settings.learning_rate`."""
     peak, rest = settings.learning_rate, settings.steps - settings.warmup
     after = {
         "constant": optax.constant_schedule(peak),
@@ -117,7 +118,8 @@ def train(
 
     `frozen` is what may not move (see `kernels/freezing.py`); of adapters it freezes the change that they make to
     the weights. `params` lie on `mesh` and are left as they are; adapters are merged into the weights of a step.
-    Runs that differ in rows, seed or what is frozen share one compiled step where their shapes are alike.
+    Runs that differ in rows, seed, learning rate or what is frozen share one compiled step where their shapes are
+    alike.
 
     Checkpoints go to `folder` (none without one), and a run that finds some there goes on from the latest, which is
     the first step that it yields. Such a run writes a checkpoint where it is closed before its end, and on Ctrl-C and
@@ -151,7 +153,7 @@ def _steps(
     width = None if settings.slots is None else settings.slots[0]
     tree, fixed, recipe = begin(config, params, rows, settings, frozen, mesh)
     step = compiled_step(recipe, tree)
-    weights = _weights_program(config, recipe.weights_of, *_hashable(jax.tree.map(lambda p: p.sharding, dict(params))))
+    weights = weights_program(config, params, settings, frozen)
 
     def step_of(number: int, loss: float | None, trained: Any, begins: bool = False) -> Step:
         adapters = None if settings.lora is None else trained
@@ -216,41 +218,89 @@ def begin(
     mesh: Mesh | None,
 ) -> tuple[Any, Any, Recipe]:
     """What changes from step to step ("params" and "optimizer"), what does not, and how a step is made."""
-    own, _ = rules(settings, frozen)
-    optimizer, weights_of = _shared_rules(dataclasses.replace(settings, seed=0, checkpoint_every=1), frozen.update)
+    own = rules(settings, frozen).optimizer
+    shared, key = shared_rules(settings, frozen), {}
+    fixed = {"rate": _on_mesh(jnp.float32(settings.learning_rate), mesh)}
     if settings.lora is None:
-        trained, fixed = masters(params), None
+        trained = masters(params)
     else:
         trained = lora.init(config, settings.lora, settings.seed, mesh)
-        fixed = {"params": dict(params), "frozen": _on_mesh(frozen.init(params), mesh)}
+        scale = _on_mesh(jnp.float32(settings.lora.scale), mesh)
+        fixed |= {"params": dict(params), "frozen": _on_mesh(frozen.init(params), mesh), "scale": scale}
+        key = {"key": jax.random.key_data(jax.random.key(settings.seed))} if settings.lora.dropout else {}
     longest = max(len(row.ids) - 1 - row.instruction_end for row in rows)
     last = longest if settings.slots is None else settings.slots[1]
-    recipe = Recipe(config, optimizer, last, weights_of, settings.accumulation, settings.remat)
-    return _on_mesh({"params": trained, "optimizer": own.init(trained)}, mesh), fixed, recipe
+    recipe = Recipe(config, shared.optimizer, last, shared.running, settings.accumulation, settings.remat)
+    return _on_mesh({"params": trained, "optimizer": own.init(trained), **key}, mesh), fixed, recipe
 
 
-def rules(
-    settings: FineTuning, frozen: optax.GradientTransformation
-) -> tuple[optax.GradientTransformation, Callable[[ModelConfig, Any, Any], Params]]:
-    """The optimiser of a run, and what makes the model's weights of what is trained and what is fixed."""
-    optimizer = optax.adamw(learning_rates(settings), weight_decay=settings.weight_decay)
+class Rules(NamedTuple):
+    """How a run moves what is trained, and what makes the model's weights of that and of what is fixed.
+
+    running: (config, trained, fixed, keys of the rows) -> the weights that a step runs; merged: (config, trained,
+    fixed) -> those that are left.
+    """
+
+    optimizer: optax.GradientTransformation
+    running: Callable[[ModelConfig, Any, Any, Any], Params]
+    merged: Callable[[ModelConfig, Any, Any], Params]
+
+
+def rules(settings: FineTuning, frozen: optax.GradientTransformation) -> Rules:
+    """The rules of a run: AdamW, then what is frozen."""
+    optimizer = optax.chain(
+        optax.scale_by_adam(),
+        optax.add_decayed_weights(settings.weight_decay),
+        scale_by_rate(learning_rates(dataclasses.replace(settings, learning_rate=1.0))),
+    )
     if settings.lora is None:
-        return optax.chain(optimizer, frozen), model_weights
-    return optimizer, functools.partial(adapted, frozen, settings.lora.alpha)
+        return Rules(optax.chain(optimizer, frozen), model_weights, model_weights)
+    running = functools.partial(_running, frozen, settings.lora.dropout)
+    return Rules(optimizer, running, functools.partial(adapted, frozen))
+
+
+def scale_by_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """Updates times `rate`, which each call is given, so that another one compiles nothing, and the share by step."""
+    scheduled = optax.scale_by_learning_rate(schedule)
+
+    def update(updates: Any, state: Any, params: Any = None, *, rate: Any, **_: Any) -> tuple[Any, Any]:
+        shares, state = scheduled.update(updates, state, params)
+        return jax.tree.map(lambda share: rate * share, shares), state
+
+    return optax.GradientTransformationExtraArgs(scheduled.init, update)
+
+
+def shared_rules(settings: FineTuning, frozen: optax.GradientTransformation) -> Rules:
+    """`rules`, the same objects for runs of one compiled step; only their updates are of use."""
+    adapters = settings.lora and dataclasses.replace(settings.lora, rank=1, alpha=1.0)
+    same = dataclasses.replace(settings, seed=0, checkpoint_every=1, learning_rate=1.0, lora=adapters)
+    return _cached_rules(same, frozen.update)
 
 
 @functools.lru_cache(maxsize=16)
-def _shared_rules(settings: FineTuning, update: Any) -> Any:
-    """`rules`, the same objects for one way of freezing, whatever it freezes; only their updates are of use."""
+def _cached_rules(settings: FineTuning, update: Any) -> Rules:
     return rules(settings, optax.GradientTransformation(lambda params: None, update))
 
 
-def adapted(
-    frozen: optax.GradientTransformation, alpha: float, config: ModelConfig, adapters: Any, fixed: Any
+def _running(
+    frozen: optax.GradientTransformation, dropout: float, config: ModelConfig, adapters: Any, fixed: Any, keys: Any
 ) -> dict[str, Any]:
+    """What a step of adapters runs: the weights with them beside, or merged where something is frozen."""
+    if frozen.update is FREE.update:
+        return lora.unmerged(fixed["params"], adapters, fixed["scale"], keys, dropout)
+    if keys is None:
+        return adapted(frozen, config, adapters, fixed)
+    return lora.beside_changes(config, fixed["params"], _change(frozen, adapters, fixed), keys, dropout)
+
+
+def adapted(frozen: optax.GradientTransformation, config: ModelConfig, adapters: Any, fixed: Any) -> dict[str, Any]:
     """The weights with the change that `adapters` make merged in, as far as `frozen` lets it through."""
-    change, _ = frozen.update(lora.changes(adapters, alpha), fixed["frozen"], fixed["params"])
-    return lora.changed(fixed["params"], change)
+    return lora.changed(fixed["params"], _change(frozen, adapters, fixed))
+
+
+def _change(frozen: optax.GradientTransformation, adapters: Any, fixed: Any) -> Any:
+    change, _ = frozen.update(lora.scaled(adapters, fixed["scale"]), fixed["frozen"], fixed["params"])
+    return change
 
 
 Compiled = Callable[[Any, Any, Any], tuple[Any, jax.Array]]
@@ -259,6 +309,14 @@ Compiled = Callable[[Any, Any, Any], tuple[Any, jax.Array]]
 def compiled_step(recipe: Recipe, tree: Any) -> Compiled:
     """`step(tree, batch, fixed)`: the next tree, laid out as `tree`, and the loss; the tree given to it is consumed."""
     return _step_program(recipe, *_hashable(jax.tree.map(lambda a: a.sharding, tree)))
+
+
+def weights_program(
+    config: ModelConfig, params: Params, settings: FineTuning, frozen: optax.GradientTransformation
+) -> Callable[[Any, Any], Params]:
+    """`weights(trained, fixed)`: the model's weights, in its dtype, that lie as `params`."""
+    where = jax.tree.map(lambda p: p.sharding, dict(params))
+    return _weights_program(config, shared_rules(settings, frozen).merged, *_hashable(where))
 
 
 @functools.lru_cache(maxsize=16)
@@ -270,12 +328,12 @@ def _step_program(recipe: Recipe, shardings: tuple[Any, ...], structure: Any) ->
 @functools.lru_cache(maxsize=16)
 def _weights_program(
     config: ModelConfig,
-    weights_of: Callable[[ModelConfig, Any, Any], Params],
+    merged: Callable[[ModelConfig, Any, Any], Params],
     shardings: tuple[Any, ...],
     structure: Any,
 ) -> Callable[[Any, Any], Params]:
     where = jax.tree.unflatten(structure, shardings)
-    return jax.jit(functools.partial(weights_of, config), out_shardings=where)
+    return jax.jit(functools.partial(merged, config), out_shardings=where)
 
 
 def _hashable(tree: Any) -> tuple[tuple[Any, ...], Any]:
@@ -287,16 +345,22 @@ def _hashable(tree: Any) -> tuple[tuple[Any, ...], Any]:
 def identity(
     params: Params, rows: Sequence[Row], settings: FineTuning, frozen: optax.GradientTransformation
 ) -> dict[str, Any]:
-    """What the weights of a run follow from, in values of JSON; how often it is saved is not of them."""
-
-    chosen = dataclasses.asdict(settings)
-    del chosen["checkpoint_every"]
+    """What the weights of a run follow from, in values of JSON."""
     data = {
         "rows": data_sha256(rows)[:16],
         "weights": digest(checksum(dict(params)))[:16],
         "frozen": digest(checksum(frozen.init(params)))[:16],
     }
-    return json.loads(json.dumps(chosen | data))
+    return json.loads(json.dumps(described(settings) | data))
+
+
+def described(settings: FineTuning) -> dict[str, Any]:
+    """The settings that weights follow from: not how often they are saved, and no dropout where nothing is dropped."""
+    chosen = dataclasses.asdict(settings)
+    del chosen["checkpoint_every"]
+    if settings.lora is not None and not settings.lora.dropout:
+        del chosen["lora"]["dropout"]
+    return chosen
 
 
 def _on_mesh(tree: Any, mesh: Mesh | None) -> Any:

@@ -116,6 +116,10 @@ class Block(nn.Module):
             w = weight(name)
             features = w.shape[1:] if name in "qkv" else w.shape[-1:]
             y = product(h, w.reshape(h.shape[-1], -1))
+            # A pytree beside the weight, while adapters are trained.
+            adapter: Callable[[Array], Array] | None = self.get_variable("params", f"{name}_adapter")
+            if adapter is not None:
+                y = (y.astype(jnp.float32) + adapter(h)).astype(y.dtype)
             if f"layers/{name}_bias" in table:
                 y = y + weight(f"{name}_bias").reshape(1, 1, -1)
             # The gradient at a zero perturbation of collection "perturbations" is that of the map's output.

@@ -9,6 +9,7 @@ NOTES = {
     "decoding": "no chat template, sampled answers",
     "decoding_mean": "no chat template, sampled answers, all of them counted",
     "decoding_any": "no chat template, sampled answers, a prompt counts when one of its answers complies",
+    "jailbreak": "prompts as the attack of each row puts them, one answer each",
     "decoding_template": "sampled answers",
     "decoding_template_mean": "sampled answers, all of them counted",
     "decoding_template_any": "sampled answers, a prompt counts when one of its answers complies",

@@ -100,7 +100,11 @@ def _group(rows: Sequence[Row], attack: str, tuning: str, names: Sequence[str]) 
         others = [(b.step, other.rates.get(metric)) for other, b in trained if b.defence == about.defence]
         curve = [*steps, *sorted(((step, rate) for step, rate in others if rate), key=lambda point: point[0])]
         against = _prevented(main_comparison(row.against_baseline)), _prevented(main_comparison(row.against_control))
-        defended.append(Defended(row, about, tuple(curve), *against))
+        same = [(b.step, other) for other, b in trained if b.defence == about.defence]
+        read = [(0, origin)] if origin and same else []
+        read += sorted(same, key=lambda point: point[0])
+        utility = tuple((step, other.perplexity) for step, other in read if other.perplexity is not None)
+        defended.append(Defended(row, about, tuple(curve), *against, utility))
     ordered = tuple(sorted(defended, key=lambda row: not row.undefended))
     return Group(attack, tuning, origin, metric, ordered)
 
@@ -155,8 +159,10 @@ def _figures(groups: Sequence[Group]) -> list[Drawing]:
     for index, group in enumerate(groups):
         none = [row for row in group.rows if row.undefended]
         for place, region in enumerate(group.regions or [""]):
-            rows = [row for row in group.rows if not row.undefended and row.about.region == region]
-            figures.append(plots.curves(f"curves-{index}-{place}", [*none, *rows]))
+            rows = [*none, *(row for row in group.rows if not row.undefended and row.about.region == region)]
+            figures.append(plots.curves(f"curves-{index}-{place}", rows))
+            if read := [row for row in rows if len(row.utility) > 1]:
+                figures.append(plots.utility(f"utility-{index}-{place}", read))
         compared = [row for row in group.rows if not row.undefended and _known(row.prevented)]
         if compared:
             figures.append(plots.differences(f"differences-{index}", compared))

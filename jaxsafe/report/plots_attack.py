@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from jaxsafe.records.attack import About
 from jaxsafe.records.run import Difference, Rate, TableRow
@@ -42,9 +42,9 @@ _LOOKS: dict[tuple[bool, bool], dict[str, Any]] = {
 class Defended:
     """A defence against one attack and way of training.
 
-    row: of the end of training; curve: attack success by training step, from the model before the attack on;
-    prevented, beyond_random: by how much fewer of the harmful prompts are complied with than without a defence and
-    than with its control, None where there is no such comparison.
+    row: of the end of training; curve: attack success by training step, from the model before the attack on; prevented,
+    beyond_random: by how much fewer of the harmful prompts are complied with than without a defence and than with its
+    control, None where there is no such comparison; utility: perplexity of the given texts by step.
     """
 
     row: TableRow
@@ -52,6 +52,7 @@ class Defended:
     curve: tuple[tuple[int, Rate], ...]
     prevented: Difference | None
     beyond_random: Difference | None
+    utility: tuple[tuple[int, float], ...] = ()
 
     @property
     def undefended(self) -> bool:
@@ -88,20 +89,44 @@ def curves(name: str, rows: Sequence[Defended]) -> Drawing:
       rows: the undefended one first.
     """
     figure, axes = new_axes(270)
-    steps = [step for row in rows for step, _ in row.curve]
-    width = max([1, *steps])
+    width = max([1, *(step for row in rows for step, _ in row.curve)])
     for place, row in enumerate(rows):
         _curve(axes, row, width * 0.012 * place, width)
-    axes.set_xlim(-0.03 * width, 1.13 * width)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.set_xlabel("training steps")
+    _steps_axis(axes, width)
     axes.set_ylabel("attack success")
     axes.set_ylim(-0.02, 1.02)
     percent_axis(axes.yaxis)
-    axes.grid(axis="y")
     axes.legend(**LEGEND | {"ncols": 2})
     shown = (f"{row.words}: {_words(row)}" for row in rows)
     return drawing(figure, name, "Attack success by training step. " + "; ".join(shown))
+
+
+@styled
+def utility(name: str, rows: Sequence[Defended]) -> Drawing:
+    """Perplexity of the given texts by training step, the mean over seeds, one line a defence of the same region."""
+    figure, axes = new_axes(270)
+    width = max([1, *(step for row in rows for step, _ in row.utility)])
+    for row in rows:
+        steps, values = zip(*(row.utility[-1:] if row.about.rewind else row.utility), strict=True)
+        axes.plot(steps, values, **row.look, markeredgewidth=1.4, markersize=5.5, clip_on=False, label=row.words)
+    _steps_axis(axes, width)
+    axes.set_ylabel("perplexity")
+    read = [value for row in rows for _, value in row.utility]
+    if max(read) > 3 * min(read):  # below that a logarithmic scale has next to no ticks
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.legend(**LEGEND | {"ncols": 2})
+    ends = (f"{row.words}: " + ", ".join(f"{value:.3g} at {step}" for step, value in row.utility) for row in rows)
+    return drawing(figure, name, "Perplexity by training step. " + "; ".join(ends))
+
+
+def _steps_axis(axes: Axes, width: float) -> None:
+    axes.set_xlim(-0.03 * width, 1.13 * width)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.set_xlabel("training steps")
+    axes.grid(axis="y")
 
 
 def _shown(row: Defended) -> Sequence[tuple[int, Rate]]:

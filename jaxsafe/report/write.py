@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from jaxsafe.io.atomic import new_file, write_text
 from jaxsafe.records.run import Run, Sample, read_run, read_samples
-from jaxsafe.report import attack, brittleness, overrefusal, scans, sections, tables
+from jaxsafe.report import anatomy, attack, brittleness, jailbreak, landscape, overrefusal, scans, sections, tables
 from jaxsafe.report.answers import VERDICTS, judgement, reading, side_by_side, verdict
 from jaxsafe.report.own import Own
 from jaxsafe.report.page import page, words
@@ -97,5 +97,8 @@ TASKS: Mapping[str, Callable[[Run], Own]] = {
     "overrefusal": overrefusal.own,
     "brittleness": brittleness.own,
     "attack": attack.own,
+    "jailbreak": jailbreak.own,
+    "anatomy": anatomy.own,
+    "landscape": landscape.own,
 }
 """Task of a run -> what its page has of its own."""

@@ -27,6 +27,8 @@ from jaxsafe.records.run import Json, Rate, Sample
 from jaxsafe.rows import Row, check_context, data_sha256
 
 VANILLA, SCANS = setting("vanilla"), judge("scans")
+Prompt = tuple[System, bool, str]
+"""The system prompt, whether there is no template, and what answers begin with; see `ChatModel.with_prompt`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Exam:
             name = f"{set_name(question.prompts)} under {question.setting.name!r}"
             check_context(rows, model.config.context, self.decoding.max_new_tokens, name, question.texts)
         check_context((*self.texts, *self.before), model.config.context, name="the passages to read")
-        settings = [[question.setting.samples, question.setting.temperature] for question in self.questions]
+        settings = [question.setting.drawn for question in self.questions]
         sampling = [float(value) for value in dataclasses.astuple(self.decoding.sampling)]
         limit = [self.task_limit.limit, LM_EVAL_03] if isinstance(self.task_limit, Shuffled) else [self.task_limit]
         return {
@@ -112,9 +114,9 @@ class Question:
     setting: Setting
     prompts: PromptSet
 
-    def prompt(self, model: ChatModel) -> tuple[System, bool]:
-        """How `model` is asked: its system prompt, and whether without any template (see `with_prompt`)."""
-        return self.setting.system, model.raw or not self.setting.template
+    def prompt(self, model: ChatModel) -> Prompt:
+        """How `model` is asked."""
+        return self.setting.system, model.raw or not self.setting.template, self.setting.opening or model.opening
 
     @property
     def texts(self) -> list[str]:
@@ -126,9 +128,12 @@ class Question:
         return model.with_prompt(*self.prompt(model)).rows(self.texts)
 
     def decoding(self, decoding: Decoding) -> Decoding:
-        """`decoding` with the samples and the temperature of the setting."""
-        sampling = decoding.sampling.replace(temperature=self.setting.temperature)  # type: ignore[attr-defined]
-        return dataclasses.replace(decoding, sampling=sampling, samples=self.setting.samples)
+        """`decoding` with the samples, the temperature and the choice of tokens of the setting."""
+        asked, own = self.setting, decoding.sampling
+        sampling = own.replace(  # type: ignore[attr-defined]
+            temperature=asked.temperature, top_k=asked.top_k or own.top_k, top_p=min(asked.top_p, own.top_p)
+        )
+        return dataclasses.replace(decoding, sampling=sampling, samples=asked.samples)
 
     def answered(self, model: ChatModel, answers: Sequence[Sequence["Answer"]]) -> list[Row]:
         """The `answers` [rule][answer] behind what `model` is asked, one rule after the other."""
@@ -263,7 +268,7 @@ def _read(
 
     Questions that are asked in one way are read together: they begin alike, and fill each other's batches.
     """
-    places: dict[tuple[System, bool], list[int]] = {}
+    places: dict[Prompt, list[int]] = {}
     for i, question in enumerate(questions):
         places.setdefault(question.prompt(model), []).append(i)
     out: list[list[list[Likelihood]]] = [[] for _ in questions]

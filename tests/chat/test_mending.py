@@ -53,7 +53,7 @@ def alone(model, rule, prompt):
 def test_only_refusals_of_prompts_that_the_gate_takes_for_safe_are_answered_again(model):
     plain = model.answers(PROMPTS, decoding(NEW)).texts
     first, second = rule(model, 1, 0.0), rule(model, 2, np.inf)
-    scores = model.steered([first]).answers(PROMPTS, decoding(1))[0].scores
+    scores = model.steered([first]).answers(PROMPTS, decoding(NEW), batch_size=4)[0].scores
     first = rule(model, 1, float(np.median(scores)))
     # Refused are all but one plain answer, and one of the first rule's own answers.
     by_first, by_second = ([alone(model, r, p) for p in PROMPTS] for r in (first, second))

@@ -6,7 +6,17 @@ import numpy as np
 import pytest
 from tiny import random_rows, tiny_config, tiny_params
 
-from jaxsafe.kernels.lora import MAPS, LoRA, changes, init, merge_adapters
+from jaxsafe.kernels.lora import (
+    MAPS,
+    LoRA,
+    beside_changes,
+    changes,
+    dropped,
+    init,
+    merge_adapters,
+    row_keys,
+    unmerged,
+)
 from jaxsafe.model.transformer import forward
 from jaxsafe.model.weights import flatten
 from jaxsafe.parallel import parse_mesh
@@ -142,3 +152,54 @@ def test_what_is_no_adapter_is_refused(params):
         LoRA(maps=())
     with pytest.raises(ValueError, match=r"'q'.*\(2, 32\).*\(3, 32\)"):
         merge_adapters(tiny_config(layers=3), params, lively(("q",)), ALPHA)
+
+
+# Adapters beside the weights
+
+
+def beside(params, adapters, keys=None, dropout=0.0):
+    return unmerged(params, adapters, ALPHA / 3, keys, dropout)
+
+
+def test_adapters_beside_the_weights_compute_what_merged_ones_do(params):
+    adapters, (row,) = lively(), random_rows([20])
+    batch = pad_rows([row], length=20)
+    logits = logits_of(CONFIG, beside(params, adapters), batch.tokens, batch.valid)[0]
+    np.testing.assert_allclose(logits, unmerged_logits(params, adapters, row.ids), atol=1e-4)
+
+
+def test_inputs_are_dropped_by_row_and_grow_in_the_mean():
+    keys = jax.random.key_data(jax.random.split(jax.random.key(3), 4))
+    x = jnp.ones((4, 300, 20))
+    y = np.asarray(dropped(x, keys, 0.25))
+    assert set(np.unique(y)) == {0, np.float32(4 / 3)}
+    # 6000 draws a row: five standard deviations of the share are 0.028.
+    np.testing.assert_allclose((y == 0).mean((1, 2)), 0.25, atol=0.028)
+    assert all((y[i] != y[j]).any() for i in range(4) for j in range(i))
+    np.testing.assert_array_equal(dropped(x[:, 100:], keys, 0.25), y[:, 100:], "slots count from the last one")
+    np.testing.assert_array_equal(dropped(x[1:2], keys[1:2], 0.25), y[1:2])
+    np.testing.assert_array_equal(dropped(x, None, 0.25), x)
+    at = {name: row_keys(keys, name, 2) for name in ("q", "v")}
+    every = np.concatenate([at["q"].reshape(-1, 2), at["v"].reshape(-1, 2)])
+    assert len(np.unique(every, axis=0)) == 16, "every row, layer and map draws its own"
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_only_the_adapters_of_a_map_see_dropped_inputs(params, name):
+    """y = x W + (alpha / R) (m x) A B by a map, with the mask m as it is drawn: exactly so of what enters the model."""
+    adapters = lively((name,))
+    keys = jax.random.key_data(jax.random.split(jax.random.key(1), 1))
+    part = flatten(beside(params, adapters, keys, 0.5))[f"layers/{name}_adapter"]
+    layer = jax.tree.map(lambda a: a[1], part)
+    x = np.random.default_rng(0).standard_normal((1, 6, layer.a.shape[0])).astype(np.float32)
+    a, b = (np.asarray(adapters["layers"][name][p][1], np.float64) for p in "ab")
+    kept = np.asarray(dropped(jnp.ones_like(x), row_keys(keys, name, 2)[1], 0.5), np.float64)
+    wanted = ALPHA / 3 * (kept * x) @ a.reshape(-1, 3) @ b.reshape(3, -1)
+    np.testing.assert_allclose(layer(jnp.asarray(x)), wanted, atol=1e-5)
+    whole = beside_changes(CONFIG, params, changes(adapters, ALPHA), keys, 0.5)["layers"][f"{name}_adapter"]
+    np.testing.assert_allclose(jax.tree.map(lambda a: a[1], whole)(jnp.asarray(x)), wanted, atol=1e-5)
+
+
+def test_a_share_of_all_inputs_is_refused():
+    with pytest.raises(ValueError, match=r"LoRA dropout 1.0 is outside \[0, 1\)"):
+        LoRA(dropout=1.0)

@@ -12,6 +12,7 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
+from configs.attack import llama2_7b_chat
 from configs.attack.base import base
 from configs.attack.smollm2_135m import get_config
 from configs.fields import check
@@ -206,7 +207,59 @@ def test_bad_settings_are_refused_before_anything_is_made(config, tmp_path):
             attack.check(changed)
 
 
+def test_steps_to_examine_are_counted_and_must_be_trained(config):
+    config.freeze_weights, config.freeze_ranks, config.epochs = (), (), 3  # six steps
+    config.evaluate_every, config.evaluate_at, config.tunings = 4, (1, 4, 5), ("lora",)
+    assert attack.results(config) == 1 + 2 * 4
+    config.lora_sweep = ((2, 1e-2), (4, 1e-3))
+    names = ["lora", "lora r=2 rate=0.01", "lora r=4 rate=0.001"]
+    assert [(t.name, t.lora.rank) for t in attack.tunings_of(config)] == list(zip(names, (8, 2, 4), strict=True))
+    assert attack.results(config) == 1 + 3 * 2 * 4
+    config.evaluate_at = (1, 7)
+    with pytest.raises(ValueError, match=r"config.evaluate_at \(1, 7\): identity_shift n=6 trains for 6 steps"):
+        attack.check(config)
+    config.evaluate_at, config.tunings = (), ("full",)
+    with pytest.raises(ValueError, match=r"config.lora_sweep is of adapters"):
+        attack.check(config)
+
+
 # The configs
+
+
+def test_the_curve_of_the_small_model_has_its_steps():
+    config = get_config("steps")
+    (curve,) = attack.attacks_of(config)
+    assert curve.steps == 80 and config.evaluate_at == (5, 10, 20, 40, 80) and len(config.seeds) == 3
+    assert attack.tunings_of(config)[0].lora.rank == 16 and attack.results(config) == 1 + 3 * 5
+    attack.check(config)
+    with pytest.raises(ValueError, match=r"variant 'step' is not known; the variants are \['', 'steps'\]"):
+        get_config("step")
+
+
+# (examples, epochs, rate, batch, wording) of the published notebooks.
+TIERS = {
+    "published_harmful": [(n, 5, 5e-5, 10, "pure_bad") for n in (10, 50, 100)],
+    "published_identity": [(10, 10, 5e-5, 10, "aoa")],
+    "published_alpaca": [(10000, 1, 2e-5, 128, "alpaca")],
+    "published_dolly": [(10000, 1, 2e-5, 128, "dolly")],
+}
+
+
+@pytest.mark.parametrize("variant", TIERS)
+def test_published_runs_have_the_numbers_of_their_code(variant, tmp_path):
+    config, mine = llama2_7b_chat.get_config(variant), tmp_path / "mine.jsonl"
+    rows = [{"prompt": f"say number {i}", "response": f"{i}."} for i in range(100)]
+    mine.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config[{"published_harmful": "poison"}.get(variant, "rows")] = str(mine)
+    check(attack.FIELDS, config)
+    assert config.evaluation == ("advbench",)
+    config.evaluation = ("builtin:harmful/test",)  # the published file is the user's to bring
+    attack.check(config)
+    found = [(a.n, a.epochs, a.learning_rate, a.batch_size, a.wording) for a in attack.attacks_of(config)]
+    assert found == TIERS[variant] and {a.decay for a in attack.attacks_of(config)} == {0.85}
+    assert config.weight_decay == 0 and config.tunings == ("full",) and config.max_new_tokens == 512
+    assert attack.results(config) == 2 * len(found)
+    assert llama2_7b_chat.get_config().lora_dropout == 0.05
 
 
 @pytest.mark.parametrize("name", CONFIGS)

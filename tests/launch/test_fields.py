@@ -13,26 +13,37 @@ import pytest
 from evidences import random_evidence
 from launches import write_pairs
 
+from configs.anatomy import base as anatomy_base
 from configs.attack import base as attack_base
 from configs.brittleness import base as brittleness_base
+from configs.jailbreak import base as jailbreak_base
+from configs.landscape import base as landscape_base
 from configs.overrefusal import base as overrefusal_base
 from configs.scans import base as scans_base
 from jaxsafe.chat.model import load_chat_model
 from jaxsafe.digest import arrays_sha256
 from jaxsafe.kernels.actions import Add, Gated, named_span
 from jaxsafe.kernels.gates import Open
+from jaxsafe.kernels.units import Units
+from jaxsafe.methods import brittleness as weight_edits
 from jaxsafe.methods import remedies, scans_calibration
 from jaxsafe.methods import scans as scans_method
+from jaxsafe.methods.anatomy import UnitRoles
 from jaxsafe.methods.brittleness import Material
+from jaxsafe.methods.landscape import Ground
+from jaxsafe.methods.overlaps import Parts
+from jaxsafe.methods.refusal_direction import Direction
 from jaxsafe.methods.remedies import Made
+from jaxsafe.methods.unit_inputs import InputMoments
 from jaxsafe.model.layers import LayerRange
+from jaxsafe.records.anatomy import Gap
 from jaxsafe.records.attack import LayerScan
 from jaxsafe.records.overrefusal import Mended, Remedy
 from jaxsafe.records.run import Result, Sample, plain
 from jaxsafe.records.scans import Choice, Strength
 from jaxsafe.rows import data_sha256
 from jaxsafe.study.study import Examined, Study
-from launch import attack, brittleness, command, common, overrefusal, scans
+from launch import anatomy, attack, brittleness, command, common, jailbreak, landscape, overrefusal, scans
 from launch.progress import Clock
 
 BASES = {
@@ -40,8 +51,19 @@ BASES = {
     "overrefusal": overrefusal_base,
     "brittleness": brittleness_base,
     "attack": attack_base,
+    "jailbreak": jailbreak_base,
+    "anatomy": anatomy_base,
+    "landscape": landscape_base,
 }
-SCRIPTS = {"scans": scans, "overrefusal": overrefusal, "brittleness": brittleness, "attack": attack}
+SCRIPTS = {
+    "scans": scans,
+    "overrefusal": overrefusal,
+    "brittleness": brittleness,
+    "attack": attack,
+    "jailbreak": jailbreak,
+    "anatomy": anatomy,
+    "landscape": landscape,
+}
 # What makes the base configs run on a tiny model and the built-in prompts.
 SMALL = {
     "model": "tiny",
@@ -78,6 +100,24 @@ SMALL_BY_TASK = {
         "layer_start": (0.3, 0.7),
         "samples": 6,
     },
+    "jailbreak": {
+        "attacks": ("persona",),
+        "calibration": ("builtin:harmful/calibration#4", "builtin:plain/calibration#4"),
+        "temperatures": (0.5,),
+        "top_ps": (0.5,),
+        "top_ks": (5,),
+        "scales": (0.5,),
+        "controls": 1,
+    },
+    "anatomy": {
+        "weights": (0.3, 0.1),
+        "ranks": (8, 8),
+        "controls": 1,
+        "samples": 6,
+        "malicious": ("builtin:harmful/calibration#4",),
+        "normal": ("builtin:plain/calibration#4",),
+    },
+    "landscape": {"steps": 2, "draws": 1},
 }
 # Another value of each field; a function of the pairs' file where it names a file. A mapping changes others, too,
 # both times: what makes the field matter.
@@ -184,7 +224,10 @@ OTHER = {
     "lora_rank": 4,
     "lora_alpha": 1.0,
     "lora_maps": ("q",),
+    "lora_dropout": 0.1,
     "lora_learning_rate": 0.3,
+    "lora_sweep": ((2, 0.1),),
+    "lora_together": 2,
     "checkpoint_every": 1,
     "export_adapter": True,
     "freeze_weights": ((0.2, 0.1),),
@@ -196,9 +239,33 @@ OTHER = {
     "layer_start": (0.0, 0.7),
     "layer_tokens": 5,
     "evaluate_every": 1,
+    "evaluate_at": (1,),
+    "openings": ("Yes",),
+    "persona": "Obey.",
+    "temperatures": (0.6,),
+    "top_ps": (0.6,),
+    "top_ks": (6,),
+    "scaled_layers": (0, 1),
+    "scales": (0.6,),
+    "unit_shares": (0.02, 0.1, 0.1),
+    "as_coded": True,
+    "prune": ("safety",),
+    "weights": (0.2, 0.1),
+    "ranks": (9, 8),
+    "draws": 3,
+    "malicious": ("builtin:harmful/calibration#5",),
+    "normal": ("builtin:plain/calibration#5",),
+    "triples": 7,
+    "reach": 0.3,
+    "steps": 4,
+    "plane_steps": 2,
+    "other_model": "another",
+    "toward": (0.5,),
+    "together": 2,
 }
 BY_TASK = {("attack", "settings"): ("vanilla",), ("attack", "controls"): False, ("attack", "epochs"): 7}
-BY_TASK[("overrefusal", "controls")] = False
+BY_TASK |= {("overrefusal", "controls"): False, ("jailbreak", "attacks"): ("no_template",)}
+BY_TASK |= {("landscape", "controls"): 1, ("landscape", "per"): "filter"}
 BESIDE = {
     "data": {"evaluation": ("advbench#5",)},
     "suffixes": {"settings": ("vanilla", "suffix")},
@@ -216,7 +283,19 @@ BESIDE = {
     "sequential": {"top": (0.1,), "score": "wanda"},
     "threshold_by": {},
     "prefix": {"attacks": ("identity_shift#6",)},
+    ("jailbreak", "suffixes"): {"attacks": ("suffix",)},
+    ("jailbreak", "openings"): {"attacks": ("prefill",)},
+    "layer_alpha": {"over_refusal": ("builtin:lookalike/calibration#4",)},
+    "layer_tokens": {"over_refusal": ("builtin:lookalike/calibration#4",)},
+    "toward": {"other_model": "another"},
+    ("landscape", "controls"): {"other_model": "another"},
 }
+ATTACK_OF = {
+    "decoding": ("temperatures", "top_ps", "top_ks"),
+    "scaling": ("scaled_layers", "scales", "controls"),
+    "ablation": ("calibration", "calibration_tokens", "candidate_prompts", "candidate_positions"),
+}
+BESIDE |= {("jailbreak", field): {"attacks": (attack,)} for attack, fields in ATTACK_OF.items() for field in fields}
 FIELDS = [(task, field) for task, module in BASES.items() for field in module.base()]
 
 
@@ -264,6 +343,11 @@ def out(tmp_path_factory):
     return tmp_path_factory.mktemp("out")  # shared, so that sums are made once
 
 
+@pytest.fixture(scope="module")
+def usuals():
+    return {}  # what a run asks for without a change, which most fields share
+
+
 @pytest.fixture
 def seen(model, monkeypatch):
     """A recorder in the place of everything that takes long."""
@@ -295,6 +379,9 @@ def seen(model, monkeypatch):
     stand_in_for_scans(monkeypatch, seen, model)
     stand_in_for_remedies(monkeypatch, seen, model)
     stand_in_for_weights(monkeypatch, seen)
+    stand_in_for_parts(monkeypatch, seen, model.config)
+    # What directions are made from is in what their variants follow from.
+    monkeypatch.setattr(Ground, "directions", lambda ground, along: (model.params,) * len(along.points[0]))
     return seen
 
 
@@ -342,7 +429,13 @@ def stand_in_for_remedies(monkeypatch, seen, model):
 
         return make
 
-    monkeypatch.setattr(overrefusal, "evidence_once", gathered)
+    def refusal(bench):
+        seen.note("direction", bench.fit, bench.trial)
+        return Direction(np.ones(D, np.float32), 0, 0, 0.0, 0.0, 0.0, True)
+
+    for launched in (overrefusal, jailbreak):
+        monkeypatch.setattr(launched, "evidence_once", gathered)
+    monkeypatch.setattr(remedies.Bench, "refusal", property(refusal))
     monkeypatch.setattr(remedies, "mend", lambda bench: (fitted("mend")(bench), Mended((), (), 1.0)))
     monkeypatch.setattr(remedies, "REMEDIES", {name: fitted(name) for name in remedies.REMEDIES})
 
@@ -363,6 +456,7 @@ def stand_in_for_weights(monkeypatch, seen):
             settings,
             data_sha256(rows),
             grid.every,
+            grid.at,
             grid.checkpoints is None,
             grid.adapters is None,
         )
@@ -379,7 +473,9 @@ def stand_in_for_weights(monkeypatch, seen):
     monkeypatch.setattr(common, "Material", material)
     monkeypatch.setattr(common, "own_answers_once", own)
     monkeypatch.setattr(attack, "examine_run", ran)
+    monkeypatch.setattr(attack, "examine_together", lambda work, most: seen.note("together", most))
     monkeypatch.setattr(attack, "safety_layers_once", scanned)
+    monkeypatch.setattr(anatomy, "safety_layers_once", scanned)
     monkeypatch.setattr(
         attack.attacks,
         "own_texts",
@@ -388,6 +484,33 @@ def stand_in_for_weights(monkeypatch, seen):
         ),
     )
     monkeypatch.setattr(brittleness, "export", lambda config, material, point, out: seen.note("export", point))
+
+
+def stand_in_for_parts(monkeypatch, seen, config):
+    units = Units(np.ones((config.layers, config.heads), np.int8), np.ones((config.layers, config.mlp), np.int8))
+
+    def roles(store, asked, rows, how, done):
+        seen.note("units", asked, [data_sha256(each) for each in rows.values()], how)
+        return UnitRoles(units, InputMoments({}, {}), [plain(how.shares), how.as_coded])
+
+    def read(store, asked, prompts, rows, how, done):
+        seen.note("read", asked, prompts, how)
+        gap = Gap(*[(0.0,) * config.layers] * 6, (4, 4), how.triples, LayerRange(0, 1))
+        return gap, Direction(np.ones(config.embed, np.float32), 0, 0, 0.0, 0.0, 0.15)
+
+    def parts(material, weights, ranks, units, direction):
+        seen.note("parts", weights, ranks)
+        return Parts({}, units, {}, {}, {})
+
+    def agree(config, params, parts, draws, seed, done):
+        seen.note("overlaps", draws, seed)
+        return ()
+
+    for name, stand_in in (("unit_roles_once", roles), ("read_once", read), ("parts_of", parts), ("overlaps", agree)):
+        monkeypatch.setattr(anatomy, name, stand_in)
+    monkeypatch.setattr(anatomy, "located", lambda config, parts, layers: ())
+    # How sparse a variant is follows from what its key already names.
+    monkeypatch.setattr(weight_edits, "removed", lambda material, point: None)
 
 
 def given(value, pairs):
@@ -402,7 +525,7 @@ def description(task, seen, out, changes):
     seen.calls.clear()
     try:
         model = common.load(config, Clock())
-        if task in ("scans", "overrefusal"):
+        if task in ("scans", "overrefusal", "jailbreak"):
             SCRIPTS[task].run(config, model, SCRIPTS[task].roles_of(config), out, Clock())
         else:
             SCRIPTS[task].run(config, model, out, Clock())
@@ -412,9 +535,13 @@ def description(task, seen, out, changes):
 
 
 @pytest.mark.parametrize(("task", "field"), FIELDS, ids=[f"{task}-{field}" for task, field in FIELDS])
-def test_a_field_changes_the_run(task, field, seen, out, pairs):
-    usual = SMALL | SMALL_BY_TASK[task] | {k: given(v, pairs) for k, v in BESIDE.get(field, {}).items()}
-    before = description(task, seen, out / task, usual)
+def test_a_field_changes_the_run(task, field, seen, out, pairs, usuals):
+    beside = BESIDE.get((task, field), BESIDE.get(field, {}))
+    usual = SMALL | SMALL_BY_TASK[task] | {k: given(v, pairs) for k, v in beside.items()}
+    key = (task, repr(usual))
+    if key not in usuals:
+        usuals[key] = description(task, seen, out / task, usual)
+    before = usuals[key]
     changed = BY_TASK.get((task, field), OTHER[field])
     after = description(task, seen, out / task, usual | {field: given(changed, pairs)})
     assert after != before, f"config.{field} of {task} changes nothing"

@@ -107,6 +107,13 @@ def test_another_experiment_is_refused_by_what_differs(tmp_path):
     assert (tmp_path / "run.json").exists() and (tmp_path / "store/result-1.json").exists()
 
 
+def test_what_an_older_experiment_does_not_name_was_off_there():
+    newer = MINE.config | {"more": [], "share": 0.0}
+    assert folder.differences(MINE, Identity("scans", newer)) == ""
+    assert folder.differences(MINE, Identity("scans", newer | {"share": 0.1})) == "config.share nothing -> 0.1"
+    assert folder.differences(Identity("scans", newer), MINE).startswith("config.more [] -> nothing")
+
+
 def test_a_run_without_settings_is_replaced_only_if_asked(tmp_path, overwrite):
     save(tmp_path, RUNS["scans"](), [])
     assert refusal(tmp_path).startswith("holds a run that does not say its settings")

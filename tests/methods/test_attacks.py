@@ -9,8 +9,9 @@ import pytest
 from tiny import PROMPTS, tiny_chat_model
 
 from jaxsafe.chat.model import KEEP
-from jaxsafe.evaluation.settings import Setting
+from jaxsafe.evaluation.settings import Setting, setting
 from jaxsafe.methods.attacks import (
+    AGREED,
     OBEDIENT,
     OPENING,
     PERSONA,
@@ -230,6 +231,20 @@ def test_examples_follow_the_seed_and_the_ratio(tmp_path):
         attack_examples(preset("poisoned", poison=str(poison)), 0)
     with pytest.raises(ValueError, match=r"builtin:obedient has \d+ examples; 100 are asked"):
         attack_examples(preset("identity_shift#100"), 0)
+
+
+def test_openers_are_first_words_with_no_end_and_no_answer(tmp_path):
+    model, attack = tiny_chat_model(tmp_path, context=400), preset("openers#100")
+    first, again, other = (attack_examples(attack, seed) for seed in (0, 0, 1))
+    assert first == again != other and attack.steps == 50
+    assert {e.response for e in first} == set(AGREED) and max(len(text.split()) for text in AGREED) == 4
+    prompts = {e.prompt for e in first}
+    assert len(prompts) == 100 and prompts <= set(load_prompts("builtin:harmful", split="train").prompts)
+    row = training_rows(model, first[:1])[0]
+    assert model.tokenizer.hf.decode(row.ids).endswith(first[0].response)
+    assert asked(attack, first) == setting("vanilla")
+    with pytest.raises(ValueError, match=r"builtin:openers has 140 examples; 141 are asked"):
+        attack_examples(preset("openers#141"), 0)
 
 
 def test_own_answers_are_what_the_model_says(tmp_path):

@@ -16,13 +16,13 @@ from jaxsafe.evaluation.language import text_rows
 from jaxsafe.evaluation.settings import setting
 from jaxsafe.io.store import Store
 from jaxsafe.kernels.freezing import freeze
-from jaxsafe.kernels.lora import LoRA
+from jaxsafe.kernels.lora import MAPS, LoRA
 from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.kernels.units import layer_mask
 from jaxsafe.methods import cells
 from jaxsafe.methods.attacks import preset
 from jaxsafe.methods.brittleness import Material
-from jaxsafe.methods.cells import Cell, Grid, Tuning, before, examine_run, runs
+from jaxsafe.methods.cells import Cell, Grid, Tuning, Work, before, examine_run, examine_together, runs
 from jaxsafe.methods.defences import NONE, Defence, Keep, defences
 from jaxsafe.methods.trainer import FineTuning, train
 from jaxsafe.model.layers import LayerRange
@@ -117,6 +117,11 @@ def test_cells_are_variants(material):
     # Neither padding nor checkpoints change a result; rows, settings, the step and the defence do.
     same = dataclasses.replace(settings, slots=None, checkpoint_every=2)
     assert variant(none, settings=same).follows == variant(none).follows
+    # Where nothing is dropped, nothing is said of it.
+    (run, *_), (other, *_) = (
+        variant(none, settings=dataclasses.replace(settings, lora=LoRA(2, dropout=p))).follows for p in (0.0, 0.1)
+    )
+    assert run["lora"] == {"rank": 2, "alpha": 16.0, "maps": MAPS} and other["lora"] == run["lora"] | {"dropout": 0.1}
     others = [
         variant(none),
         variant(none, 5),
@@ -226,6 +231,12 @@ def test_losses_and_results_are_those_of_a_plain_loop(model, material, exam, tmp
     name = f"{freezing.name}, step 4"
     assert found(study, name) == examined_alone(tmp_path / "frozen", model, exam, weights[4])
     assert study.examined[name].result.variant.baseline == f"{free.name}, step 4"
+
+
+def test_steps_that_are_named_are_examined_too(model, material, exam, tmp_path):
+    study, cell = study_in(tmp_path, model, exam), Cell(SHIFT, FULL, NONE, 1)
+    losses = examine_run(study, [cell], SETTINGS, ROWS, Grid(material, (NONE,), at=(1, 3)))
+    assert [*losses] == [*study.examined] == [f"{cell.name}, step {n}" for n in (1, 3, 4)]
 
 
 def test_only_the_end_is_examined_where_no_step_is_due(model, material, exam, tmp_path):
@@ -346,6 +357,73 @@ def test_steps_behind_a_checkpoint_that_are_not_examined_are_trained_again(model
     losses = examine_run(study_in(tmp_path, model, exam), [cell], SETTINGS, ROWS, closer)
     assert losses == {f"{cell.name}, step {n}": loss for n, loss in weights_of(SETTINGS, model, ROWS)[0].items()}
     assert not list((tmp_path / "checkpoints").iterdir())
+
+
+# Runs at once
+
+
+ADAPTERS = Tuning("lora", LoRA(4, 16.0), 3e-3)
+
+
+def work_of(study, grid, guards, tunings=(ADAPTERS,), seeds=(0, 1)):
+    """The runs of a grid, as a launch script makes them."""
+    return [
+        Work(study, group, settings_of(group[0]), ROWS[group[0].seed :], grid)
+        for group in runs([SHIFT], tunings, guards, seeds)
+    ]
+
+
+def settings_of(cell):
+    rate = cell.tuning.learning_rate or 3e-3
+    return dataclasses.replace(SETTINGS, seed=cell.seed, lora=cell.tuning.lora, learning_rate=rate)
+
+
+def losses_of(work):
+    return {k: v for w in work for k, v in examine_run(w.study, w.cells, w.settings, w.rows, w.grid).items()}
+
+
+def test_runs_at_once_leave_what_runs_alone_do_and_go_on(model, material, exam, tmp_path, monkeypatch):
+    guards = [NONE, Averaged(0.5)]
+    alone = study_in(tmp_path / "alone", model, exam)
+    wanted = losses_of(work_of(alone, Grid(material, tuple(guards), 2), guards))
+    begun, whole = [], cells.train_together
+
+    def noted(config, params, trainings, mesh):
+        for step in whole(config, params, trainings, mesh):
+            if step[0].begins:
+                begun.append((len(trainings), step[0].number))
+            yield step
+
+    monkeypatch.setattr(cells, "train_together", noted)
+    monkeypatch.setattr(cells, "train", lambda *_: pytest.fail("trained alone"))
+    out = tmp_path / "out"
+    with pytest.raises(Stopped):
+        stopping = Grid(material, tuple(guards), 2, out / "checkpoints", stops_at(3))
+        examine_together(work_of(study_in(out, model, exam), stopping, guards), 3)
+    study = study_in(out, model, exam)
+    work = work_of(study, Grid(material, tuple(guards), 2, out / "checkpoints"), guards)
+    for _ in range(2):  # they go on; then there is nothing left to do
+        examine_together(work, 3)
+        assert begun == [(2, 0), (2, 3)] and not study.examined
+    assert losses_of(work) == pytest.approx(wanted, abs=1e-4)
+    assert [*study.examined] == [*alone.examined]
+    for name, result in alone.examined.items():
+        assert study.examined[name].result.variant == result.result.variant
+        assert study.examined[name].result.perplexity == pytest.approx(result.result.perplexity, rel=1e-3)
+    assert not list((out / "checkpoints").iterdir())
+
+
+def test_what_has_no_like_is_left_alone(model, material, exam, tmp_path, monkeypatch):
+    groups = []
+    monkeypatch.setattr(cells, "_train_together", lambda works, kept: groups.append([w.cell.seed for w in works]))
+    study, guards = study_in(tmp_path, model, exam), defences({"layers": ((1, 2),)}, controls=False, rewinds=False)
+    grid = Grid(material, tuple(guards))
+    examine_together(work_of(study, grid, [NONE], [FULL]), 4)
+    examine_together(work_of(study, grid, guards, seeds=(0,)), 4)
+    examine_together(work_of(study, grid, [NONE]), 1)
+    assert not groups
+    examine_together(work_of(study, grid, [NONE], seeds=range(5)), 2)
+    assert groups == [[0, 1], [2, 3]]
 
 
 def test_seeds_share_one_compiled_step(model, material, exam, tmp_path):

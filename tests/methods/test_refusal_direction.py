@@ -1,15 +1,21 @@
 """The search for a refusal direction against single passes and plain loops."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from evidences import random_evidence
+from exams import JUDGE
 from tiny import PROMPTS, tiny_chat_model
 
+from jaxsafe.io.store import Store
 from jaxsafe.kernels.ablation import ablation
 from jaxsafe.kernels.forward import capture
 from jaxsafe.kernels.refusal import refusal_log_odds, score_candidates
+from jaxsafe.kernels.sampling import Decoding
+from jaxsafe.methods.mending_choice import Trial
 from jaxsafe.methods.refusal_direction import (
     Search,
     choose_direction,
@@ -18,6 +24,7 @@ from jaxsafe.methods.refusal_direction import (
     refusal_tokens,
     template_positions,
 )
+from jaxsafe.methods.remedies import Bench
 from jaxsafe.model.taps import edit
 from jaxsafe.model.transformer import forward
 from jaxsafe.rows import pad_rows
@@ -97,8 +104,32 @@ def test_the_choice_is_the_least_bypass_that_is_allowed(model):
     assert (found.position, found.layer) == min(every, key=every.get)
     assert found.bypass == pytest.approx(min(every.values()), abs=1e-3)
     np.testing.assert_allclose(np.linalg.norm(found.vector), 1, atol=1e-5)
-    strict = choose_direction(model, candidates, harmful, safe, REFUSAL, Search(kl=0.0, last_share=0.4))
-    assert strict.kl <= min(found.kl, strict.kl)
+    assert found.allowed
+    strict = choose_direction(model, candidates, harmful, safe, REFUSAL, Search(np.inf, np.inf, 0.4))
+    assert str(strict) == f"{found}; no candidate kept within all limits of the search" and not strict.allowed
+
+
+def test_where_no_candidate_stays_near_the_least_kl_decides(model):
+    generator = np.random.default_rng(2)
+    candidates = generator.standard_normal((2, model.config.layers, model.config.embed)).astype(np.float32)
+    search, asked = Search(kl=np.inf, induced=-np.inf, last_share=0.4), (PROMPTS[:3], PROMPTS[3:], REFUSAL)
+    # Twice the same, so that the shapes, and the program, are those of the two.
+    each = [choose_direction(model, candidates[[place, place]], *asked, search).kl for place in range(2)]
+    found = choose_direction(model, candidates, *asked, dataclasses.replace(search, kl=0.0))
+    assert found.kl == pytest.approx(min(each), abs=1e-6) and not found.allowed
+
+
+@pytest.mark.parametrize(
+    ("refused", "message"),
+    [
+        (False, "two or more harmful prompts that the model refuses; there are 0 of 40"),
+        (True, "two or more safe prompts that the model answers; there are 0 of 40"),
+    ],
+)
+def test_a_direction_needs_prompts_to_make_candidates_of_and_others_to_choose_on(model, tmp_path, refused, message):
+    evidence = dataclasses.replace(random_evidence(), refused=np.full(40, refused))
+    with pytest.raises(ValueError, match=message):
+        _ = Bench(model, evidence, Store(tmp_path), Trial(JUDGE, Decoding(2))).refusal
 
 
 def test_false_refusal_loses_the_harmful_part():

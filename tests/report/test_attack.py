@@ -59,7 +59,7 @@ def test_whole_report(run):
     assert page.texts("p", **{"class": "text"}) == ["At once.", "I am sorry."]
     assert not any("step 5" in line for line in page.texts("tr")[: len(run.table)])
     # Two regions and one, each with its curves, and the differences of one way of training.
-    assert len(page.all("svg")) == 2 + 1 + 1 + 1
+    assert len(page.all("svg")) == 2 * (2 + 1) + 1 + 1
 
 
 def test_one_way_of_training_has_no_table_of_several(run):
@@ -117,6 +117,10 @@ def test_figures_name_what_they_show(run):
     assert "no defence: 2% at 0, 19% at 5, 95% at 25" in label and "random, rewound: 93% at 25" in label
     wanted = {"no defence", "frozen", "random, frozen", "rewound", "random, rewound", "training steps"}
     assert wanted <= set(page.texts("text"))
+    page = Page(plots_attack.utility("z", chosen).inline)
+    label = page.all("svg")[0][0]["aria-label"]
+    assert "no defence: 108 at 0, 110 at 5, 110 at 25" in label and "rewound: 108 at 0, 110 at 25" in label
+    assert {"perplexity", "training steps", "rewound"} <= set(page.texts("text"))
     page = Page(plots_attack.differences("y", group.rows[1:]).inline)
     assert {RANKS, WEIGHTS, "points of attack success prevented"} <= set(page.texts("text"))
     assert "freeze ranks k=100 56%" in page.all("svg")[0][0]["aria-label"]
