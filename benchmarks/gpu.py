@@ -1,18 +1,21 @@
-"""How much of an accelerator is used: decoding against its memory bandwidth, scoring against its matrix products.
+"""How much of an accelerator is used: decoding against its memory bandwidth, the rest against its matrix products.
 
     python -m benchmarks.gpu
 
-Random weights of Llama-2-7B in bfloat16 (`--model` names another preset); bandwidth and matrix peak are measured
-first, on the same device. One JSON line a measurement: decode at several batch sizes, with and without steering;
-prefill, loss, Wanda and SNIP; and, where torch finds a GPU too, `transformers` on the same shapes after this library
-has given its arrays back (set XLA_PYTHON_CLIENT_PREALLOCATE=false to leave it the memory). `--tiny` runs a model of a
-few thousand weights anywhere, to see that everything works.
+Random weights of Llama-2-7B in bfloat16 (`--model` names another preset). On the same device first: its bandwidth and
+its matrix peak, and, where torch finds a GPU too, `transformers` in a process of its own. Then decoding at several
+batch sizes, bare and steered; prefill, loss, Wanda, SNIP and a step of LoRA; and attention at several lengths, by
+cuDNN's kernel, where there is one, and block by block. Prints one Markdown table.
+`--tiny` runs a model of a few thousand weights anywhere, to see that everything works.
+
+B rows, T tokens of a row, N heads, K kv_heads, H head_dim
 """
 
 import dataclasses
-import gc
+import functools
 import importlib.util
-import json
+import math
+import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,8 +28,12 @@ from absl import app, flags
 
 from jaxsafe.kernels.generate import generate
 from jaxsafe.kernels.likelihood import answer_nll
+from jaxsafe.kernels.lora import LoRA
 from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.kernels.sums import Scoring, add_batch, nothing
+from jaxsafe.methods.trainer import FREE, FineTuning, begin, compiled_step
+from jaxsafe.model.attention import Slots, cudnn_serves, fused
+from jaxsafe.model.blockwise import Scaling, blockwise
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.presets import preset
 from jaxsafe.model.taps import edit
@@ -34,47 +41,86 @@ from jaxsafe.model.transformer import forward, init
 from jaxsafe.model.weights import count_parameters
 from jaxsafe.parallel import make_mesh
 from jaxsafe.plan.costs import flops
-from jaxsafe.rows import Batch
+from jaxsafe.rows import Batch, Row
 from jaxsafe.study.record import environment
 
 TINY = ModelConfig(300, layers=2, embed=32, mlp=48, heads=4, kv_heads=2, head_dim=8, context=512, dtype="bfloat16")
 _forward = jax.jit(forward, static_argnames=("config", "last"))
+Call = Callable[[], Any]
 
 
-def seconds(call: Callable[[], Any], rounds: int) -> float:
-    """The median of `rounds` timed calls after one that compiles."""
-    jax.block_until_ready(call())
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is run: rows that decode, tokens of their prompts and answers, rows and tokens of a pass, of attention."""
+
+    decoded: tuple[int, ...] = (1, 16, 64)
+    prompt: int = 128
+    new: int = 128
+    batch: int = 8
+    length: int = 1024
+    scored: int = 4
+    attended: tuple[int, ...] = (2048, 8192, 32_768)
+    memory: int = 2**31
+    matrix: int = 8192
+
+
+SMALL = Sizes((1, 2), 8, 4, 2, 16, 2, (512,), 2**20, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """A measurement: tokens per second, what share that is of what the device can do, and what else was seen."""
+
+    name: str
+    rows: int
+    tokens: int
+    per_s: float
+    share: float = math.nan
+    of: str = ""
+    compile_s: float = math.nan
+    also: str = ""
+
+    def line(self) -> str:
+        """A row of the table."""
+        share = f"{self.share:.0%} of {self.of}" if self.of else ""
+        compiled = "" if math.isnan(self.compile_s) else f"{self.compile_s:.0f}"
+        return f"| {self.name} | {self.rows} x {self.tokens} | {self.per_s:,.0f} | {share} | {compiled} | {self.also} |"
+
+
+def timed(call: Call, rounds: int) -> tuple[float, float]:
+    """The median of `rounds` timed calls, and what the first one took beyond that: compiling."""
     times = []
-    for _ in range(rounds):
+    for _ in range(rounds + 1):
         start = time.perf_counter()
         jax.block_until_ready(call())
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    median = statistics.median(times[1:])
+    return median, times[0] - median
 
 
 def bandwidth(size: int, rounds: int) -> float:
     """Bytes/s of adding one to `size` bytes, those read and those written."""
     x = jnp.ones(size // 2, jnp.bfloat16)
     add = jax.jit(lambda x: x + 1)
-    return 2 * x.nbytes / seconds(lambda: add(x), rounds)
+    return 2 * x.nbytes / timed(lambda: add(x), rounds)[0]
 
 
 def matrix_peak(n: int, rounds: int) -> float:
-    """FLOP/s of a bfloat16 product of [n, n] matrices, eight in a row."""
-    x = jnp.ones((n, n), jnp.bfloat16) / n
+    """FLOP/s of a bfloat16 product of random [n, n] matrices, eight in a row."""
+    x = jax.random.normal(jax.random.key(0), (n, n), jnp.bfloat16) / math.sqrt(n)
 
     @jax.jit
     def products(x: jax.Array) -> jax.Array:
         return jax.lax.fori_loop(0, 8, lambda _, y: y @ x, x)
 
-    return 8 * 2 * n**3 / seconds(lambda: products(x), rounds)
+    return 8 * 2 * n**3 / timed(lambda: products(x), rounds)[0]
 
 
-def rows(config: ModelConfig, batch: int, length: int) -> Batch:
+def rows(config: ModelConfig, B: int, T: int) -> Batch:
     """Random tokens without padding; the second half of a row is its answer."""
-    tokens = np.random.default_rng(0).integers(8, config.vocab, (batch, length), np.int32)
-    ends = np.full(batch, length // 2 - 1, np.int32)
-    return jax.device_put(Batch(tokens, np.ones((batch, length), bool), ends))
+    tokens = np.random.default_rng(0).integers(8, config.vocab, (B, T), np.int32)
+    ends = np.full(B, T // 2 - 1, np.int32)
+    return jax.device_put(Batch(tokens, np.ones((B, T), bool), ends))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,69 +133,119 @@ class Bench:
     peak: float
     rounds: int
 
-    def flops(self, batch: int, length: int, unembedded: int) -> float:
+    def flops(self, B: int, T: int, unembedded: int) -> float:
         """Operations of a forward pass."""
         one = make_mesh({"data": 1, "model": 1}, jax.devices()[:1])
-        return flops(self.config, one, batch, length, length, unembedded)
+        return flops(self.config, one, B, T, T, unembedded)
 
-    def decode(self, batch: int, prompt: int, new: int) -> Iterator[dict[str, Any]]:
+    def decode(self, B: int, prompt: int, new: int) -> Found:
         """Decode steps, bare and steered: what `new` tokens take beyond the first one."""
         c = self.config
-        prompts = rows(c, batch, prompt)
+        prompts = rows(c, B, prompt)
         weight_bytes = 2 * count_parameters({k: v for k, v in self.params.items() if c.tied or k != "embed"})
-        cache_bytes = 2 * 2 * c.layers * batch * c.kv_heads * c.head_dim * (prompt + new / 2)
+        cache_bytes = 2 * 2 * c.layers * B * c.kv_heads * c.head_dim * (prompt + new / 2)
         steering = {"resid": edit(add=jnp.full((c.layers, c.embed), 1e-3))}
-        found = {}
-        for name, edits in (("bare", None), ("steered", steering)):
-            times = [
-                seconds(lambda n=n, e=edits: generate(c, self.params, prompts, Decoding(n), e).tokens, self.rounds)
-                for n in (1, new)
-            ]
-            found[name] = (times[1] - times[0]) / (new - 1)
-        yield {
-            "name": f"decode_batch_{batch}",
-            "tokens_per_s": batch / found["bare"],
-            "bandwidth_share": (weight_bytes + cache_bytes) / found["bare"] / self.bandwidth,
-            "steered_over_bare": found["steered"] / found["bare"],
-        }
 
-    def passes(self, batch: int, length: int) -> Iterator[dict[str, Any]]:
-        """Prefill, Wanda, SNIP and the loss, on the same rows."""
-        c = self.config
-        given, half = rows(c, batch, length), length // 2
-        whole = self.flops(batch, length, 0)
-        answer = self.flops(batch, length, batch * (half + 1))
+        def took(n: int, edits: Any) -> tuple[float, float]:
+            return timed(lambda: generate(c, self.params, prompts, Decoding(n), edits).tokens, self.rounds)
 
-        def sums(kind: str) -> Callable[[], Any]:
+        (first, _), (bare, compiled), (steered, _) = took(1, None), took(new, None), took(new, steering)
+        step = (bare - first) / (new - 1)
+        share = (weight_bytes + cache_bytes) / step / self.bandwidth
+        over = f"steering {(steered - first) / (bare - first) - 1:+.1%}"
+        return Found("decode", B, new, B / step, share, "bandwidth", compiled, over)
+
+    def of_peak(self, name: str, shape: tuple[int, int], call: Call, operations: float, also: str = "") -> Found:
+        """A call whose `operations` count; a row that says so where it does not fit memory."""
+        try:
+            took, compiled = timed(call, self.rounds)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return Found(name, *shape, math.nan, also="does not fit memory")
+        share = operations / took / self.peak
+        return Found(name, *shape, math.prod(shape) / took, share, "matrix peak", compiled, also)
+
+    def passes(self, B: int, T: int, scored: int) -> Iterator[Found]:
+        """Prefill, loss, Wanda, SNIP and a step of LoRA, the last two on `scored` rows; half of a row is its answer."""
+        c, half = self.config, T // 2
+        given, few = rows(c, B, T), rows(c, scored, T)
+        whole, answer = self.flops(B, T, 0), self.flops(B, T, B * (half + 1))
+        of_few = self.flops(scored, T, scored * (half + 1))
+
+        def sums(kind: str, batch: Batch) -> Call:
             kept = [nothing(kind, c)]
 
             def call() -> Any:
-                kept[0] = add_batch(Scoring(kind), c, self.params, given, kept[0], half, None)
+                kept[0] = add_batch(Scoring(kind), c, self.params, batch, kept[0], half, None)
                 return kept[0]
 
             return call
 
-        calls: dict[str, tuple[Callable[[], Any], float]] = {
-            "prefill": (lambda: _forward(c, self.params, given.tokens, given.valid, last=1), whole),
-            "loss": (lambda: answer_nll(c, self.params, given, last=half), answer),
-            "wanda": (sums("wanda"), whole),
-            "snip": (sums("snip"), 3 * answer),
-        }
-        for name, (call, operations) in calls.items():
-            took = seconds(call, self.rounds)
-            share = operations / took / self.peak
-            yield {"name": name, "tokens_per_s": batch * length / took, "matrix_peak_share": share}
+        yield self.of_peak(
+            "prefill", (B, T), lambda: _forward(c, self.params, given.tokens, given.valid, last=1), whole
+        )
+        yield self.of_peak("loss", (B, T), lambda: answer_nll(c, self.params, given, last=half), answer)
+        yield self.of_peak("Wanda", (B, T), sums("wanda", given), whole)
+        # Forward, activations' gradients, and a product a weight and row; frozen weights need no third pass.
+        yield self.of_peak("SNIP", (scored, T), sums("snip", few), 3 * of_few)
+        for remat in (False, True):
+            name = "LoRA step, layers again" if remat else "LoRA step"
+            yield self.of_peak(name, (scored, T), self.lora_step(scored, T, remat), 2 * of_few, "rank 16, all maps")
+
+    def lora_step(self, B: int, T: int, remat: bool) -> Call:
+        """A step of adapters of rank 16 on `B` random rows, half of each its answer."""
+        batch = rows(self.config, B, T)
+        data = [Row(tuple(ids), T // 2 - 1) for ids in np.asarray(batch.tokens).tolist()]
+        settings = FineTuning(1, B, lora=LoRA(16, 32.0), slots=(T, T // 2), remat=remat)
+        tree, fixed, recipe = begin(self.config, self.params, data, settings, FREE, None)
+        step, kept = compiled_step(recipe, tree), [tree]
+
+        def call() -> Any:
+            kept[0], loss = step(kept[0], batch, fixed)
+            return loss
+
+        return call
+
+    def attention(self, T: int, B: int) -> Iterator[Found]:
+        """Attention of a layer of `B` texts, forward and with its gradients: cuDNN's kernel and block by block."""
+        c = self.config
+        N, K, H = c.heads, c.kv_heads, c.head_dim
+        keys = jax.random.split(jax.random.key(0), 3)
+        shapes = ((B, T, N, H), (B, K, T, H), (B, K, T, H))
+        q, k, v = (jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
+        valid = jnp.ones((B, T), bool)
+
+        def blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            grouped = q.reshape(B, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+            heads = blockwise(grouped, k, v, Slots(valid).queries(T), None, Scaling(H**-0.5))
+            return heads.transpose(0, 3, 1, 2, 4).reshape(B, T, N, H)
+
+        kernels = {"blockwise": blocks}
+        if cudnn_serves(q.dtype, H):
+            kernels = {"cuDNN": lambda q, k, v: fused(q, k, v, valid, "cudnn")} | kernels
+        forward_flops = 2.0 * B * N * H * T * T  # two products of two operations each, half of them unseen
+        given: dict[str, jax.Array] = {}
+        for name, kernel in kernels.items():
+            run = jax.jit(kernel)
+            given[name] = run(q, k, v)
+            gap = max(float(jnp.abs(x - given[name]).max()) for x in given.values())
+            also = f"largest difference {gap:.1g}" if len(given) > 1 else ""
+            pull = jax.jit(jax.grad(lambda *qkv, kernel=kernel: kernel(*qkv).astype(jnp.float32).sum(), (0, 1, 2)))
+            run_it, pull_it = functools.partial(run, q, k, v), functools.partial(pull, q, k, v)
+            yield self.of_peak(f"attention, {name}", (B, T), run_it, forward_flops, also)
+            yield self.of_peak(f"attention with gradients, {name}", (B, T), pull_it, 3.5 * forward_flops)
 
 
-def transformers_decode(config: ModelConfig, batches: list[int], prompt: int, new: int) -> Iterator[dict[str, Any]]:
-    """Tokens per second of `transformers` on the same card; nothing where torch finds none."""
+def transformers_found(config: ModelConfig, sizes: Sizes) -> list[Found]:
+    """Decoding and prefill of `transformers` on the same card; nothing where torch finds none."""
     if importlib.util.find_spec("torch") is None:
-        return
+        return []
     import torch
     import transformers
 
     if not torch.cuda.is_available():
-        return
+        return []
     shape = transformers.LlamaConfig(
         vocab_size=config.vocab,
         hidden_size=config.embed,
@@ -160,55 +256,63 @@ def transformers_decode(config: ModelConfig, batches: list[int], prompt: int, ne
         head_dim=config.head_dim,
     )
     with torch.device("cuda"):
-        model = transformers.LlamaForCausalLM(shape).to(torch.bfloat16).eval()
+        torch.set_default_dtype(torch.bfloat16)
+        model = transformers.LlamaForCausalLM(shape).eval()
     model.generation_config.eos_token_id = None
-    for batch in batches:
-        ids = torch.randint(8, config.vocab, (batch, prompt), device="cuda")
 
-        def call(n: int, ids: Any = ids) -> float:
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            with torch.inference_mode():
-                options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
-                model.generate(ids, max_new_tokens=n, min_new_tokens=n, **options)
-            torch.cuda.synchronize()
-            return time.perf_counter() - start
+    def took(call: Callable[[], Any]) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        with torch.inference_mode():
+            call()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
 
-        call(2)
-        yield {"name": f"transformers_decode_batch_{batch}", "tokens_per_s": batch * (new - 1) / (call(new) - call(1))}
+    def answer(ids: Any, n: int) -> Any:
+        options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
+        return model.generate(ids, max_new_tokens=n, min_new_tokens=n, **options)
+
+    found = []
+    for B in sizes.decoded:
+        ids = torch.randint(8, config.vocab, (B, sizes.prompt), device="cuda")
+        took(lambda ids=ids: answer(ids, 2))
+        step = (took(lambda ids=ids: answer(ids, sizes.new)) - took(lambda ids=ids: answer(ids, 1))) / (sizes.new - 1)
+        found.append(Found("decode, transformers", B, sizes.new, B / step))
+    ids = torch.randint(8, config.vocab, (sizes.batch, sizes.length), device="cuda")
+    seconds = [took(lambda: model(ids, logits_to_keep=1)) for _ in range(4)][1:]
+    rate = ids.numel() / statistics.median(seconds)
+    return [*found, Found("prefill, transformers", sizes.batch, sizes.length, rate)]
 
 
-def emit(**fields: Any) -> None:
-    """Prints one line of JSON, with versions and the device."""
-    line = fields | vars(environment())
-    print(json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in line.items()}), flush=True)
+def measurements(config: ModelConfig, sizes: Sizes, rounds: int, peak: float, speed: float) -> Iterator[Found]:
+    """All that is measured of this library."""
+    bench = Bench(config, jax.jit(init, static_argnums=(0, 1))(config, 0), speed, peak, rounds)
+    for B in sizes.decoded:
+        yield bench.decode(B, sizes.prompt, sizes.new)
+    yield from bench.passes(sizes.batch, sizes.length, sizes.scored)
+    bench = dataclasses.replace(bench, params=None)
+    for T in sizes.attended:
+        yield from bench.attention(T, max(1, sizes.attended[-1] // T))
 
 
 def main(argv: list[str]) -> None:
-    """Measures the device, then the library on it, then the other library."""
+    """Measures the other library in a process of its own, the device, and then this library on it."""
     del argv
-    tiny, rounds = TINY_RUN.value, ROUNDS.value
-    config = TINY if tiny else preset(MODEL.value)
-    batches = [1, 2] if tiny else [1, 16, 64]
-    prompt, new, batch, length = (8, 4, 2, 16) if tiny else (128, 128, 8, 1024)
-    speed = bandwidth(2**20 if tiny else 2**31, rounds)
-    peak = matrix_peak(128 if tiny else 8192, rounds)
-    emit(name="device", bytes_per_s=speed, flops_per_s=peak)
-    params = jax.jit(init, static_argnums=(0, 1))(config, 0)
-    bench = Bench(config, params, speed, peak, rounds)
-    for each in batches:
-        for found in bench.decode(each, prompt, new):
-            emit(**found, batch=each, prompt=prompt, new=new)
-    for found in bench.passes(batch, length):
-        emit(**found, batch=batch, length=length)
-    del bench, params
-    gc.collect()
-    for found in transformers_decode(config, batches, prompt, new):
-        emit(**found)
+    config, sizes = (TINY, SMALL) if TINY_RUN.value else (preset(MODEL.value), Sizes())
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        others = pool.apply(transformers_found, (config, sizes))
+    rounds = ROUNDS.value
+    speed, peak = bandwidth(sizes.memory, rounds), matrix_peak(sizes.matrix, rounds)
+    where = environment()
+    print(f"{'tiny model' if TINY_RUN.value else MODEL.value} in {config.dtype} on {where.device}, jax {where.jax}:")
+    print(f"{speed / 1e9:,.0f} GB/s read and written, {peak / 1e12:,.1f} TFLOP/s of matrix products\n")
+    print("| | rows x tokens | tokens/s | share | compiling, s | |\n|---|---:|---:|---:|---:|---|")
+    for found in (*others, *measurements(config, sizes, rounds, peak, speed)):
+        print(found.line(), flush=True)
 
 
+MODEL = flags.DEFINE_string("model", "llama2-7b", "a preset")
+ROUNDS = flags.DEFINE_integer("rounds", 5, "timed calls of each measurement", lower_bound=1)
+TINY_RUN = flags.DEFINE_bool("tiny", False, "a model of a few thousand weights, on any device")
 if __name__ == "__main__":
-    MODEL = flags.DEFINE_string("model", "llama2-7b", "a preset")
-    ROUNDS = flags.DEFINE_integer("rounds", 5, "timed calls of each measurement", lower_bound=1)
-    TINY_RUN = flags.DEFINE_bool("tiny", False, "a model of a few thousand weights, on any device")
     app.run(main)

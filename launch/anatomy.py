@@ -93,8 +93,7 @@ def run(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock) -
     layers = scan.layers if scan else gap.layers
     where = located(model.config, parts, layers) if layers else ()
     scored = {side: len(rows[side]) for side in SIDES}
-    chosen = described(direction, search_of(config))
-    details = Details(scored, units.counts, gap, scan, layers, chosen, agreement, where)
+    details = Details(scored, units.counts, gap, scan, layers, described(direction), agreement, where)
     return common.finish(study, "anatomy", config, roles, clock, details)
 
 

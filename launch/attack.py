@@ -123,7 +123,7 @@ def run(
         ]
         examine_together(work, config.lora_together)
         for each in work:
-            losses |= examine_run(each.study, each.cells, each.settings, each.rows, grid)
+            losses |= examine_run(each)
 
     for tokens in grid.tokens:
         clock.count("training_s", tokens)

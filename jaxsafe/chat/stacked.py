@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 
 from jaxsafe.chat.answers import Answers
 from jaxsafe.chat.model import ChatModel
+from jaxsafe.kernels.generate import for_device
 from jaxsafe.kernels.sampling import Decoding, drawing, row_seeds
 from jaxsafe.kernels.stacked import stacked_answers, stacked_nll
 from jaxsafe.model.transformer import Params
@@ -49,7 +50,8 @@ class Stacked:
         numbers = row_seeds(rows)
 
         def call(batch: Batch, indices: np.ndarray) -> Tree:
-            return stacked_answers(model.config, self.stack, batch, drawing(decoding, numbers[indices]), model.edits)
+            program = for_device(stacked_answers, "config")
+            return program(model.config, self.stack, batch, drawing(decoding, numbers[indices]), model.edits)
 
         for indices, by_model in model.batches(call, rows, batch_size, decoding.max_new_tokens):
             read = sum(len(rows[i].ids) for i in indices)

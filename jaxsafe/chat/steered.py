@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from jaxsafe.chat.answers import Answers, collected
 from jaxsafe.chat.mending import Hand, Mending
-from jaxsafe.kernels.generate import Generated
+from jaxsafe.kernels.generate import Generated, for_device
 from jaxsafe.kernels.sampling import Decoding, drawing, row_seeds
 from jaxsafe.kernels.steering import (
     Decision,
@@ -233,7 +233,8 @@ class Steered:
         decision = self._decision(rule, hand.prefilled.states, batch)
         start = (model.config, model.params, batch, hand.prefilled.cache)
         again = self._again(rule, batch, behind)
-        found = Found(steered_answers(*start, self._edits(decision), hand.drawing, again))
+        program = for_device(steered_answers, "config", "again")
+        found = Found(program(*start, self._edits(decision), hand.drawing, again))
         if rule is not None:
             found = found._replace(score=decision.score, gate=decision.gate, harmful=decision.harmful)
         return fetch(found)

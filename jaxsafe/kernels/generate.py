@@ -22,6 +22,13 @@ from jaxsafe.rows import Batch, Row
 
 PAD = 0
 """The token in the slots behind an answer."""
+WEIGHTS_IN_PLACE = {
+    "xla_gpu_enable_dynamic_slice_fusion": True,
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_dot_merger_threshold_mb": 0,
+}
+"""A layer's weights are read where they lie in the stack of all layers: XLA's own choice for a GPU copies them first,
+for each token, which takes longer than to multiply by them."""
 
 
 @flax.struct.dataclass
@@ -142,6 +149,16 @@ def prefill_and_decode(
     return decode(config, params, batch, prompted, drawing, edits, axis_name)
 
 
+def for_device(program: Any, *static: str) -> Any:
+    """The jitted `program`, which decodes, compiled as the default device wants it; `static` names its arguments."""
+    return _on_gpu(program, static) if jax.default_backend() == "gpu" else program
+
+
+@functools.cache
+def _on_gpu(program: Any, static: tuple[str, ...]) -> Any:
+    return jax.jit(program.__wrapped__, static_argnames=static, compiler_options=WEIGHTS_IN_PLACE)
+
+
 def generate(
     config: ModelConfig,
     params: Params,
@@ -162,7 +179,8 @@ def generate(
         raise ValueError(f"{longest} prompt tokens + {new} new ones exceed the model's context of {config.context}")
     if row_numbers is None:
         row_numbers = batch_numbers(fetch(batch.tokens), valid)
-    return prefill_and_decode(config, params, batch, drawing(decoding, row_numbers), edits)
+    program = for_device(prefill_and_decode, "config", "axis_name")
+    return program(config, params, batch, drawing(decoding, row_numbers), edits)
 
 
 def batch_numbers(tokens: Int[np.ndarray, "B T"], valid: Bool[np.ndarray, "B T"]) -> Int[np.ndarray, " B"]:

@@ -131,14 +131,13 @@ def read_once(
         gap = gap_curve(normal[:, 0], malicious[:, 0], how.triples, how.seed)
         candidates = malicious[::2].mean(0) - normal[::2].mean(0)
         chosen = choose_direction(model, candidates, kinds[0][1::2], kinds[1][1::2], tokens, how.search, done)
-        return {"gap": plain(gap), "direction": plain(chosen)}
+        return {"gap": plain(gap), "direction": chosen.stored()}
 
     asked = [data_sha256(model.rows(each)) for each in kinds]
     limits = {name: value for name, value in plain(how.search).items() if name != "batch_size"}
     follows = [model.fingerprint(), asked, [refusals.tolist(), answers.tolist()], how.triples, how.positions, limits]
     stored = store.once("read", [*follows, how.seed], make)
-    direction = stored["direction"] | {"vector": np.array(stored["direction"]["vector"], np.float32)}
-    return from_json(stored["gap"], Gap), Direction(**direction)
+    return from_json(stored["gap"], Gap), Direction.of(stored["direction"])
 
 
 def parts_of(material: Material, weights: Point, ranks: Point, units: UnitRoles, direction: Direction) -> Parts:
@@ -158,8 +157,7 @@ def parts_of(material: Material, weights: Point, ranks: Point, units: UnitRoles,
     )
 
 
-def described(direction: Direction, search: Search) -> RefusalDirection:
+def described(direction: Direction) -> RefusalDirection:
     """The direction as the record has it."""
-    allowed = direction.kl <= search.kl and direction.induce >= search.induced
     numbers = direction.bypass, direction.induce, direction.kl
-    return RefusalDirection(direction.layer, direction.position, *numbers, allowed)
+    return RefusalDirection(direction.layer, direction.position, *numbers, direction.allowed)

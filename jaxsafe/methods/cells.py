@@ -6,7 +6,7 @@ import functools
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import jax
 
@@ -175,6 +175,10 @@ class Work:
         found = [self.study.finished(variant) for variant in (*self.points.values(), *self.ends.values())]
         return all(found)
 
+    def examined_before(self, step: int) -> bool:
+        """Whether all that is due before a step is examined."""
+        return all(self.study.finished(variant) for number, variant in self.points.items() if number < step)
+
     @property
     def trained_on(self) -> Sequence[Row]:
         """The rows that the defence leaves."""
@@ -212,17 +216,15 @@ class Work:
         self.study.examine(variant, functools.partial(_made, self.study.model, after))
 
 
-def examine_run(
-    study: Study, cells: Sequence[Cell], settings: FineTuning, rows: Sequence[Row], grid: Grid
-) -> dict[str, float | None]:
-    """Trains the first of `cells` on `rows`, examines it on the way, and the others by its last weights.
+def examine_run(work: Work) -> dict[str, float | None]:
+    """Trains the first cell of a run, examines it on the way, and the others by its last weights.
 
     What is finished is read instead; an interrupted run goes on from its checkpoints. Returns the training loss by
     variant.
     """
-    work = Work(study, cells, settings, rows, grid)
     if not work.finished:
         work.examine_ends(_trained(work))
+    study = work.study
     return {variant.name: study.store.read("loss", study.key(variant)) for variant in work.points.values()}
 
 
@@ -231,7 +233,7 @@ def _trained(work: Work) -> Params:
     model, cell, settings = work.study.model, work.cell, work.settings
     frozen = cell.defence.frozen(work.grid.material, cell.seed)
     run = functools.partial(train, model.config, model.params, work.trained_on, settings, frozen, model.mesh)
-    begun = _steps(work.study, run, work.folder, work.points)
+    begun = _steps(work, run)
     with work.grid.watch(cell.name, settings.steps) as done, contextlib.closing(begun) as steps:
         for step in steps:
             done(step.number if step.begins else 1)
@@ -262,7 +264,7 @@ def examine_together(runs: Sequence[Work], most: int) -> None:
 def _begins(run: Work) -> int | None:
     """The step that a run goes on from, None where one before it is not examined yet, so that it begins anew."""
     latest = latest_step(run.folder)
-    return latest if all(run.study.finished(v) for step, v in run.points.items() if step < latest) else None
+    return latest if run.examined_before(latest) else None
 
 
 def _train_together(runs: Sequence[Work], kept: bool) -> None:
@@ -278,19 +280,14 @@ def _train_together(runs: Sequence[Work], kept: bool) -> None:
             run.examine_ends(step.weights())
 
 
-def _steps(
-    study: Study,
-    run: Callable[[pathlib.Path | None], Iterator[Step]],
-    folder: pathlib.Path | None,
-    points: Mapping[int, Variant],
-) -> Generator[Step, None, None]:
-    """The steps of a run from its latest checkpoint in `folder`.
+def _steps(work: Work, run: Callable[[pathlib.Path | None], Iterator[Step]]) -> Generator[Step, None, None]:
+    """The steps of a run from its latest checkpoint.
 
     One with a step before there that is not examined yet begins anew, without checkpoints.
     """
-    steps = run(folder)
+    steps = run(work.folder)
     step = next(steps)
-    if all(study.finished(variant) for number, variant in points.items() if number < step.number):
+    if work.examined_before(step.number):
         yield step
     else:
         del step  # its weights and those of the new run need not fit at once

@@ -19,10 +19,10 @@ from jaxsafe.chat.model import ChatModel
 from jaxsafe.chat.tokenizer import Tokenizer
 from jaxsafe.digest import arrays_sha256
 from jaxsafe.evaluation.settings import Setting
-from jaxsafe.kernels.ablation import ablation
 from jaxsafe.methods.attacks import PERSONA, PREFIX
 from jaxsafe.methods.evidence import unit_rows
 from jaxsafe.methods.layer_scan import times
+from jaxsafe.methods.refusal_direction import ablated
 from jaxsafe.model.layers import LayerRange
 from jaxsafe.records.jailbreak import About
 from jaxsafe.records.run import Json, Variant, plain
@@ -185,11 +185,6 @@ def ablations(direction: Float[np.ndarray, " D"], controls: int, seed: int) -> l
     first = attempt("refusal ablated", direction, About("ablation"))
     others = zip(names, random, strict=True)
     return [first, *(attempt(n, v, About("ablation", True), group, d) for d, (n, v) in enumerate(others))]
-
-
-def ablated(vector: Float[np.ndarray, " D"], model: ChatModel) -> ChatModel:
-    """`model` without the unit `vector` in its residual stream while it runs."""
-    return model.with_edits(ablation(model.config, model.params, jnp.asarray(vector)))
 
 
 def scalings(L: int, layers: LayerRange, scales: Sequence[float], controls: int, seed: int) -> list[Attempt]:

@@ -164,12 +164,18 @@ def _single(offsets: Sequence[float]) -> tuple[Offsets, ...]:
 
 
 def examine_slice(study: Study, ground: Ground, along: Slice, together: int = 1) -> None:
-    """Examines the points of a slice, `together` of them in one program; directions are made when they are needed."""
+    """Examines the points of a slice, `together` of those that are left in one program, in the order of the points.
+
+    Directions are made when they are needed.
+    """
     directions = functools.cache(functools.partial(ground.directions, along))
-    for first in range(0, len(along.points), together):
-        some = along.points[first : first + together]
-        variants = [ground.variant(along, point) for point in some]
-        study.examine_together(variants, functools.partial(_placed, ground.model, directions, some))
+    variants = {point: ground.variant(along, point) for point in along.points}
+    for _, group in itertools.groupby(along.points, lambda point: study.has(variants[point])):
+        points = list(group)
+        for first in range(0, len(points), together):
+            some = points[first : first + together]
+            make = functools.partial(_placed, ground.model, directions, some)
+            study.examine_together([variants[point] for point in some], make)
 
 
 def _placed(model: ChatModel, directions: Callable[[], tuple[Params, ...]], points: Sequence[Offsets]) -> Examinee:

@@ -6,19 +6,16 @@ D embed
 import functools
 from collections.abc import Callable, Iterator
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
 
 from jaxsafe.chat.model import ChatModel
 from jaxsafe.digest import arrays_sha256
 from jaxsafe.io.store import Json
-from jaxsafe.kernels.ablation import ablation
 from jaxsafe.kernels.selection import sparsity
 from jaxsafe.methods.anatomy import UnitRoles
 from jaxsafe.methods.brittleness import DENSE
 from jaxsafe.methods.overlaps import unit_weights
-from jaxsafe.methods.refusal_direction import Direction
+from jaxsafe.methods.refusal_direction import Direction, ablated
 from jaxsafe.methods.ssah import Role, random_units, units_of, without_units
 from jaxsafe.records.brittleness import About
 from jaxsafe.records.run import Variant, plain
@@ -45,15 +42,11 @@ def unit_variants(model: ChatModel, units: UnitRoles, role: str, controls: int) 
 def direction_variants(model: ChatModel, direction: Direction, controls: int) -> Iterator[Made]:
     """The model whose stream has no part along the refusal direction (arXiv 2406.11717), and along random ones."""
     follows, name = ["direction", arrays_sha256([direction.vector])], "refusal direction"
-    yield _variant(name, follows, About(name), controls), functools.partial(_ablated, model, direction.vector)
+    yield _variant(name, follows, About(name), controls), functools.partial(ablated, direction.vector, model)
     for seed in range(controls):
         normal = np.random.default_rng(seed).standard_normal(len(direction.vector)).astype(np.float32)
         control = _control(name, seed, follows, About("random direction", True))
-        yield control, functools.partial(_ablated, model, normal / np.linalg.norm(normal))
-
-
-def _ablated(model: ChatModel, vector: Float[np.ndarray, " D"]) -> ChatModel:
-    return model.with_edits(ablation(model.config, model.params, jnp.asarray(vector)))
+        yield control, functools.partial(ablated, normal / np.linalg.norm(normal), model)
 
 
 def _variant(name: str, follows: Json, about: About, controls: int) -> Variant:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from jaxsafe.chat.model import ChatModel
+from jaxsafe.kernels.ablation import ablation
 from jaxsafe.kernels.forward import capture
 from jaxsafe.kernels.refusal import CandidateScores, score_candidates
 from jaxsafe.methods.evidence import Evidence, unit_rows
@@ -70,6 +71,11 @@ class Direction:
             f"{self.bypass:.1f} without it, {self.induce:.1f} with it added, first-token KL {self.kl:.3f}"
             f"{'' if self.allowed else '; no candidate kept within all limits of the search'}"
         )
+
+
+def ablated(vector: Float[np.ndarray, " D"], model: ChatModel) -> ChatModel:
+    """`model` without the unit `vector` in its residual stream while it runs."""
+    return model.with_edits(ablation(model.config, model.params, jnp.asarray(vector)))
 
 
 def template_positions(rows: Sequence[Row]) -> int:

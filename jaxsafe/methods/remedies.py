@@ -141,10 +141,7 @@ class Bench:
 
         Raises ValueError for fewer than two.
         """
-        e, kind = (
-            self.evidence,
-            f"{'harmful' if harmful else 'safe'} prompts that are {'refus' if refused else 'answer'}ed",
-        )
+        e = self.evidence
         prompts = [e.prompts[i] for i in np.flatnonzero((e.harmful == harmful) & (e.refused == refused))]
         if len(prompts) < 2:
             kind = f"{'harmful' if harmful else 'safe'} prompts that the model {'refuses' if refused else 'answers'}"

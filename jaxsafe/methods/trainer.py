@@ -364,8 +364,12 @@ def described(settings: FineTuning) -> dict[str, Any]:
 
 
 def _on_mesh(tree: Any, mesh: Mesh | None) -> Any:
-    """`tree` with what does not lie on `mesh`, such as a count of steps, on all of its devices."""
+    """`tree` with what does not lie on `mesh`, such as a count of steps, on all of its devices.
+
+    Without a mesh every array stays where it is, and may lie nowhere else: as the tree that a step returns, so that
+    the step is compiled once.
+    """
     if mesh is None:
-        return tree
+        return jax.tree.map(lambda a: jax.device_put(a, a.sharding), tree)
     everywhere = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(lambda a: a if isinstance(a.sharding, NamedSharding) else jax.device_put(a, everywhere), tree)

@@ -195,16 +195,30 @@ def fused(
     front = jnp.argsort(~valid, axis=1, stable=True)
     back = jnp.argsort(front, axis=1)
     lengths = jnp.maximum(valid.sum(1, dtype=jnp.int32), 1)
-
-    def moved(x: Array, order: Array) -> Array:
-        return jnp.take_along_axis(x, order[:, :, None, None], axis=1)
-
     heads = jax.nn.dot_product_attention(
-        moved(q, front),
-        *(moved(x.swapaxes(1, 2), front) for x in (k, v)),
+        _moved(q, front, back),
+        *(_moved(x.swapaxes(1, 2), front, back) for x in (k, v)),
         is_causal=True,
         query_seq_lengths=lengths,
         key_value_seq_lengths=lengths,
         implementation=implementation,
     )
-    return jnp.where(valid[:, :, None, None], moved(heads, back), 0)
+    return jnp.where(valid[:, :, None, None], _moved(heads, back, front), 0)
+
+
+@jax.custom_vjp
+def _moved(x: Float[Array, "B S N H"], order: Int[Array, "B S"], back: Int[Array, "B S"]) -> Float[Array, "B S N H"]:
+    """The tokens of each row in this `order`; `back` undoes it, of gradients without a scatter."""
+    return jnp.take_along_axis(x, order[:, :, None, None], axis=1)
+
+
+def _moved_forward(x: Array, order: Array, back: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _moved(x, order, back), (order, back)
+
+
+def _moved_backward(kept: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
+    order, back = kept
+    return _moved(gradient, back, order), None, None
+
+
+_moved.defvjp(_moved_forward, _moved_backward)

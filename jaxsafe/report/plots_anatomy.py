@@ -6,7 +6,6 @@ Marks and dashes say what colour says.
 from collections.abc import Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -26,6 +25,7 @@ from jaxsafe.report.style import (
     level,
     new_axes,
     note,
+    shade_layers,
     styled,
 )
 
@@ -76,15 +76,11 @@ def gap(name: str, found: Gap, layers: LayerRange | None) -> Drawing:
     below.set_ylabel("gap, degrees")
     below.grid(axis="y")
     layer_axis(below, len(found.gap))
-    for axes in (above, below):
-        _shaded(axes, layers)
+    if layers is not None:
+        for axes in (above, below):
+            shade_layers(axes, layers)
     where = f"layers {layers} are shaded" if layers else "no layers are shaded"
     return drawing(figure, name, f"Gap in degrees {ends(found.gap)} layer; {where}")
-
-
-def _shaded(axes: Axes, layers: LayerRange | None) -> None:
-    if layers is not None:
-        axes.axvspan(layers.first - 0.5, layers.stop - 0.5, color=LIGHT["rule"], alpha=0.5, linewidth=0)
 
 
 def pair_name(overlap: Overlap) -> str:

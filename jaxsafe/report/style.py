@@ -233,14 +233,18 @@ def level(axes: Axes, y: float, label: str, color: str, **line: Any) -> None:
     note(axes, label, (1, y), (0, 3), ("axes fraction", "data"), ha="right", color=color)
 
 
+def shade_layers(axes: Axes, layers: LayerRange) -> float:
+    """Shades `layers` on an axis of layers; where their middle lies."""
+    low, high = layers.first - 0.5, layers.stop - 0.5
+    axes.axvspan(low, high, color=LIGHT["rule"], alpha=0.6, linewidth=0)
+    return (low + high) / 2
+
+
 def layer_axis(axes: Axes, count: int, steered: LayerRange | None = None) -> None:
     """The x axis of `count` layers, the steered ones shaded."""
     if steered is not None:
-        low, high = steered.first - 0.5, steered.stop - 0.5
-        axes.axvspan(low, high, color=LIGHT["rule"], alpha=0.6, linewidth=0)
-        note(
-            axes, "steered", ((low + high) / 2, 0), (0, 4), ("data", "axes fraction"), ha="center", color=LIGHT["muted"]
-        )
+        middle = shade_layers(axes, steered)
+        note(axes, "steered", (middle, 0), (0, 4), ("data", "axes fraction"), ha="center", color=LIGHT["muted"])
     axes.set_xlim(-0.5, count - 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     axes.set_xlabel("layer")

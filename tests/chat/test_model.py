@@ -51,7 +51,7 @@ def added(model, seed=0, size=2.0):
 
 
 def steering_for(model, seed=0, **changes):
-    """A steering whose threshold parts the prompts."""
+    """A steering whose threshold parts the prompts, half way between two scores: none is as close as rounding."""
     rng = np.random.default_rng(seed)
     directions, reference = rng.standard_normal((2, model.config.layers, model.config.embed)).astype(np.float32)
     rule = Steering(
@@ -64,7 +64,9 @@ def steering_for(model, seed=0, **changes):
     )
     batch = pad_rows(model.rows(PROMPTS))
     states = prefill_and_read(model.config, model.params, batch, rule.affirmative, 8).states
-    return rule.replace(threshold=jnp.median(rule.score(states)), **changes)
+    middle = len(PROMPTS) // 2
+    threshold = jnp.sort(rule.score(states))[middle : middle + 2].mean()
+    return rule.replace(threshold=threshold, **changes)
 
 
 @flax.struct.dataclass

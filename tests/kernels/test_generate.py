@@ -194,6 +194,16 @@ def test_no_number_recompiles(params):
     assert prefill_and_decode._cache_size() == programs
 
 
+def test_what_a_gpu_is_told_is_known_and_changes_no_answer(params, monkeypatch):
+    given = (tiny_config(), params, pad_rows(ROWS, length=16, count=4), decoding(NEW, eos=[1]))
+    plain = generate(*given)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    before = module._on_gpu.cache_info().misses
+    told = generate(*given)
+    assert module._on_gpu.cache_info().misses == before + 1
+    np.testing.assert_array_equal(told.tokens, plain.tokens)
+
+
 EIGHT = random_rows([13, 16, 14, 15, 16, 13, 14, 15], seed=1)
 
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from families import FAMILY_MODELS
-from launches import attack, brittleness, finished, scans, started, write_pairs
+from launches import brittleness, finished, scans, short_attack, started, write_pairs
 from tiny import tiny_params
 
 from jaxsafe.io.hf import save_hf
@@ -23,7 +23,7 @@ GIVEN += ["--config.alpha=0.5", "--config.calibration=()"]
 TASKS = {
     "scans": lambda model, pairs: [*scans(model), *GIVEN],
     "brittleness": brittleness,
-    "attack": attack,
+    "attack": short_attack,
 }
 
 

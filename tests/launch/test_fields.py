@@ -446,7 +446,8 @@ def stand_in_for_weights(monkeypatch, seen):
         rows = asked.rows(prompts)
         return [dataclasses.replace(row, ids=(*row.ids, 9, 8)) for row in rows]
 
-    def ran(study, cells, settings, rows, grid):
+    def ran(work):
+        study, cells, settings, rows, grid = work.study, work.cells, work.settings, work.rows, work.grid
         of = [cell.variant(settings.steps, settings, rows, grid.material, grid.guards) for cell in cells]
         keys = [study.key(variant) for variant in of]
         seen.note(
@@ -496,7 +497,7 @@ def stand_in_for_parts(monkeypatch, seen, config):
     def read(store, asked, prompts, rows, how, done):
         seen.note("read", asked, prompts, how)
         gap = Gap(*[(0.0,) * config.layers] * 6, (4, 4), how.triples, LayerRange(0, 1))
-        return gap, Direction(np.ones(config.embed, np.float32), 0, 0, 0.0, 0.0, 0.15)
+        return gap, Direction(np.ones(config.embed, np.float32), 0, 0, 0.0, 0.0, 0.15, True)
 
     def parts(material, weights, ranks, units, direction):
         seen.note("parts", weights, ranks)

@@ -6,7 +6,7 @@ import sys
 import time
 
 import pytest
-from launches import attack, brittleness, finished, found, lines, scans, started, wait_until, write_pairs
+from launches import brittleness, finished, found, lines, scans, short_attack, started, wait_until, write_pairs
 
 from launch.interruption import SAID
 
@@ -76,7 +76,7 @@ def test_brittleness_killed_while_it_scores_and_while_it_sweeps(folder, tmp_path
 
 @pytest.mark.slow
 def test_attack_killed_while_it_trains_and_between_cells(folder, tmp_path):
-    command = attack(folder, write_pairs(tmp_path / "pairs.jsonl"))
+    command = short_attack(folder, write_pairs(tmp_path / "pairs.jsonl"))
     trained = "checkpoints/*/3"
     check(command, tmp_path, lambda out: any(out.glob(trained)), lambda out: some(out, "result-*.json", 2))
 
@@ -137,7 +137,11 @@ def test_an_attack_interrupted_in_an_exam_saves_the_steps_before_it(folder, tmp_
     """SIGTERM in the midst of an exam of a training run ends it within a batch; no step is made again."""
     out, whole = tmp_path / "out", tmp_path / "whole"
     command = [
-        *(flag for flag in attack(folder, write_pairs(tmp_path / "pairs.jsonl")) if "checkpoint_every" not in flag),
+        *(
+            flag
+            for flag in short_attack(folder, write_pairs(tmp_path / "pairs.jsonl"))
+            if "checkpoint_every" not in flag
+        ),
         "--config.checkpoint_every=100",
         "--config.batch_size=1",
     ]

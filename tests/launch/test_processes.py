@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from launches import attack, brittleness, finished, found, free_port, scans, started, wait_until, write_pairs
+from launches import brittleness, finished, found, free_port, scans, short_attack, started, wait_until, write_pairs
 from processes import numbers
 
 from jaxsafe.io.hf import SafetensorsFolder
@@ -82,7 +82,7 @@ def test_a_launch_script_on_two_processes(folder, tmp_path):
 @pytest.mark.slow
 def test_a_job_that_loses_a_process_ends_and_goes_on(folder, tmp_path):
     out = tmp_path / "two"
-    command = attack(folder, write_pairs(tmp_path / "pairs.jsonl"))
+    command = short_attack(folder, write_pairs(tmp_path / "pairs.jsonl"))
     command += ["--mesh=data:4,model:2", "--config.tuning_batch_size=4"]
     first, second = both(command, out)
     wait_until(lambda: any(out.glob("checkpoints/*/3")), first, second)

@@ -8,9 +8,10 @@ from jaxsafe.io.store import Store
 from jaxsafe.methods import anatomy
 from jaxsafe.methods.anatomy import ReadSettings, UnitSettings, described, read_once, unit_roles_once
 from jaxsafe.methods.layer_gaps import gap_curve
-from jaxsafe.methods.refusal_direction import Direction, Search, openings
+from jaxsafe.methods.refusal_direction import Direction, openings
 from jaxsafe.methods.ssah import Role, RoleShares, unit_roles, unit_scores
 from jaxsafe.methods.unit_inputs import InputMoments
+from jaxsafe.records.anatomy import RefusalDirection
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def test_half_of_the_prompts_make_candidates_and_the_others_choose_once(model, r
 
     def choose(asked, candidates, harmful, safe, refusal, search, done):
         calls.append((candidates, harmful, safe, refusal))
-        return Direction(candidates[0, 1], 1, 0, -2.0, 1.5, 0.05)
+        return Direction(candidates[0, 1], 1, 0, -2.0, 1.5, 0.05, True)
 
     monkeypatch.setattr(anatomy, "end_states", lambda model, kind, *_: states[len(kind)])
     monkeypatch.setattr(anatomy, "choose_direction", choose)
@@ -73,8 +74,7 @@ def test_half_of_the_prompts_make_candidates_and_the_others_choose_once(model, r
     assert [*refusal] == [first["safety"]] != [first["utility"]]
     again_gap, again = read_once(Store(tmp_path), model, prompts, rows, how)
     assert again_gap == gap and (again.vector == direction.vector).all() and len(calls) == 1
-    assert described(direction, Search()).allowed
-    assert not described(direction, Search(kl=0.01)).allowed and not described(direction, Search(induced=2.0)).allowed
+    assert described(direction) == RefusalDirection(1, 0, -2.0, 1.5, 0.05, True)
     with pytest.raises(ValueError, match="1 malicious and 4 normal prompts; need at least 2 of each"):
         read_once(Store(tmp_path), model, prompts | {"malicious": PROMPTS[:1]}, rows, how)
 

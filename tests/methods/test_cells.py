@@ -208,7 +208,7 @@ def test_losses_and_results_are_those_of_a_plain_loop(model, material, exam, tmp
     (free, rewinding), (freezing,) = runs([SHIFT], [FULL], guards, (1,))
     grid = Grid(material, tuple(guards), every=3)
     study = study_in(tmp_path / "study", model, exam)
-    losses = examine_run(study, [free, rewinding], SETTINGS, ROWS, grid)
+    losses = examine_run(Work(study, [free, rewinding], SETTINGS, ROWS, grid))
     assert [*study.examined] == [f"{free.name}, step 3", f"{free.name}, step 4", f"{rewinding.name}, step 4"]
     wanted, weights = weights_of(SETTINGS, model, ROWS)
     assert losses == {f"{free.name}, step {n}": wanted[n] for n in (3, 4)}
@@ -225,7 +225,7 @@ def test_losses_and_results_are_those_of_a_plain_loop(model, material, exam, tmp
     assert ours == examined_alone(tmp_path / "back", model, exam, nest(back))
     assert ours != found(study, f"{free.name}, step 4")
 
-    losses = examine_run(study, [freezing], SETTINGS, ROWS, grid)
+    losses = examine_run(Work(study, [freezing], SETTINGS, ROWS, grid))
     wanted, weights = weights_of(SETTINGS, model, ROWS, freeze(layer_mask(CONFIG, LayerRange(1, 2))))
     assert losses == {f"{freezing.name}, step {n}": wanted[n] for n in (3, 4)}
     name = f"{freezing.name}, step 4"
@@ -235,19 +235,19 @@ def test_losses_and_results_are_those_of_a_plain_loop(model, material, exam, tmp
 
 def test_steps_that_are_named_are_examined_too(model, material, exam, tmp_path):
     study, cell = study_in(tmp_path, model, exam), Cell(SHIFT, FULL, NONE, 1)
-    losses = examine_run(study, [cell], SETTINGS, ROWS, Grid(material, (NONE,), at=(1, 3)))
+    losses = examine_run(Work(study, [cell], SETTINGS, ROWS, Grid(material, (NONE,), at=(1, 3))))
     assert [*losses] == [*study.examined] == [f"{cell.name}, step {n}" for n in (1, 3, 4)]
 
 
 def test_only_the_end_is_examined_where_no_step_is_due(model, material, exam, tmp_path):
     study = study_in(tmp_path, model, exam)
-    losses = examine_run(study, [Cell(SHIFT, FULL, NONE, 1)], SETTINGS, ROWS, Grid(material, (NONE,)))
+    losses = examine_run(Work(study, [Cell(SHIFT, FULL, NONE, 1)], SETTINGS, ROWS, Grid(material, (NONE,))))
     assert [*losses] == [*study.examined] == ["identity_shift n=10, full, none, seed 1, step 4"]
 
 
 def test_what_is_learned_is_counted(model, material, exam, tmp_path):
     grid = Grid(material, (NONE,))
-    examine_run(study_in(tmp_path, model, exam), [Cell(SHIFT, FULL, NONE, 1)], SETTINGS, ROWS, grid)
+    examine_run(Work(study_in(tmp_path, model, exam), [Cell(SHIFT, FULL, NONE, 1)], SETTINGS, ROWS, grid))
     mean = sum(len(row.ids) for row in ROWS) / len(ROWS)
     assert sum(tokens.learned for tokens in grid.tokens) == 4 * round(3 * mean)
 
@@ -280,7 +280,7 @@ def test_a_run_interrupted_at_any_step_ends_with_the_same_results(model, materia
     guards = defences({"layers": ((1, 2),)}, controls=False, rewinds=True)
     (free, rewinding), _ = runs([SHIFT], [FULL], guards, (1,))
     whole = study_in(tmp_path / "whole", model, exam)
-    losses = examine_run(whole, [free, rewinding], settings, ROWS, Grid(material, tuple(guards), every=2))
+    losses = examine_run(Work(whole, [free, rewinding], settings, ROWS, Grid(material, tuple(guards), every=2)))
     begun, run = [], cells.train
 
     def noted(*how):
@@ -295,11 +295,11 @@ def test_a_run_interrupted_at_any_step_ends_with_the_same_results(model, materia
         study = study_in(out, model, exam)
         grid = Grid(material, tuple(guards), 2, out / "checkpoints", stops_at(stop))
         with pytest.raises(Stopped):
-            examine_run(study, [free, rewinding], settings, ROWS, grid)
+            examine_run(Work(study, [free, rewinding], settings, ROWS, grid))
         # Another process begins with what lies in the folder.
         again = study_in(out, model, exam)
         grid = Grid(material, tuple(guards), 2, out / "checkpoints")
-        assert examine_run(again, [free, rewinding], settings, ROWS, grid) == losses
+        assert examine_run(Work(again, [free, rewinding], settings, ROWS, grid)) == losses
         # Whatever ends a run, no step is taken twice: one that was not examined is examined from its checkpoint.
         assert begun == [0, stop]
         assert not list((out / "checkpoints").iterdir())
@@ -308,7 +308,7 @@ def test_a_run_interrupted_at_any_step_ends_with_the_same_results(model, materia
             assert again.examined[name].result == result.result and again.examined[name].samples == result.samples
         # What is finished is read.
         monkeypatch.setattr(cells, "train", lambda *_: pytest.fail("trained again"))
-        assert examine_run(study_in(out, model, exam), [free, rewinding], settings, ROWS, grid) == losses
+        assert examine_run(Work(study_in(out, model, exam), [free, rewinding], settings, ROWS, grid)) == losses
         monkeypatch.setattr(cells, "train", noted)
 
 
@@ -316,7 +316,7 @@ def test_a_run_interrupted_in_an_exam_or_before_its_rewinds_goes_on(model, mater
     guards = defences({"layers": ((1, 2),)}, controls=False, rewinds=True)
     (free, rewinding), _ = runs([SHIFT], [FULL], guards, (1,))
     whole = study_in(tmp_path / "whole", model, exam)
-    examine_run(whole, [free, rewinding], SETTINGS, ROWS, Grid(material, tuple(guards), every=2))
+    examine_run(Work(whole, [free, rewinding], SETTINGS, ROWS, Grid(material, tuple(guards), every=2)))
     examine = Study.examine
     for place, begin in enumerate((2, 4, 4)):
         out, calls = tmp_path / f"{place}", []
@@ -331,7 +331,7 @@ def test_a_run_interrupted_in_an_exam_or_before_its_rewinds_goes_on(model, mater
         with monkeypatch.context() as patch:
             patch.setattr(Study, "examine", dies)
             with pytest.raises(Stopped):
-                examine_run(study_in(out, model, exam), [free, rewinding], SETTINGS, ROWS, grid)
+                examine_run(Work(study_in(out, model, exam), [free, rewinding], SETTINGS, ROWS, grid))
         numbers = []
 
         def noted(*how, run=cells.train, numbers=numbers):
@@ -342,7 +342,7 @@ def test_a_run_interrupted_in_an_exam_or_before_its_rewinds_goes_on(model, mater
         with monkeypatch.context() as patch:
             patch.setattr(cells, "train", noted)
             again = study_in(out, model, exam)
-            examine_run(again, [free, rewinding], SETTINGS, ROWS, grid)
+            examine_run(Work(again, [free, rewinding], SETTINGS, ROWS, grid))
         assert numbers == list(range(begin, 5))
         assert {n: e.result for n, e in again.examined.items()} == {n: e.result for n, e in whole.examined.items()}
 
@@ -351,10 +351,10 @@ def test_steps_behind_a_checkpoint_that_are_not_examined_are_trained_again(model
     cell = Cell(SHIFT, FULL, NONE, 1)
     grid = Grid(material, (NONE,), 0, tmp_path / "checkpoints", stops_at(4))
     with pytest.raises(Stopped):
-        examine_run(study_in(tmp_path, model, exam), [cell], SETTINGS, ROWS, grid)
+        examine_run(Work(study_in(tmp_path, model, exam), [cell], SETTINGS, ROWS, grid))
     # A closer look than the interrupted run had: its checkpoint after three steps knows nothing of steps 1 and 2.
     closer = Grid(material, (NONE,), 1, tmp_path / "checkpoints")
-    losses = examine_run(study_in(tmp_path, model, exam), [cell], SETTINGS, ROWS, closer)
+    losses = examine_run(Work(study_in(tmp_path, model, exam), [cell], SETTINGS, ROWS, closer))
     assert losses == {f"{cell.name}, step {n}": loss for n, loss in weights_of(SETTINGS, model, ROWS)[0].items()}
     assert not list((tmp_path / "checkpoints").iterdir())
 
@@ -379,7 +379,7 @@ def settings_of(cell):
 
 
 def losses_of(work):
-    return {k: v for w in work for k, v in examine_run(w.study, w.cells, w.settings, w.rows, w.grid).items()}
+    return {k: v for w in work for k, v in examine_run(w).items()}
 
 
 def test_runs_at_once_leave_what_runs_alone_do_and_go_on(model, material, exam, tmp_path, monkeypatch):
@@ -436,7 +436,7 @@ def test_seeds_share_one_compiled_step(model, material, exam, tmp_path):
     for seed in (0, 1, 2):
         for group in runs([SHIFT], [FULL], guards, (seed,)):
             rows = ROWS[seed:] + ROWS[:seed]
-            examine_run(study, group, dataclasses.replace(SETTINGS, seed=seed), rows, grid)
+            examine_run(Work(study, group, dataclasses.replace(SETTINGS, seed=seed), rows, grid))
             by_run.append(len(compiled))
     undefended, frozen, *others = by_run
     assert 0 < undefended <= frozen and others == [frozen] * 7
@@ -450,8 +450,8 @@ def test_a_defence_of_the_rows_needs_nothing_elsewhere(model, material, exam, tm
     guards = [NONE, Half()]
     (free,), (half,) = runs([SHIFT], [FULL], guards, (1,))
     study, grid = study_in(tmp_path / "study", model, exam), Grid(material, tuple(guards))
-    examine_run(study, [free], SETTINGS, ROWS, grid)
-    losses = examine_run(study, [half], SETTINGS, ROWS, grid)
+    examine_run(Work(study, [free], SETTINGS, ROWS, grid))
+    losses = examine_run(Work(study, [half], SETTINGS, ROWS, grid))
     wanted, weights = weights_of(SETTINGS, model, ROWS[::2])
     name = "identity_shift n=10, full, every second row, seed 1, step 4"
     assert losses == {name: wanted[4]}
@@ -473,7 +473,7 @@ def test_a_defence_that_leaves_no_rows_is_refused(model, material, exam, tmp_pat
 
     with pytest.raises(ValueError, match="none of the 0 rows has an answer to train on"):
         examine_run(
-            study_in(tmp_path, model, exam), [Cell(SHIFT, FULL, Nothing(), 1)], SETTINGS, ROWS, Grid(material, ())
+            Work(study_in(tmp_path, model, exam), [Cell(SHIFT, FULL, Nothing(), 1)], SETTINGS, ROWS, Grid(material, ()))
         )
 
 
@@ -485,7 +485,7 @@ def test_a_defence_of_the_weights_needs_nothing_elsewhere(model, material, exam,
     groups = runs([SHIFT], [FULL], guards, (1,))
     assert [len(group) for group in groups] == ([1, 1] if own_run else [2])
     for group in groups:
-        examine_run(study, group, SETTINGS, ROWS, grid)
+        examine_run(Work(study, group, SETTINGS, ROWS, grid))
     _, weights = weights_of(SETTINGS, model, ROWS)
     averaged = Cell(SHIFT, FULL, guards[1], 1)
     # In a run of its own the model is what the defence makes of it at every step.

@@ -45,7 +45,7 @@ def test_a_control_prunes_as_many_units_of_each_layer_and_others_by_seed(model):
 def test_the_direction_and_random_ones_are_ablated_at_whatever_writes_to_the_stream(model):
     vector = np.random.default_rng(7).standard_normal(model.config.embed).astype(np.float32)
     vector /= np.linalg.norm(vector)
-    variants = list(direction_variants(model, Direction(vector, 1, 0, 0.0, 0.0, 0.0), 2))
+    variants = list(direction_variants(model, Direction(vector, 1, 0, 0.0, 0.0, 0.0, True), 2))
     assert [variant.group for variant, _ in variants] == ["refusal direction", *["random for refusal direction"] * 2]
     lines = []
     for _, make in variants:

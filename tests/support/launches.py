@@ -73,6 +73,11 @@ def attack(folder, pairs):
     )
 
 
+def short_attack(folder, pairs):
+    """The same without random controls and rewinds: an attack, and one defence."""
+    return [*attack(folder, pairs), "--config.controls=False", "--config.rewinds=False"]
+
+
 def script(name, **changes):
     """The command of the launch script `name` with its smallest configuration changed."""
     values = {key: str(value) if isinstance(value, pathlib.Path) else value for key, value in changes.items()}
