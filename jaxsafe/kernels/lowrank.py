@@ -98,7 +98,7 @@ def one_blas_thread() -> threadpool_limits:
 def mesh_of(array: Any) -> Mesh | None:
     """The mesh that an array lies on, where there is one."""
     where = getattr(array, "sharding", None)
-    return where.mesh if isinstance(where, NamedSharding) else None
+    return where.mesh if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) else None
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "function"))
