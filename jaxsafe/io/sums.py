@@ -54,11 +54,11 @@ def sums_once(
     sums: Sums = {}
     for part in gather_parts(scoring, model.config, model.params, rows, model.mesh, start):
         if part.batches == len(groups):
-            sums = part.tree()
+            sums = part.sums
             store.write(scoring.kind, follows, sums, TREE)
             store.drop(unfinished, in_batches, TREE.suffix)
         elif part.batches % every == 0:
-            store.write(unfinished, in_batches, {"batches": np.array([part.batches]), "sums": part.tree()}, TREE)
+            store.write(unfinished, in_batches, {"batches": np.array([part.batches]), "sums": part.sums}, TREE)
         done(part.rows)
     return Statistics(scoring.kind, sums, len(rows))
 

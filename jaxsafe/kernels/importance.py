@@ -15,14 +15,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsafe.kernels.forward import capture
 from jaxsafe.kernels.likelihood import token_nll
 from jaxsafe.model.attention import Slots
 from jaxsafe.model.config import ModelConfig
-from jaxsafe.model.taps import FINAL, Gram, SquareSum, at, readings
-from jaxsafe.model.transformer import Params, Transformer
-from jaxsafe.model.weights import Weight, flatten, linear_maps, nest, sizes, weights
+from jaxsafe.model.taps import FINAL, Gram, SquareSum, at, readings, rows_on_data
+from jaxsafe.model.transformer import Params, Transformer, variables
+from jaxsafe.model.weights import Weight, flatten, linear_maps, nest, partition_spec, sizes, weights
 from jaxsafe.rows import Batch
 
 POSITIONS = ("response", "prompt", "all")
@@ -80,7 +81,12 @@ def gram_taps(config: ModelConfig) -> dict[str, str]:
 
 
 def wanda_sums(
-    config: ModelConfig, params: Params, batch: Batch, positions: str = "response", axis_name: str | None = None
+    config: ModelConfig,
+    params: Params,
+    batch: Batch,
+    positions: str = "response",
+    axis_name: str | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, jax.Array]:
     """{tap: float32 [L, F]} sums of squares of every map's inputs over the counted tokens of `batch`.
 
@@ -89,7 +95,8 @@ def wanda_sums(
     """
     reducer = SquareSum(jnp.asarray(counted(batch, positions), jnp.float32))
     taps = input_taps(config)
-    sums = capture(config, params, batch.tokens, batch.valid, taps, reduce=dict.fromkeys(taps, reducer))
+    reducers = dict.fromkeys(taps, reducer)
+    sums = capture(config, params, batch.tokens, batch.valid, taps, rows_on_data(mesh), reducers)
     return total(sums, axis_name)
 
 
@@ -100,16 +107,37 @@ def gram_sums(
     positions: str = "response",
     last: int | None = None,
     axis_name: str | None = None,
+    mesh: Mesh | None = None,
 ) -> dict[str, jax.Array]:
     """{tap: float32 [L, F, F]} sums of outer products at the `gram_taps` over the counted tokens of `batch`.
 
-    `last` (static) is a number of final slots that holds every counted token; only those are multiplied.
+    `last` (static) is a number of final slots that holds every counted token; only those are multiplied. On a `mesh`
+    every device makes the products of its own features (see `gram_spec`), those of all rows.
     """
     weight = jnp.asarray(counted(batch, positions), jnp.float32)
-    reducer = Gram(weight if last is None else weight[:, -last:])
-    taps = tuple(dict.fromkeys(gram_taps(config).values()))
-    sums = capture(config, params, batch.tokens, batch.valid, taps, reduce=dict.fromkeys(taps, reducer))
+    weight = weight if last is None else weight[:, -last:]
+    reducers = {
+        tap: Gram(weight, None if mesh is None else NamedSharding(mesh, gram_spec(F, mesh)))
+        for tap, F in gram_widths(config).items()
+    }
+    edits = rows_on_data(mesh)
+    sums = capture(config, params, batch.tokens, batch.valid, tuple(reducers), edits, reducers)
     return total(sums, axis_name)
+
+
+def gram_widths(config: ModelConfig) -> dict[str, int]:
+    """{tap: F} of the sums of outer products [L, F, F]."""
+    maps = linear_maps(config)
+    sides = {
+        tap: maps[path].inputs if tap == maps[path].tap else maps[path].outputs
+        for path, tap in gram_taps(config).items()
+    }
+    return {tap: math.prod(sizes(config, axes)) for tap, axes in sides.items()}
+
+
+def gram_spec(F: int, mesh: Mesh) -> PartitionSpec:
+    """How outer products [F, F] lie on `mesh`: one side over each axis that divides it."""
+    return PartitionSpec(*(axis if F % mesh.shape[axis] == 0 else None for axis in ("data", "model")))
 
 
 def sample_losses(nll: jax.Array, batch: Batch, positions: str, loss: str) -> jax.Array:
@@ -127,7 +155,7 @@ def sample_losses(nll: jax.Array, batch: Batch, positions: str, loss: str) -> ja
 
 
 def inputs_and_output_gradients(
-    config: ModelConfig, params: Params, batch: Batch, positions: str, loss: str, last: int | None
+    config: ModelConfig, params: Params, batch: Batch, counting: Counting, last: int | None, mesh: Mesh | None = None
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """{tap: [L, B, T, F]} inputs of the maps, {path: [L, B, T, *outputs]} gradients of the samples' losses there.
 
@@ -142,7 +170,7 @@ def inputs_and_output_gradients(
 
     def summed_loss(perturbations: Any) -> tuple[jax.Array, Any]:
         _, state = Transformer(config, "products").apply(
-            {"params": params, "perturbations": perturbations},
+            variables(params, rows_on_data(mesh)) | {"perturbations": perturbations},
             batch.tokens,
             Slots(batch.valid),
             last=0,
@@ -151,12 +179,22 @@ def inputs_and_output_gradients(
         )
         inputs = readings(state["intermediates"])
         states = inputs.pop(FINAL)[:, T - last - 1 : T - 1]
-        nll = token_nll(config, params, states, batch.tokens[:, T - last :], LOGIT_BLOCK)
-        return sample_losses(nll, batch, positions, loss).sum(), inputs
+        nll = token_nll(config, head_on_data(config, params, mesh), states, batch.tokens[:, T - last :], LOGIT_BLOCK)
+        return sample_losses(nll, batch, counting.positions, counting.loss).sum(), inputs
 
     gradients, inputs = jax.grad(summed_loss, has_aux=True)(zeros)
     found = flatten(gradients)
     return inputs, {path: found[name] for path, name in names.items()}
+
+
+def head_on_data(config: ModelConfig, params: Params, mesh: Mesh | None) -> Params:
+    """`params` whose unembedding every device of the data axis of `mesh` holds: gathered once, not for every block."""
+    if mesh is None:
+        return params
+    name = "embed" if config.tied else "unembed"
+    spec = (a if a == "model" else None for a in partition_spec(config, weights(config)[name], mesh))
+    whole = jax.lax.with_sharding_constraint(params[name], NamedSharding(mesh, PartitionSpec(*spec)))
+    return {**params, name: whole}
 
 
 def absolute_products(x: jax.Array, g: jax.Array, start: jax.Array) -> jax.Array:
@@ -188,24 +226,50 @@ def snip_sums(
     `last` (static) is a number of final slots that holds every counted token. Memory: parameters, one tree of sums
     (donate it), activations of the batch. Source: Lee et al., arXiv 1810.02340; arXiv 2402.05162, section 2.1.
     """
-    inputs, gradients = inputs_and_output_gradients(config, params, batch, counting.positions, counting.loss, last)
+    inputs, gradients = inputs_and_output_gradients(config, params, batch, counting, last)
+    if axis_name is None:
+        return add_products(config, inputs, gradients, sums)
+    added = add_products(config, inputs, gradients, jax.tree.map(jnp.zeros_like, sums))
+    return jax.tree.map(jnp.add, sums, total(added, axis_name))
+
+
+def add_products(
+    config: ModelConfig,
+    inputs: Mapping[str, jax.Array],
+    gradients: Mapping[str, jax.Array],
+    sums: Mapping[str, Any],
+    mesh: Mesh | None = None,
+) -> dict[str, Any]:
+    """`sums` plus the absolute products of every row's `inputs` {tap: [L, B, T, F]} and `gradients` {path: ...}.
+
+    On a `mesh` sums lie as the maps do, and every device makes the products that it holds, those of all rows: for B T
+    tokens it receives about 2 B T numbers a feature of its own, where a sum of its own rows would send I O.
+    """
     maps = linear_maps(config)
+
+    def own(x: jax.Array, axis: str | None) -> jax.Array:
+        if mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, None, axis)))
 
     def add_layer(layer: jax.Array, so_far: dict[str, jax.Array]) -> dict[str, jax.Array]:
         out = {}
         for path, stack in so_far.items():
+            I, O = (None, None) if mesh is None else matrix_spec(config, maps[path], mesh)
             x = jax.lax.dynamic_index_in_dim(inputs[str(maps[path].tap)], layer, keepdims=False)
             g = jax.lax.dynamic_index_in_dim(gradients[path], layer, keepdims=False)
             old = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
-            new = absolute_products(x, g.reshape(*g.shape[:2], -1), old.reshape(x.shape[-1], -1))
+            new = absolute_products(own(x, I), own(g.reshape(*g.shape[:2], -1), O), old.reshape(x.shape[-1], -1))
             out[path] = jax.lax.dynamic_update_index_in_dim(stack, new.reshape(old.shape), layer, 0)
         return out
 
-    start = flatten(sums)
-    if axis_name is None:
-        return nest(jax.lax.fori_loop(0, config.layers, add_layer, start))
-    added = jax.lax.fori_loop(0, config.layers, add_layer, jax.tree.map(jnp.zeros_like, start))
-    return nest(jax.tree.map(jnp.add, start, total(added, axis_name)))
+    return nest(jax.lax.fori_loop(0, config.layers, add_layer, flatten(sums)))
+
+
+def matrix_spec(config: ModelConfig, weight: Weight, mesh: Mesh) -> PartitionSpec:
+    """How a linear map lies on `mesh` when its inputs and its outputs are each flattened to one axis: [I, O]."""
+    spec = tuple(partition_spec(config, weight, mesh))[-len(weight.inputs + weight.outputs) :]
+    return PartitionSpec(spec[0], spec[len(weight.inputs)])
 
 
 def no_sums(config: ModelConfig) -> dict[str, Any]:

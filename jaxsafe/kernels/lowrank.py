@@ -14,7 +14,7 @@ L layers, I inputs and O outputs of a linear map, R = min(I, O) ranks, F feature
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.struct
@@ -73,9 +73,9 @@ def act_svd(
     weight, maps, taps = flatten(params), linear_maps(config), gram_taps(config)
 
     def basis(path: str, gram: jax.Array) -> Basis:
-        where = getattr(weight[path], "sharding", None)
+        mesh = mesh_of(weight[path])
         W = as_matrices(config, path, weight[path]) if taps[path] == maps[path].tap else None
-        made = by_layers(where.mesh, W, gram) if isinstance(where, NamedSharding) else basis_of(W, gram)
+        made = basis_of(W, gram) if mesh is None else by_layers(mesh, basis_of, W, gram)
         jax.block_until_ready(made)
         done(1)
         return made
@@ -95,18 +95,45 @@ def one_blas_thread() -> threadpool_limits:
     return threadpool_limits(1, user_api="blas")
 
 
-def layer_axes(mesh: Mesh, layers: int) -> tuple[str, ...]:
-    """The mesh axes that `layers` are split over: both, else the longer one that divides them, else none."""
-    choices = [("data", "model"), *sorted([("data",), ("model",)], key=lambda a: -mesh.shape[a[0]])]
-    return next((axes for axes in choices if layers % math.prod(mesh.shape[a] for a in axes) == 0), ())
+def mesh_of(array: Any) -> Mesh | None:
+    """The mesh that an array lies on, where there is one."""
+    where = getattr(array, "sharding", None)
+    return where.mesh if isinstance(where, NamedSharding) and isinstance(where.mesh, Mesh) else None
 
 
-@functools.partial(jax.jit, static_argnames=("mesh",))
-def by_layers(mesh: Mesh, weight: Float[Array, "L I O"] | None, gram: Float[Array, "L F F"]) -> Basis:
-    """`basis_of`, each device of `mesh` with layers of its own."""
-    own = PartitionSpec(layer_axes(mesh, gram.shape[0]))
-    split = jax.shard_map(basis_of, mesh=mesh, in_specs=(own, own), out_specs=own, check_vma=False)
-    return split(weight, gram)
+@functools.partial(jax.jit, static_argnames=("mesh", "function"))
+def by_layers(mesh: Mesh, function: Callable[..., Any], *arrays: Float[Array, "L ..."] | None) -> Any:
+    """`function` of arrays with a leading axis of layers, each device of `mesh` with layers of its own.
+
+    Results lie by layers where these are a multiple of the devices, else as `sides` says; zeros then make up for the
+    layers that are missing.
+    """
+    (L,) = {len(a) for a in arrays if a is not None}
+    own = PartitionSpec(mesh.axis_names)
+    count = -(-L // mesh.size) * mesh.size
+    given = jax.tree.map(lambda a: _to_layers(mesh, jnp.pad(a, [(0, count - L)] + [(0, 0)] * (a.ndim - 1))), arrays)
+    made = jax.shard_map(function, mesh=mesh, in_specs=own, out_specs=own, check_vma=False)(*given)
+    return made if count == L else jax.tree.map(lambda a: _to_sides(mesh, a)[:L], made)
+
+
+def sides(mesh: Mesh, shape: Sequence[int]) -> PartitionSpec:
+    """How an array [L, A, B] lies on `mesh` with all layers on every device: A over data, B over model if divisible."""
+    split = zip(shape[1:], mesh.axis_names, strict=True) if len(shape) == 3 else ()
+    return PartitionSpec(None, *(axis if n % mesh.shape[axis] == 0 else None for n, axis in split))
+
+
+# One axis of the mesh at a time; both at once the compiler does by bringing the whole to every device.
+def _to_layers(mesh: Mesh, a: Float[Array, "L ..."]) -> Float[Array, "L ..."]:
+    free = (PartitionSpec.UNCONSTRAINED,) * (a.ndim - 1)
+    return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec("data", *free)))
+
+
+def _to_sides(mesh: Mesh, a: Float[Array, "L ..."]) -> Float[Array, "L ..."]:
+    spec = sides(mesh, a.shape)
+    halfway = PartitionSpec("data", None, *spec[2:])
+    for step in (halfway, spec) if a.ndim == 3 else (spec,):
+        a = jax.lax.with_sharding_constraint(a, NamedSharding(mesh, step))
+    return a
 
 
 @jax.jit
@@ -279,13 +306,13 @@ def random_bases(config: ModelConfig, bases: Bases, seed: int, ranks: int) -> di
     with one_blas_thread():
         for i, path in enumerate(sorted(flat := flatten(bases))):
             count = int(kept(config, flat[path].vectors.shape[-1], config.embed - ranks))
-            drawn = _drawn(flat[path], jax.random.fold_in(jax.random.key(seed), i), count)
+            drawn = _drawn(flat[path], jax.random.fold_in(jax.random.key(seed), i), count, mesh_of(flat[path].vectors))
             out[path] = jax.block_until_ready(drawn)
     return nest(out)
 
 
-@functools.partial(jax.jit, static_argnames="count")
-def _drawn(basis: Basis, key: jax.Array, count: int) -> Basis:
+@functools.partial(jax.jit, static_argnames=("count", "mesh"))
+def _drawn(basis: Basis, key: jax.Array, count: int, mesh: Mesh | None) -> Basis:
     L, O, R = basis.vectors.shape
     few = count <= R // 2
     N = jax.random.normal(key, (L, O, count if few else R))
@@ -294,7 +321,8 @@ def _drawn(basis: Basis, key: jax.Array, count: int) -> Basis:
         Q = _orthonormal(N / (math.sqrt(R) + math.sqrt(count)))
     else:  # N is then too near to a singular matrix; the eigenvectors of N D N^T are uniform as well
         D = jnp.where(jnp.arange(R) % 2, -1.0, 1.0)
-        Q = _eigh(jnp.einsum("lrk,k,lsk->lrs", N, D, N, precision=_EXACT))[1][:, :, :count]
+        A = jnp.einsum("lrk,k,lsk->lrs", N, D, N, precision=_EXACT)
+        Q = (_eigh(A) if mesh is None else by_layers(mesh, _eigh, A))[1][:, :, :count]
     vectors = jnp.einsum("lor,lrk->lok", basis.vectors, Q, precision=_EXACT)
     return Basis(jnp.pad(vectors, [(0, 0), (0, 0), (0, R - count)]), jnp.ones_like(basis.energy))
 

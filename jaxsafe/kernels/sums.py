@@ -17,11 +17,14 @@ from jaxsafe.kernels.importance import (
     LOSSES,
     POSITIONS,
     Counting,
+    add_products,
+    gram_spec,
     gram_sums,
-    gram_taps,
+    gram_widths,
+    inputs_and_output_gradients,
+    matrix_spec,
     no_sums,
     snip_scores,
-    snip_sums,
     wanda_scores,
     wanda_sums,
 )
@@ -29,7 +32,7 @@ from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.taps import Gram, Reducer, SquareSum
 from jaxsafe.model.transformer import Params
 from jaxsafe.model.weights import linear_maps, nest, partition_spec, sizes
-from jaxsafe.parallel import per_device
+from jaxsafe.parallel import put_rows
 from jaxsafe.progress import Progress, silent
 from jaxsafe.rows import Batch, Row, bucket, check_context, group_by_length, pad_rows, row_bucket
 
@@ -72,7 +75,7 @@ class Scoring:
         return {"kind": self.kind, "positions": self.positions, **loss, **side}
 
 
-Add = Callable[[ModelConfig, Params, Batch, Sums, Counting, int | None], Sums]
+Add = Callable[[Scoring, ModelConfig, Params, Batch, Sums, int | None, Mesh | None], Sums]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +83,8 @@ class Kind:
     """A kind of sums: everything in which kinds differ.
 
     outline: the tree as `jax.ShapeDtypeStruct`s
-    specs: how each leaf of it lies on a mesh, without the axis of data devices
-    add: (config, params, batch, sums, counting, last) -> `sums` with those of `batch` added
+    specs: how each leaf of it lies on a mesh
+    add: what `add_batch` does
     scores: (config, params, sums, n) -> a score of every weight, None where there is none
     reducer: makes the sums of one block from its inputs, weighted [B, T]; None where they need the whole model
     of_loss: whether they follow from a loss
@@ -101,10 +104,8 @@ def _of_maps(config: ModelConfig) -> Sums:
     return jax.eval_shape(lambda: no_sums(config))
 
 
-def _as_weights(config: ModelConfig, mesh: Mesh) -> Sums:
-    """As the weights are split over the model axis."""
-    wide = {path: partition_spec(config, w, mesh) for path, w in linear_maps(config).items()}
-    return nest({path: PartitionSpec(*(a if a == "model" else None for a in spec)) for path, spec in wide.items()})
+def _as_maps(config: ModelConfig, mesh: Mesh) -> Sums:
+    return nest({path: partition_spec(config, w, mesh) for path, w in linear_maps(config).items()})
 
 
 def _of_inputs(config: ModelConfig) -> Sums:
@@ -113,46 +114,44 @@ def _of_inputs(config: ModelConfig) -> Sums:
     return {tap: jax.ShapeDtypeStruct((config.layers, n), jnp.float32) for tap, n in width.items()}
 
 
+def _as_inputs(config: ModelConfig, mesh: Mesh) -> Sums:
+    """As the inputs of the maps."""
+    maps = linear_maps(config).values()
+    return {str(w.tap): PartitionSpec(None, matrix_spec(config, w, mesh)[0]) for w in maps}
+
+
 def _of_narrow_sides(config: ModelConfig) -> Sums:
     """{tap: [L, F, F]}"""
-    maps, taps = linear_maps(config), gram_taps(config)
-    sides = {tap: maps[path].inputs if tap == maps[path].tap else maps[path].outputs for path, tap in taps.items()}
-    width = {tap: math.prod(sizes(config, axes)) for tap, axes in sides.items()}
-    return {tap: jax.ShapeDtypeStruct((config.layers, n, n), jnp.float32) for tap, n in width.items()}
+    return {tap: jax.ShapeDtypeStruct((config.layers, F, F), jnp.float32) for tap, F in gram_widths(config).items()}
 
 
-def _by_features(outline: Callable[[ModelConfig], Sums]) -> Callable[[ModelConfig, Mesh], Sums]:
-    """By features where the model axis divides them."""
-
-    def specs(config: ModelConfig, mesh: Mesh) -> Sums:
-        fits = {tap: a.shape[1] % mesh.shape["model"] == 0 for tap, a in outline(config).items()}
-        return {tap: PartitionSpec(None, "model" if fit else None) for tap, fit in fits.items()}
-
-    return specs
+def _by_both_sides(config: ModelConfig, mesh: Mesh) -> Sums:
+    return {tap: PartitionSpec(None, *gram_spec(F, mesh)) for tap, F in gram_widths(config).items()}
 
 
 def _add_snip(
-    config: ModelConfig, params: Params, batch: Batch, sums: Sums, counting: Counting, last: int | None
+    scoring: Scoring, config: ModelConfig, params: Params, batch: Batch, sums: Sums, last: int | None, mesh: Mesh | None
 ) -> Sums:
-    return snip_sums(config, params, batch, sums, counting, last)
+    inputs, gradients = inputs_and_output_gradients(config, params, batch, scoring.counting, last, mesh)
+    return add_products(config, inputs, gradients, sums, mesh)
 
 
 def _add_wanda(
-    config: ModelConfig, params: Params, batch: Batch, sums: Sums, counting: Counting, last: int | None
+    scoring: Scoring, config: ModelConfig, params: Params, batch: Batch, sums: Sums, last: int | None, mesh: Mesh | None
 ) -> Sums:
-    return jax.tree.map(jnp.add, sums, wanda_sums(config, params, batch, counting.positions))
+    return jax.tree.map(jnp.add, sums, wanda_sums(config, params, batch, scoring.positions, mesh=mesh))
 
 
 def _add_gram(
-    config: ModelConfig, params: Params, batch: Batch, sums: Sums, counting: Counting, last: int | None
+    scoring: Scoring, config: ModelConfig, params: Params, batch: Batch, sums: Sums, last: int | None, mesh: Mesh | None
 ) -> Sums:
-    return jax.tree.map(jnp.add, sums, gram_sums(config, params, batch, counting.positions, last))
+    return jax.tree.map(jnp.add, sums, gram_sums(config, params, batch, scoring.positions, last, mesh=mesh))
 
 
 KINDS: Mapping[str, Kind] = {
-    "snip": Kind(_of_maps, _as_weights, _add_snip, snip_scores, of_loss=True),
-    "wanda": Kind(_of_inputs, _by_features(_of_inputs), _add_wanda, wanda_scores, SquareSum),
-    "gram": Kind(_of_narrow_sides, _by_features(_of_narrow_sides), _add_gram, reducer=Gram, narrow=True),
+    "snip": Kind(_of_maps, _as_maps, _add_snip, snip_scores, of_loss=True),
+    "wanda": Kind(_of_inputs, _as_inputs, _add_wanda, wanda_scores, SquareSum),
+    "gram": Kind(_of_narrow_sides, _by_both_sides, _add_gram, reducer=Gram, narrow=True),
 }
 """SNIP sums |gradients| of the maps, Wanda squares of their inputs, Gram outer products of their narrower side."""
 
@@ -191,14 +190,17 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
 
 
 def shardings(kind: str, config: ModelConfig, mesh: Mesh) -> Any:
-    """How the sums of `kind`, one entry a device of the data axis in front, lie on `mesh`."""
-    specs = kind_of(kind).specs(config, mesh)
-    return jax.tree.map(lambda spec: NamedSharding(mesh, PartitionSpec("data", *spec)), specs)
+    """How the sums of `kind` lie on `mesh`, split over both of its axes. Raises ValueError for an unknown kind."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), kind_of(kind).specs(config, mesh))
 
 
-def nothing(kind: str, config: ModelConfig) -> Any:
+def nothing(kind: str, config: ModelConfig, mesh: Mesh | None = None) -> Any:
     """The sums of no samples. Raises ValueError for an unknown kind."""
-    return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kind_of(kind).outline(config))
+
+    def zeros() -> Sums:
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), kind_of(kind).outline(config))
+
+    return zeros() if mesh is None else jax.jit(zeros, out_shardings=shardings(kind, config, mesh))()
 
 
 @functools.partial(jax.jit, static_argnames=("scoring", "config", "last", "mesh"), donate_argnames=("sums",))
@@ -211,33 +213,24 @@ def add_batch(
     last: int | None,
     mesh: Mesh | None,
 ) -> Any:
-    """`sums` with those of `batch` added; on a mesh `sums` has one entry a device of the data axis in front.
+    """`sums` with those of `batch` added; on a mesh they lie as `shardings` says, and rows are split over `data`.
 
     `last` is a number of final slots that holds every counted token, None for all slots.
     """
-    add = kind_of(scoring.kind).add
-    if mesh is None:
-        return add(config, params, batch, sums, scoring.counting, last)
-    n = mesh.shape["data"]
-    shares = jax.tree.map(lambda a: a.reshape(n, a.shape[0] // n, *a.shape[1:]), batch)
-
-    def own(params: Params, batch: Batch, sums: Sums) -> Sums:
-        return add(config, params, batch, sums, scoring.counting, last)
-
-    added = per_device(own, mesh, (None, 0, 0))(params, shares, sums)
-    return jax.lax.with_sharding_constraint(added, shardings(scoring.kind, config, mesh))
+    added = kind_of(scoring.kind).add(scoring, config, params, batch, sums, last, mesh)
+    return added if mesh is None else jax.lax.with_sharding_constraint(added, shardings(scoring.kind, config, mesh))
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
     """A pass after its first `batches` batches, the last of which had so many `rows`.
 
-    tree: gives the sums so far; to be called before the next batch is added.
+    sums: those so far; to be read before the next batch is added, which takes their memory.
     """
 
     batches: int
     rows: int
-    tree: Callable[[], Sums]
+    sums: Sums
 
 
 def batches_of(scoring: Scoring, rows: Sequence[Row]) -> list[Any]:
@@ -255,31 +248,30 @@ def gather_parts(
 ) -> Iterator[Part]:
     """One pass over `rows` (prompts with their answers), batch by batch, formed by length.
 
-    On a mesh every device sums over its own rows; the sums of all are added when a part's tree is asked for. `start`
-    are the sums of the first so many batches, from an interrupted pass. Raises ValueError for no rows, rows without a
+    On a mesh every device runs its own rows and holds its own share of the sums of all rows. `start` are the sums of
+    the first so many batches, from an interrupted pass. Raises ValueError for no rows, rows without a
     counted token, rows longer than the context, and a batch that does not fit memory.
     """
     _check_rows(scoring, config, rows)
     multiple = 1 if mesh is None else mesh.shape["data"]
-    sums, first = (None, 0) if start is None else start
-    if mesh is not None:
-        sums = _per_device_sums(scoring.kind, config, mesh, sums)
-    elif sums is None:
-        sums = nothing(scoring.kind, config)
+    sums, first = (nothing(scoring.kind, config, mesh), 0) if start is None else start
+    if start is not None and mesh is not None:
+        sums = jax.device_put(sums, shardings(scoring.kind, config, mesh))
     for number, group in enumerate(batches_of(scoring, rows)[first:], first + 1):
         batch = pad_rows([rows[i] for i in group], count=row_bucket(len(group), scoring.batch_size, multiple))
         answers = batch.tokens.shape[1] - 1 - int(batch.instruction_end.min())
         last = min(bucket(answers), batch.tokens.shape[1]) if scoring.positions == "response" else None
         try:
             # Waited for, so that a batch is finished, and one that does not fit memory is met, before the next one.
-            sums = jax.block_until_ready(add_batch(scoring, config, params, batch, sums, last, mesh))
+            placed = batch if mesh is None else put_rows(batch, mesh)
+            sums = jax.block_until_ready(add_batch(scoring, config, params, placed, sums, last, mesh))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             raise ValueError(
                 f"{len(group)} rows do not fit memory; give a batch_size below {scoring.batch_size}"
             ) from None
-        yield Part(number, len(group), functools.partial(_all_devices, sums, mesh))
+        yield Part(number, len(group), sums)
 
 
 def gather(
@@ -298,7 +290,7 @@ def gather(
     for part in gather_parts(scoring, config, params, rows, mesh):
         done(part.rows)
     assert part is not None, "a pass over rows has a batch"
-    return Statistics(scoring.kind, part.tree(), len(rows))
+    return Statistics(scoring.kind, part.sums, len(rows))
 
 
 def _check_rows(scoring: Scoring, config: ModelConfig, rows: Sequence[Row]) -> None:
@@ -310,18 +302,3 @@ def _check_rows(scoring: Scoring, config: ModelConfig, rows: Sequence[Row]) -> N
     for i, row in enumerate(rows):
         if row.instruction_end + 1 >= len(row.ids):
             raise ValueError(f"row {i} has no answer; positions='response' needs at least one answer token a row")
-
-
-def _per_device_sums(kind: str, config: ModelConfig, mesh: Mesh, sums: Sums | None) -> Any:
-    """`sums` (None: of no samples) in the first of as many entries as the data axis has devices, the others empty."""
-
-    def spread(sums: Any) -> Any:
-        shapes = kind_of(kind).outline(config)
-        empty = jax.tree.map(lambda a: jnp.zeros((mesh.shape["data"], *a.shape), a.dtype), shapes)
-        return empty if sums is None else jax.tree.map(lambda a, s: a.at[0].set(s), empty, sums)
-
-    return jax.jit(spread, out_shardings=shardings(kind, config, mesh))(sums)
-
-
-def _all_devices(sums: Any, mesh: Mesh | None) -> Any:
-    return sums if mesh is None else jax.jit(lambda tree: jax.tree.map(lambda a: a.sum(0), tree))(sums)

@@ -13,6 +13,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 TAPS = ("attn_in", "q", "k", "v", "heads", "o", "attn_out", "mlp_in", "mlp_hidden", "down", "mlp_out", "resid")
@@ -85,6 +86,26 @@ class Both:
     def __call__(self, x: Float[Array, "B T F"], positions: Int[Array, "B T"]) -> Float[Array, "B T F"]:
         """`x` as a tap passes it on."""
         return self.second(self.first(x, positions), positions)
+
+
+@flax.struct.dataclass
+class OnData:
+    """Changes no number: the rows of what passes are split over the data axis of `mesh`.
+
+    Without it the compiler may split features over that axis instead, and have every device hold all rows.
+    """
+
+    mesh: Mesh = flax.struct.field(pytree_node=False)
+
+    def __call__(self, x: Float[Array, "B T F"], positions: Int[Array, "B T"]) -> Float[Array, "B T F"]:
+        """`x` as a tap passes it on."""
+        spec = PartitionSpec("data", PartitionSpec.UNCONSTRAINED, PartitionSpec.UNCONSTRAINED)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+
+def rows_on_data(mesh: Mesh | None) -> dict[str, OnData] | None:
+    """Edits that keep rows split over the data axis of `mesh`, at every tap; None where there is no mesh."""
+    return None if mesh is None else dict.fromkeys((*TAPS, *OUTSIDE), OnData(mesh))
 
 
 def edit(
@@ -182,18 +203,31 @@ class SquareSum:
 class Gram:
     """Sums outer products over rows and the last P positions, in float32; those before are not read.
 
-    `weight` is 1 where a position counts and 0 elsewhere.
+    `weight` is 1 where a position counts and 0 elsewhere. `place` is how the sums lie on devices, if they do: each
+    device then makes the products that it holds, from its features of all rows.
     """
 
     weight: Float[Array, "B P"]
+    place: NamedSharding | None = flax.struct.field(pytree_node=False, default=None)
 
     def __call__(self, x: Float[Array, "B T F"]) -> Float[Array, "F F"]:
-        x = x[:, x.shape[1] - self.weight.shape[1] :].reshape(-1, x.shape[-1])
-        counted = x * self.weight.reshape(-1, 1).astype(x.dtype)
+        x = x[:, x.shape[1] - self.weight.shape[1] :]
+        counted = x * self.weight[..., None].astype(x.dtype)
         # Products of bfloat16 numbers are exact in float32; accelerators would round float32 factors to fewer bits.
         return jnp.einsum(
-            "pf,pg->fg", counted, x, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+            "pf,pg->fg",
+            self._side(counted, 0),
+            self._side(x, 1),
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
         )
+
+    def _side(self, x: Float[Array, "B P F"], side: int) -> Float[Array, "BP F"]:
+        """What a device multiplies of `x` for its rows (`side` 0) or columns (1) of the sums."""
+        if self.place is not None:
+            spec = PartitionSpec(None, None, self.place.spec[side])
+            x = jax.lax.with_sharding_constraint(x, NamedSharding(self.place.mesh, spec))
+        return x.reshape(-1, x.shape[-1])
 
 
 Reducer = Callable[[Array], Array]

@@ -15,8 +15,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsafe.kernels.generate import decode, prefill
-from jaxsafe.kernels.importance import gram_taps
-from jaxsafe.kernels.lowrank import by_layers, layer_axes
+from jaxsafe.kernels.importance import gram_spec, gram_taps, gram_widths, matrix_spec
+from jaxsafe.kernels.lowrank import basis_of, by_layers, sides
 from jaxsafe.kernels.sampling import Drawing, Sampling, as_arrays
 from jaxsafe.kernels.sums import Scoring, add_batch, kind_of
 from jaxsafe.kernels.sums import shardings as sum_shardings
@@ -106,8 +106,8 @@ def generation(config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Program, ..
 def scoring(kind: str, config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Program, ...]:
     """The sums of `kind` over all samples, batch after batch."""
     B, T = work.sample_batch, work.length
-    place, data = sum_shardings(kind, config, mesh), mesh.shape["data"]
-    sums = jax.tree.map(lambda a, s: _array((data, *a.shape), a.dtype, s), kind_of(kind).outline(config), place)
+    place = sum_shardings(kind, config, mesh)
+    sums = jax.tree.map(lambda a, s: _array(a.shape, a.dtype, s), kind_of(kind).outline(config), place)
     groups = {"parameters": parameters(config, mesh), "sums": sums}
     snip = kind == "snip"
     last = T // 2
@@ -120,7 +120,7 @@ def scoring(kind: str, config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Pro
     # gradient is added to the sums before the next one is formed.
     forward = flops(config, mesh, B, T, T, (last + 1) * B if snip else 0)
     once = forward if kind == "wanda" else 3 * forward
-    touched = {"parameters": 2.0, "sums": 2.0 * B / data} if snip else {"parameters": 1.0, "sums": 2.0}
+    touched = {"parameters": 2.0, "sums": 2.0 * B} if snip else {"parameters": 1.0, "sums": 2.0}
     if kind == "gram":
         once = forward + _gram_flops(config, mesh, B * last)
     return (Program(f"{kind} sums", groups, touched, once, compiled, math.ceil(work.samples / B)),)
@@ -129,31 +129,31 @@ def scoring(kind: str, config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Pro
 def decomposition(config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Program, ...]:
     """The Gram sums, then a decomposition of every linear map, layers split over the devices."""
     grams = scoring("gram", config, mesh, work)
-    # The sums of all data devices have been added up by then.
-    whole = jax.tree.map(
-        lambda a: _array(a.shape[1:], a.dtype, NamedSharding(mesh, PartitionSpec(*a.sharding.spec[1:]))),
-        grams[0].groups["sums"],
-    )
+    sums = grams[0].groups["sums"]
     maps = linear_maps(config)
-    axes = layer_axes(mesh, config.layers)
-    own = NamedSharding(mesh, PartitionSpec(axes))
     edges = {p: tuple(math.prod(sizes(config, a)) for a in (w.inputs, w.outputs)) for p, w in maps.items()}
-    bases = {p: _array((config.layers, O, min(I, O)), jnp.float32, own) for p, (I, O) in edges.items()}
-    groups = {"parameters": grams[0].groups["parameters"], "sums": whole, "bases": bases}
+    whole_layers = config.layers % mesh.size == 0
+
+    def result(*shape: int) -> Any:
+        place = PartitionSpec(mesh.axis_names) if whole_layers else sides(mesh, shape)
+        return _array(shape, jnp.float32, NamedSharding(mesh, place))
+
+    bases = {p: result(config.layers, O, min(I, O)) for p, (I, O) in edges.items()}
+    groups = {"parameters": grams[0].groups["parameters"], "sums": sums, "bases": bases}
     taps = gram_taps(config)
     of_inputs = {p: edge for p, edge in edges.items() if taps[p] == maps[p].tap}
     # The map that needs most: the others' temporaries are smaller.
     path = max(of_inputs, key=lambda p: of_inputs[p][0] * of_inputs[p][1] + of_inputs[p][0] ** 2)
-    weight = groups["parameters"]["layers"][path.split("/")[-1]]
-    flat = _array((config.layers, *edges[path]), config.dtype, _matrix_sharding(mesh, weight, maps[path]))
+    where = NamedSharding(mesh, PartitionSpec(None, *matrix_spec(config, maps[path], mesh)))
+    flat = _array((config.layers, *edges[path]), config.dtype, where)
 
     def compiled() -> Any:
-        return by_layers.lower(mesh, flat, whole[taps[path]]).compile()
+        return by_layers.lower(mesh, basis_of, flat, sums[taps[path]]).compile()
 
-    layers = config.layers / math.prod(mesh.shape[a] for a in axes)
+    layers = math.ceil(config.layers / mesh.size)
     work_flops = layers * sum(decomposition_flops(I, O, p in of_inputs) for p, (I, O) in edges.items())
     touched = {"parameters": 1, "sums": 7 / 4, "bases": 4}
-    made = bases[path], _array((config.layers, min(edges[path])), jnp.float32, own)
+    made = bases[path], result(config.layers, min(edges[path]))
     return *grams, Program("decompositions", groups, touched, work_flops, compiled, exact=True, covered=made)
 
 
@@ -210,14 +210,9 @@ def _batch(mesh: Mesh, B: int, T: int) -> Batch:
     return Batch(_array((B, T), jnp.int32, rows), _array((B, T), bool, rows), _array((B,), jnp.int32, rows))
 
 
-def _matrix_sharding(mesh: Mesh, weight: Any, row: Any) -> NamedSharding:
-    """The sharding of a stacked weight when its inputs and its outputs are each flattened to one axis."""
-    spec = tuple(weight.sharding.spec)
-    return NamedSharding(mesh, PartitionSpec(spec[0], spec[1], spec[1 + len(row.inputs)]))
-
-
 def _gram_flops(config: ModelConfig, mesh: Mesh, tokens: int) -> float:
-    """Operations of one device for the outer products of `tokens` vectors, at every tap of every layer."""
-    taps = kind_of("gram").outline(config)
-    split = {tap: mesh.shape["model"] if a.shape[1] % mesh.shape["model"] == 0 else 1 for tap, a in taps.items()}
-    return sum(2.0 * tokens * math.prod(a.shape) / split[tap] for tap, a in taps.items()) / mesh.shape["data"]
+    """Operations of one device for its share of the outer products of `tokens` vectors, at every tap and layer."""
+    shares = {
+        F: math.prod(mesh.shape[axis] for axis in gram_spec(F, mesh) if axis) for F in gram_widths(config).values()
+    }
+    return sum(2.0 * config.layers * tokens * F**2 / shares[F] for F in gram_widths(config).values())

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from threadpoolctl import threadpool_info, threadpool_limits
 from tiny import random_rows, tiny_config, tiny_params
 
@@ -20,7 +21,6 @@ from jaxsafe.kernels.lowrank import (
     cut_in_noise,
     energy_shares,
     kept,
-    layer_axes,
     random_bases,
     remove_orthogonal,
     remove_ranks,
@@ -30,6 +30,7 @@ from jaxsafe.kernels.lowrank import (
 )
 from jaxsafe.model.weights import flatten, linear_maps, shardings
 from jaxsafe.parallel import parse_mesh
+from jaxsafe.plan.collectives import collectives
 from jaxsafe.rows import pad_rows
 
 CONFIG = tiny_config()
@@ -313,15 +314,26 @@ def test_the_same_bases_on_eight_devices():
         np.testing.assert_allclose(basis.energy, want.energy, rtol=1e-4, atol=1e-5 * float(want.energy.max()))
 
 
-def test_layers_are_split_over_the_devices():
+@pytest.mark.parametrize(("layers", "share"), [(8, (1, 16, 16)), (3, (3, 4, 8)), (9, (9, 4, 8))])
+def test_layers_are_split_over_the_devices(layers, share):
+    """By layers where they divide, else by the sides of the directions."""
     mesh = parse_mesh("data:4,model:2")
-    assert [layer_axes(mesh, n) for n in (8, 4, 6, 3)] == [("data", "model"), ("data",), ("model",), ()]
     rng = np.random.default_rng(0)
-    weight, root = (rng.standard_normal((8, 32, n)).astype(np.float32) for n in (16, 32))
+    weight, root = (rng.standard_normal((layers, 32, n)).astype(np.float32) for n in (16, 32))
     gram = root @ root.swapaxes(1, 2)
-    found, want = by_layers(mesh, weight, gram), basis_of(weight, gram)
-    assert {shard.data.shape for shard in found.vectors.addressable_shards} == {(1, 16, 16)}
+    found, want = by_layers(mesh, basis_of, weight, gram), basis_of(weight, gram)
+    assert {shard.data.shape for shard in found.vectors.addressable_shards} == {share}
     np.testing.assert_allclose(found.energy, want.energy, rtol=1e-4)
+    np.testing.assert_allclose(np.abs(np.einsum("lok,lok->lk", found.vectors, want.vectors)), 1, atol=1e-3)
+
+
+def test_the_maps_of_a_device_are_all_that_it_gets():
+    """No device ever holds all layers of a map."""
+    mesh = parse_mesh("data:4,model:2")
+    where = NamedSharding(mesh, PartitionSpec(None, "data", "model"))
+    maps, grams = (jax.ShapeDtypeStruct((8, 256, n), jnp.float32, sharding=where) for n in (256, 256))
+    compiled = by_layers.lower(mesh, basis_of, maps, grams).compile()
+    assert not any(c.kind == "all-gather" for c in collectives(compiled.as_text()))
 
 
 def test_decompositions_leave_blas_to_the_threads_that_call_it(monkeypatch):

@@ -1,11 +1,14 @@
 """Statistics of a data set: batches, devices, merging, resuming, refusals; and blocks changed one after another."""
 
 import dataclasses
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from tiny import random_rows, tiny_config, tiny_params
 
 from jaxsafe.io.store import Store
@@ -15,11 +18,13 @@ from jaxsafe.kernels.importance import sample_losses, wanda_scores
 from jaxsafe.kernels.likelihood import cross_entropy
 from jaxsafe.kernels.lowrank import act_svd, remove_ranks
 from jaxsafe.kernels.selection import apply_mask, bottom
-from jaxsafe.kernels.sums import KINDS, Scoring, gather, merge, nothing
+from jaxsafe.kernels.sums import KINDS, Scoring, add_batch, gather, gather_parts, merge, nothing
+from jaxsafe.kernels.sums import shardings as sum_shardings
 from jaxsafe.methods.sequential import change_blocks
 from jaxsafe.model.transformer import forward
-from jaxsafe.model.weights import flatten, linear_maps, shardings, weights
+from jaxsafe.model.weights import count_parameters, flatten, linear_maps, shapes, shardings, sizes, weights
 from jaxsafe.parallel import parse_mesh
+from jaxsafe.plan.collectives import collectives
 from jaxsafe.rows import Row, pad_rows
 
 CONFIG = tiny_config()
@@ -47,7 +52,50 @@ def test_batches_devices_and_halves_give_the_same_sums(kind):
     close(merge(*halves).sums, whole.sums)
     mesh = parse_mesh("data:4,model:2")
     placed = jax.device_put(PARAMS, shardings(CONFIG, mesh))
-    close(jax.device_get(gather(Scoring(kind), CONFIG, placed, ROWS, mesh).sums), whole.sums)
+    spread = gather(Scoring(kind), CONFIG, placed, ROWS, mesh)
+    assert spread.n == 10
+    close(jax.device_get(spread.sums), whole.sums)
+    for path, leaf in flatten(spread.sums).items():
+        parts = 8 if kind != "wanda" else 4 if path in ("attn_in", "mlp_in") else 2  # one axis of features has one side
+        assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // parts}, path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pass_on_a_mesh_goes_on_from_whole_sums(kind):
+    mesh, scoring = parse_mesh("data:4,model:2"), Scoring(kind, batch_size=4)
+    placed = jax.device_put(PARAMS, shardings(CONFIG, mesh))
+    sums = {}
+    for part in gather_parts(scoring, CONFIG, placed, ROWS, mesh):
+        sums[part.batches] = jax.device_get(part.sums)
+    (last,) = gather_parts(scoring, CONFIG, placed, ROWS, mesh, start=(sums[2], 2))
+    for a, b in zip(jax.tree.leaves(jax.device_get(last.sums)), jax.tree.leaves(sums[3]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_devices_hold_rows_of_their_own_and_one_layer_of_gathered_weights(kind):
+    """Beyond its shares of weights and sums a device has no stack of layers of either, nor activations of all rows."""
+    mesh = parse_mesh("data:4,model:2")
+    config = dataclasses.replace(CONFIG, layers=16)
+    batch, outline = pad_rows(ROWS[:8]), KINDS[kind].outline(config)
+    params, sums = (
+        jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), *pair)
+        for pair in ((shapes(config), shardings(config, mesh)), (outline, sum_shardings(kind, config, mesh)))
+    )
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=rows), batch)
+    text = add_batch.lower(Scoring(kind), config, params, batch, sums, 16, mesh).compile().as_text()
+    # [L, B, T, F] of all rows holds the features of one place on the data axis: no more than the rows of one.
+    widest = max(
+        batch.tokens.shape[1] * math.prod(sizes(config, axes))
+        for m in linear_maps(config).values()
+        for axes in (m.inputs, m.outputs)
+    )
+    stacks = [tuple(map(int, found)) for found in re.findall(r"f32\[16,8,(\d+),(\d+)\]", text)]
+    assert all(slots * features <= widest / 4 for slots, features in stacks)
+    weights_bytes = 4 * count_parameters(shapes(config)["layers"])
+    gathered = max(c.bytes / c.count for c in collectives(text) if c.kind == "all-gather")
+    assert gathered < weights_bytes / config.layers
 
 
 def test_one_pass_is_the_loop_over_layers():
