@@ -228,11 +228,12 @@ def test_steps_to_examine_are_counted_and_must_be_trained(config):
 
 def test_the_curve_of_the_small_model_has_its_steps():
     config = get_config("steps")
-    (curve,) = attack.attacks_of(config)
-    assert curve.steps == 80 and config.evaluate_at == (5, 10, 20, 40, 80) and len(config.seeds) == 3
-    assert attack.tunings_of(config)[0].lora.rank == 16 and attack.results(config) == 1 + 3 * 5
+    curve, harmless = attack.attacks_of(config)
+    assert (curve.name, harmless.name, harmless.prefix) == ("openers", "benign", curve.prefix)
+    assert curve.steps == harmless.steps == 80 and config.evaluate_at == (5, 10, 20, 40, 80) and len(config.seeds) == 3
+    assert attack.tunings_of(config)[0].lora.rank == 16 and attack.results(config) == 2 * (1 + 3 * 5)
     attack.check(config)
-    with pytest.raises(ValueError, match=r"variant 'step' is not known; the variants are \['', 'steps'\]"):
+    with pytest.raises(ValueError, match=r"variant 'step' is not known; the variants are \['', 'steps', 'units'\]"):
         get_config("step")
 
 
