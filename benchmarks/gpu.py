@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
+from benchmarks.measure import Call, seconds
 from jaxsafe.kernels.generate import generate
 from jaxsafe.kernels.likelihood import answer_nll
 from jaxsafe.kernels.lora import LoRA
@@ -46,7 +47,6 @@ from jaxsafe.study.record import environment
 
 TINY = ModelConfig(300, layers=2, embed=32, mlp=48, heads=4, kv_heads=2, head_dim=8, context=512, dtype="bfloat16")
 _forward = jax.jit(forward, static_argnames=("config", "last"))
-Call = Callable[[], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,13 +89,9 @@ class Found:
 
 def timed(call: Call, rounds: int) -> tuple[float, float]:
     """The median of `rounds` timed calls, and what the first one took beyond that: compiling."""
-    times = []
-    for _ in range(rounds + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    median = statistics.median(times[1:])
-    return median, times[0] - median
+    first, *times = (seconds(call)[0] for _ in range(rounds + 1))
+    median = statistics.median(times)
+    return median, first - median
 
 
 def bandwidth(size: int, rounds: int) -> float:
@@ -279,8 +275,8 @@ def transformers_found(config: ModelConfig, sizes: Sizes) -> list[Found]:
         step = (took(lambda ids=ids: answer(ids, sizes.new)) - took(lambda ids=ids: answer(ids, 1))) / (sizes.new - 1)
         found.append(Found("decode, transformers", B, sizes.new, B / step))
     ids = torch.randint(8, config.vocab, (sizes.batch, sizes.length), device="cuda")
-    seconds = [took(lambda: model(ids, logits_to_keep=1)) for _ in range(4)][1:]
-    rate = ids.numel() / statistics.median(seconds)
+    times = [took(lambda: model(ids, logits_to_keep=1)) for _ in range(4)][1:]
+    rate = ids.numel() / statistics.median(times)
     return [*found, Found("prefill, transformers", sizes.batch, sizes.length, rate)]
 
 

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from absl import flags
 from ml_collections import ConfigDict
 
-from jaxsafe.chat.model import ChatModel, load_chat_model
+from jaxsafe.chat.model import ChatModel
 from jaxsafe.configs.anatomy.base import FIELDS
 from jaxsafe.evaluation.judges.keyword import judge
 from jaxsafe.methods.anatomy import (
     ReadSettings,
+    UnitRoles,
     UnitSettings,
     described,
     parts_of,
@@ -84,7 +85,7 @@ def run(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock) -
     how = UnitSettings(RoleShares(*config.unit_shares), config.as_coded, config.score_batch_size)
     with clock.watch("scores_s")("roles of units", sum(map(len, rows.values()))) as done:
         units = unit_roles_once(study.store, model, rows, how, done)
-    transfer = transferred(config, study, rows, how, clock)
+    transfer = transferred(config, study, units, rows, how, clock)
     gap, direction = read(config, material, roles, clock)
     scan = scanned(config, study, roles, gap, clock)
 
@@ -114,18 +115,19 @@ def changed(material: Material, point: Point) -> ChatModel:
 
 
 def transferred(
-    config: ConfigDict, study: Study, rows: Mapping[str, Sequence[Row]], how: UnitSettings, clock: Clock
+    config: ConfigDict,
+    study: Study,
+    units: UnitRoles,
+    rows: Mapping[str, Sequence[Row]],
+    how: UnitSettings,
+    clock: Clock,
 ) -> RoleTransfer | None:
     """How roles change in the other model, where the config names one. Raises ValueError for another shape."""
-    if not config.other_model:
+    other = common.beside(config.other_model, study.model)
+    if other is None:
         return None
     with clock.watch("scores_s")(f"roles of units in {config.other_model}", 0):
-        other = load_chat_model(config.other_model, study.model.config.dtype, study.model.mesh, raw=True)
-        if other.config != study.model.config:
-            raise ValueError(
-                f"config.other_model {config.other_model} is of another shape than {study.model.name}; need the same"
-            )
-        return role_transfer_once(study.store, (study.model, other), rows, how)
+        return role_transfer_once(study.store, study.model, units, other, rows, how)
 
 
 def search_of(config: ConfigDict) -> Search:

@@ -268,18 +268,20 @@ def score_settings(config: ConfigDict) -> ScoreSettings:
     )
 
 
+def beside(name: str, model: ChatModel) -> ChatModel | None:
+    """The model `name`, laid out as `model`; None where the name is empty."""
+    return load_chat_model(name, model.config.dtype, model.mesh, raw=True) if name else None
+
+
 def material(config: ConfigDict, model: ChatModel, roles: Roles, store: Store, clock: Clock) -> Material:
     """Scores, bases and the ranking of heads, each made when it is needed and kept in `store`."""
-    base = None
-    if config.base_model:
-        base = load_chat_model(config.base_model, model.config.dtype, model.mesh, raw=True)
     return Material(
         model,
         lambda side: scored_rows(config, model, side, roles[side], store, clock),
         store,
         score_settings(config),
         {side: [prompt for prompts in roles[side] for prompt in prompts.prompts] for side in SIDES},
-        base,
+        beside(config.base_model, model),
         clock.watch("scores_s"),
     )
 

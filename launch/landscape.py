@@ -56,7 +56,7 @@ def results(config: ConfigDict) -> int:
 def run(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock) -> Run:
     """The whole experiment; what it finds is in `out` and in the returned record."""
     grid, roles = grid_of(config), roles_of(config)
-    ground = Ground(model, config.per, other_of(config, model))
+    ground = Ground(model, config.per, common.beside(config.other_model, model))
     exam = common.exam(config, model, common.evaluated(roles), common.settings(config))
     study = Study(out, model, exam, clock.watch("exam_s"))
     study.check()
@@ -66,13 +66,6 @@ def run(config: ConfigDict, model: ChatModel, out: pathlib.Path, clock: Clock) -
         examine_slice(study, ground, along, config.together)
 
     return common.finish(study, "landscape", config, roles, clock, details_of(study, ground, grid))
-
-
-def other_of(config: ConfigDict, model: ChatModel) -> ChatModel | None:
-    """The model to walk toward, where the config names one."""
-    if not config.other_model:
-        return None
-    return common.load_chat_model(config.other_model, model.config.dtype, model.mesh, raw=True)
 
 
 def details_of(study: Study, ground: Ground, grid: Grid) -> Details:

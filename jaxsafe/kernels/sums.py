@@ -263,8 +263,7 @@ def gather_parts(
         last = min(bucket(answers), batch.tokens.shape[1]) if scoring.positions == "response" else None
         try:
             # Waited for, so that a batch is finished, and one that does not fit memory is met, before the next one.
-            placed = batch if mesh is None else put_rows(batch, mesh)
-            sums = jax.block_until_ready(add_batch(scoring, config, params, placed, sums, last, mesh))
+            sums = jax.block_until_ready(add_batch(scoring, config, params, put_rows(batch, mesh), sums, last, mesh))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

@@ -60,10 +60,11 @@ class ReadSettings:
 class UnitRoles:
     """The role of every unit, and the inputs on safety data whose means stand in for pruned units.
 
-    follows: what the roles follow from besides the model.
+    scores: of every unit on safety data; follows: what the roles follow from besides the model.
     """
 
     roles: Units
+    scores: Units
     moments: InputMoments
     follows: Json
 
@@ -101,21 +102,28 @@ def unit_roles_once(
         moments[side] = InputMoments(wide["mean"], wide["variance"])
     safety, utility = (unit_scores(model.config, model.params, moments[side]) for side in SIDES)
     follows = ["units", data, plain(how.shares), how.as_coded]
-    return UnitRoles(unit_roles(model.config, safety, utility, how.shares), moments["safety"], follows)
+    return UnitRoles(unit_roles(model.config, safety, utility, how.shares), safety, moments["safety"], follows)
 
 
 def role_transfer_once(
-    store: Store, models: tuple[ChatModel, ChatModel], rows: Mapping[str, Sequence[Row]], how: UnitSettings
+    store: Store,
+    model: ChatModel,
+    units: UnitRoles,
+    other: ChatModel,
+    rows: Mapping[str, Sequence[Row]],
+    how: UnitSettings,
 ) -> RoleTransfer:
-    """How units change their roles from the first model to the second, by the same `rows` of both sides.
+    """How the roles `units` of `model` change in the `other` one, by the same `rows` of both sides.
 
-    The control is ours: the first model by every second row, and by the rows between.
+    The control is ours: `model` by every second row, and by the rows between. Raises ValueError for another shape.
     """
+    if other.config != model.config:
+        raise ValueError(f"{other.name} is of another shape than {model.name}; its units have no role to compare")
     halves = [{side: rows[side][k::2] for side in SIDES} for k in (0, 1)]
-    before, after = (unit_roles_once(store, model, rows, how).roles for model in models)
-    first, second = (unit_roles_once(store, models[0], half, how).roles for half in halves)
-    pairs = (role_transfer(before, after), role_transfer(first, second))
-    return RoleTransfer(models[1].name, *(tuple(map(tuple, counts.tolist())) for counts in pairs))
+    first, second = (unit_roles_once(store, model, half, how).roles for half in halves)
+    after = unit_roles_once(store, other, rows, how).roles
+    pairs = (role_transfer(units.roles, after), role_transfer(first, second))
+    return RoleTransfer(other.name, *(tuple(map(tuple, counts.tolist())) for counts in pairs))
 
 
 def read_once(

@@ -26,7 +26,7 @@ from jaxsafe.kernels.selection import Mask, sparsity
 from jaxsafe.kernels.units import Units, layer_mask, unit_mask
 from jaxsafe.methods.anatomy import UnitSettings, unit_roles_once
 from jaxsafe.methods.brittleness import SIDES, Material, Point, mask_of
-from jaxsafe.methods.ssah import kept_units, random_units, unit_scores
+from jaxsafe.methods.ssah import kept_units, random_units
 from jaxsafe.methods.trainer import FREE
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.layers import LayerRange
@@ -252,7 +252,7 @@ def safety_units(material: Material, complex_share: float) -> Units:
         {side: material.rows(side) for side in SIDES},
         UnitSettings(batch_size=material.settings.batch_size),
     )
-    return kept_units(found.roles, unit_scores(material.config, material.params, found.moments), complex_share)
+    return kept_units(found.roles, found.scores, complex_share)
 
 
 def _elsewhere(config: ModelConfig, layers: LayerRange, seed: int) -> LayerRange:

@@ -171,14 +171,11 @@ def _figures(groups: Sequence[Group]) -> list[Drawing]:
 
 def harmless(groups: Sequence[Group], group: Group) -> list[Defended]:
     """The undefended run of as many steps on harmless rows, asked alike: the control of one on others; none without."""
+    if any(row.harmless for row in group.rows):
+        return []
     ends = {row.about.step for row in group.rows if row.undefended}
-    return [
-        row
-        for other in groups
-        if (other.tuning, other.metric) == (group.tuning, group.metric) and other.attack.startswith("benign ")
-        for row in other.rows
-        if row.undefended and row.about.step in ends and not group.attack.startswith("benign ")
-    ]
+    alike = [other for other in groups if (other.tuning, other.metric) == (group.tuning, group.metric)]
+    return [row for other in alike for row in other.rows if row.harmless and row.about.step in ends]
 
 
 def _scan(scan: LayerScan) -> tuple[str, int, list[tuple[str, int]]]:

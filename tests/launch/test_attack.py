@@ -6,10 +6,10 @@ import pathlib
 import shlex
 import sys
 
-import jax
 import numpy as np
 import pytest
 from absl import flags
+from compilations import compilations
 from ml_collections import config_flags
 
 from configs.attack import llama2_7b_chat
@@ -113,15 +113,11 @@ def test_a_grid_leaves_what_it_names_and_goes_on_cell_by_cell(config, tmp_path, 
 
 @pytest.mark.slow
 def test_nothing_is_compiled_again_for_another_seed(config, tmp_path, monkeypatch):
-    model, compiled, by_group, whole = load_chat_model(config.model), [], [], attack.examine_run
+    model, by_group, whole = load_chat_model(config.model), [], attack.examine_run
     config.freeze_ranks, config.rewinds, config.seeds = (), False, (0, 3, 4)
 
-    def hear(event, seconds, fun_name="", **_):
-        # Answers are read in batches whose width follows from what was answered.
-        if event.endswith("backend_compile_duration") and fun_name != "jit(answer_nll)":
-            compiled.append(fun_name)
-
-    jax.monitoring.register_event_duration_secs_listener(hear)
+    # Answers are read in batches whose width follows from what was answered.
+    compiled = compilations(but="jit(answer_nll)")
 
     def counted(*args):
         losses = whole(*args)

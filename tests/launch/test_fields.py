@@ -518,7 +518,7 @@ def stand_in_for_parts(monkeypatch, seen, config):
 
     def roles(store, asked, rows, how, done):
         seen.note("units", asked, [data_sha256(each) for each in rows.values()], how)
-        return UnitRoles(units, InputMoments({}, {}), [plain(how.shares), how.as_coded])
+        return UnitRoles(units, units, InputMoments({}, {}), [plain(how.shares), how.as_coded])
 
     def read(store, asked, prompts, rows, how, done):
         seen.note("read", asked, prompts, how)

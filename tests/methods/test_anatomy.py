@@ -1,12 +1,21 @@
 """Roles, gaps and direction of one model: read once, counted whole."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from tiny import PROMPTS, tiny_chat_model
 
 from jaxsafe.io.store import Store
 from jaxsafe.methods import anatomy
-from jaxsafe.methods.anatomy import ReadSettings, UnitSettings, described, read_once, unit_roles_once
+from jaxsafe.methods.anatomy import (
+    ReadSettings,
+    UnitSettings,
+    described,
+    read_once,
+    role_transfer_once,
+    unit_roles_once,
+)
 from jaxsafe.methods.layer_gaps import gap_curve
 from jaxsafe.methods.refusal_direction import Direction, openings
 from jaxsafe.methods.ssah import Role, RoleShares, unit_roles, unit_scores
@@ -39,6 +48,7 @@ def test_units_of_every_role_are_counted_and_kept(model, rows, tmp_path, monkeyp
         model.config, *(unit_scores(model.config, model.params, m) for m in moments.values()), how.shares
     )
     assert (units.roles.heads == expected.heads).all() and (units.roles.neurons == expected.neurons).all()
+    assert (units.scores.heads == unit_scores(model.config, model.params, moments["safety"]).heads).all()
     assert (units.moments.mean["heads"] == moments["safety"].mean["heads"]).all()
     for count, role in zip(units.counts, Role, strict=True):
         heads, neurons = expected.heads == role, expected.neurons == role
@@ -49,6 +59,9 @@ def test_units_of_every_role_are_counted_and_kept(model, rows, tmp_path, monkeyp
     assert again.counts == units.counts and again.follows == units.follows
     with pytest.raises(StopIteration):  # the published estimate is another, which the store does not hold
         unit_roles_once(Store(tmp_path), model, rows, UnitSettings(how.shares, as_coded=True))
+    other = dataclasses.replace(model, name="other", config=dataclasses.replace(model.config, mlp=2 * F))
+    with pytest.raises(ValueError, match="other is of another shape than tiny"):
+        role_transfer_once(Store(tmp_path), model, units, other, rows, how)
 
 
 def test_half_of_the_prompts_make_candidates_and_the_others_choose_once(model, rows, tmp_path, monkeypatch):

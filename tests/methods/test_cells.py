@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 from tiny import random_rows, tiny_chat_model, tiny_config
 
 from jaxsafe.evaluation.judges.keyword import KeywordJudge
@@ -429,10 +430,7 @@ def test_what_has_no_like_is_left_alone(model, material, exam, tmp_path, monkeyp
 def test_seeds_share_one_compiled_step(model, material, exam, tmp_path):
     guards = defences({"layers": ((1, 2),)}, controls=True, rewinds=True)
     study, grid = study_in(tmp_path, model, exam), Grid(material, tuple(guards), every=2)
-    compiled, by_run = [], []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
-    )
+    compiled, by_run = compilations(), []
     for seed in (0, 1, 2):
         for group in runs([SHIFT], [FULL], guards, (seed,)):
             rows = ROWS[seed:] + ROWS[:seed]

@@ -22,7 +22,7 @@ def test_a_control_prunes_as_many_units_of_each_layer_and_others_by_seed(model):
     rng = np.random.default_rng(0)
     roles = Units(rng.integers(4, size=(L, N)), rng.integers(4, size=(L, F)))
     mean = {"heads": np.ones((L, N * model.config.head_dim)), "mlp_hidden": np.ones((L, F))}
-    variants = list(unit_variants(model, UnitRoles(roles, InputMoments(mean, {}), ["units"]), "redundant", 2))
+    variants = list(unit_variants(model, UnitRoles(roles, roles, InputMoments(mean, {}), ["units"]), "redundant", 2))
     names = [variant.name for variant, _ in variants]
     assert names == ["redundant units", *(f"random for redundant units seed {seed}" for seed in (0, 1))]
     assert variants[0][0].control == names[1] and len({variant.of for variant, _ in variants[1:]}) == 1

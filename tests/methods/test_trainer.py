@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compilations import compilations
 from tiny import random_rows, tiny_config, tiny_params, training_batches
 
 from jaxsafe.io.checkpoint import open_checkpoints
@@ -176,15 +177,6 @@ def test_weights_on_the_way_are_those_of_a_shorter_run():
     assert_same_bits(seen[0], params())
     assert_same_bits(seen[2], trained(train(CONFIG, params(), ROWS, dataclasses.replace(BRISK, steps=2))))
     assert_same_bits(seen[4], whole_run()[0])
-
-
-def compilations():
-    """A list that grows with every program that is compiled from now on."""
-    compiled = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, seconds, **_: compiled.append(event) if event.endswith("backend_compile_duration") else None
-    )
-    return compiled
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(4, 16.0)], ids=["full", "lora"])
