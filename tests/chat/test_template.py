@@ -56,6 +56,28 @@ def test_after_a_template_that_was_ended_others_are_rendered():
     assert renderer.render("{{ messages[0]['content'] }}", MESSAGES, {}) == MESSAGES[0]["content"]
 
 
+# Stands in for the library that renders: says how many seconds the clock had left when it was imported.
+SLOW_LIBRARY = """
+import signal
+
+LEFT = signal.getitimer(signal.ITIMER_PROF)[0]
+
+
+def render_jinja_template(conversations, **asked):
+    return [str(LEFT)], []
+"""
+
+
+def test_the_time_of_a_template_begins_after_that_of_the_library(tmp_path, monkeypatch):
+    package = tmp_path / "transformers" / "utils"
+    package.mkdir(parents=True)
+    for folder in (package.parent, package):
+        (folder / "__init__.py").touch()
+    (package / "chat_template_utils.py").write_text(SLOW_LIBRARY)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    assert Renderer().render("any", MESSAGES, {}) == "0.0"
+
+
 def test_an_answer_that_nobody_waited_for_is_not_the_next_ones(monkeypatch):
     renderer = Renderer()
 
