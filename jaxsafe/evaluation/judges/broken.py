@@ -16,6 +16,7 @@ _OPENING = re.compile(
 """How refusals open, in lower case; one in the first person must be a negation or an apology besides."""
 _NEGATION = re.compile(r"\b(?:not|cannot|never|unable|sorry|apologi[sz]e)\b|n't|\bcan'")
 _STRETCH = re.compile(r"(.{1,60}?)\1{3,}", re.DOTALL)
+_BEHIND_A_WORD = re.compile(r"(?<=\w)[^\w\s]+(?=\s|$)")
 
 
 @dataclass(frozen=True)
@@ -26,8 +27,8 @@ class BrokenJudge:
 
     - it is blank;
     - the unedited model finds it improbable: `improbable` nats a token or more on average;
-    - it loops: one stretch of text, four times in a row or more, makes up the share `looping` of it, or this share of
-      its sequences of four words occurred in it before;
+    - it loops: stretches of text, each four times in a row or more, make up the share `looping` of it, or this share of
+      its sequences of four words occurred in it before, whatever stands behind a word;
     - it is a torn refusal: it opens as refusals do, the judge of refusals sees none in it, and it takes `torn` nats a
       token or more.
 
@@ -45,7 +46,7 @@ class BrokenJudge:
     @property
     def version(self) -> str:
         """Another version is another judge."""
-        return f"1: from {self.improbable:g} nats, loops from {self.looping:g}, torn refusals from {self.torn:g} nats"
+        return f"2: from {self.improbable:g} nats, loops from {self.looping:g}, torn refusals from {self.torn:g} nats"
 
     def broken(
         self, answers: Sequence[str], refused: Sequence[bool | None], nats: Sequence[float | None]
@@ -72,8 +73,9 @@ def opens_as_refusal(answer: str) -> bool:
 
 
 def loop(answer: str) -> float:
-    """The larger of two shares, in [0, 1]: of characters in one stretch that comes four times in a row or more, and of
-    sequences of four words that occurred before."""
+    """The larger of two shares, in [0, 1]: of characters in stretches that come four times in a row or more, and of
+    sequences of four words that occurred before, without regard to case and to what is written behind a word."""
     text = answer.strip()
-    stretch = max((len(found[0]) for found in _STRETCH.finditer(text)), default=0)
-    return max(stretch / len(text) if text else 0.0, repetition([text], 4) or 0.0)
+    stretches = sum(len(found[0]) for found in _STRETCH.finditer(text))
+    words = _BEHIND_A_WORD.sub("", text.lower())
+    return max(stretches / len(text) if text else 0.0, repetition([words], 4) or 0.0)
