@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsafe.io.checkpoint import note, open_checkpoints, outline, preempted, restore, save, stoppable
+from jaxsafe.io.checkpoint import note, open_checkpoints, outline, restore, save, stoppable
 from jaxsafe.kernels.lora import LoRA
 from jaxsafe.kernels.training import Recipe, batch_plan, one_step
+from jaxsafe.methods.course import Saving, State, course
 from jaxsafe.methods.trainer import FREE, FineTuning, Step, begin, check_rows, identity, weights_program
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params
@@ -77,11 +78,10 @@ def _steps(
     config: ModelConfig, params: Params, runs: Sequence[Training], mesh: Mesh | None
 ) -> Generator[tuple[Step, ...], None, None]:
     settings = runs[0].settings
-    steps, every = settings.steps, settings.checkpoint_every
     ranks = [_lora(run).rank for run in runs]
-    plans = [batch_plan([1] * len(run.rows), settings.batch_size, steps, run.settings.seed) for run in runs]
-    begun = [begin(config, params, run.rows, run.settings, FREE, mesh) for run in runs]
-    fixed, recipe = [each[1] for each in begun], begun[0][2]
+    plans = [batch_plan([1] * len(run.rows), settings.batch_size, settings.steps, run.settings.seed) for run in runs]
+    each = [begin(config, params, run.rows, run.settings, FREE, mesh) for run in runs]
+    trees, fixed, (recipe, *_) = zip(*each, strict=True)
     weights = weights_program(config, params, settings, FREE)
     together = fixed_together(fixed)
 
@@ -93,46 +93,34 @@ def _steps(
             {} if store is None else identity(params, run.rows, run.settings, FREE)
             for run, store in zip(runs, kept, strict=True)
         ]
-        found = [_resumed(store, tree, name) for store, (tree, *_), name in zip(kept, begun, names, strict=True)]
+        found = [_resumed(store, tree, name) for store, tree, name in zip(kept, trees, names, strict=True)]
         if len({done for done, _, _ in found}) > 1:
             raise ValueError(f"checkpoints are of steps {[done for done, _, _ in found]}; they must be of the same one")
-        done = saved = found[0][0]
-        losses = [loss for _, _, loss in found]
-        tree = stacked([resized(own, max(ranks)) for _, own, _ in found])
-        del begun, found
+        adapters = stacked([resized(own, max(ranks)) for _, own, _ in found])
+        begun = State(found[0][0], adapters, [loss for _, _, loss in found])
+        del each, trees, found, adapters
 
-        def now(begins: bool = False) -> tuple[Step, ...]:
-            of_all = [member(tree["params"], np.int32(n), rank) for n, rank in enumerate(ranks)]
+        def take(i: int, tree: Any) -> tuple[Any, list[float]]:
+            batch = put([_batch(run, plan[i]) for run, plan in zip(runs, plans, strict=True)], mesh)
+            tree, nats = program(recipe)(tree, batch, together)
+            return tree, [float(loss) for loss in nats]
+
+        def steps_of(state: State, begins: bool = False) -> tuple[Step, ...]:
+            of_all = [member(state.tree["params"], np.int32(n), rank) for n, rank in enumerate(ranks)]
             return tuple(
-                Step(done, loss, functools.partial(weights, adapters, own), begins, adapters)
-                for loss, adapters, own in zip(losses, of_all, fixed, strict=True)
+                Step(state.done, loss, functools.partial(weights, adapters, own), begins, adapters)
+                for loss, adapters, own in zip(state.loss, of_all, fixed, strict=True)
             )
 
-        def keep() -> None:
+        def keep(state: State) -> None:
             for n, (store, name) in enumerate(zip(kept, names, strict=True)):
                 if store is not None:
-                    save(store, done, member(tree, np.int32(n), ranks[n]), name, losses[n])
+                    save(store, state.done, member(state.tree, np.int32(n), ranks[n]), name, state.loss[n])
 
-        try:
-            yield now(begins=True)
-            for i in range(done, steps):
-                batch = put([_batch(run, plan[i]) for run, plan in zip(runs, plans, strict=True)], mesh)
-                with whole():  # a step consumes the tree that it is given
-                    tree, nats = program(recipe)(tree, batch, together)
-                    losses, done = [float(loss) for loss in nats], i + 1
-                yield now()
-                end = saves and preempted(i)
-                if saves and (end or done == steps or done % every == 0):
-                    with whole():
-                        keep()
-                        saved = done
-                if end:
-                    raise SystemExit(143)
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
-            # Of several processes, which save together, each may be interrupted at another step.
-            if saves and saved < done and jax.process_count() == 1:
-                keep()
-            raise
+        saving = Saving(keep, settings.checkpoint_every, whole) if saves else None
+        yield steps_of(begun, begins=True)
+        for state in stack.enter_context(contextlib.closing(course(begun, settings.steps, take, saving))):
+            yield steps_of(state)
 
 
 def _batch(run: Training, indices: np.ndarray) -> Batch:

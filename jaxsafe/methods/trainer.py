@@ -10,7 +10,6 @@ import functools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +18,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsafe.digest import digest
-from jaxsafe.io.checkpoint import checksum, note, open_checkpoints, outline, preempted, restore, save, stoppable
+from jaxsafe.io.checkpoint import checksum, note, open_checkpoints, outline, restore, save, stoppable
 from jaxsafe.kernels import lora
 from jaxsafe.kernels.lora import LoRA
 from jaxsafe.kernels.training import Recipe, batch_plan, masters, model_weights, one_step
+from jaxsafe.methods.course import Saving, State, course
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params
 from jaxsafe.parallel import put_rows
@@ -155,43 +155,35 @@ def _steps(
     step = compiled_step(recipe, tree)
     weights = weights_program(config, params, settings, frozen)
 
-    def step_of(number: int, loss: float | None, trained: Any, begins: bool = False) -> Step:
+    def take(i: int, tree: Any) -> tuple[Any, float]:
+        batch = put_rows(pad_rows([rows[j] for j in plan[i]], width, settings.batch_size), mesh)
+        tree, nats = step(tree, batch, fixed)
+        return tree, float(nats)
+
+    def step_of(state: State, begins: bool = False) -> Step:
+        trained = state.tree["params"]
         adapters = None if settings.lora is None else trained
-        return Step(number, loss, functools.partial(weights, trained, fixed), begins, adapters)
+        return Step(state.done, state.loss, functools.partial(weights, trained, fixed), begins, adapters)
 
     with contextlib.ExitStack() as stack:
-        done, loss, checkpoints = 0, None, None
-        whole: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
+        begun, saving = State(0, tree, None), None
         if folder is not None:
             whole = stack.enter_context(stoppable())
             checkpoints = stack.enter_context(open_checkpoints(folder))
             run = identity(params, rows, settings, frozen)
             if checkpoints.latest is not None:
                 like = outline(tree)
-                del tree  # the memory is needed for what is read
+                del begun, tree  # the memory is needed for what is read
                 resumed: Any = restore(checkpoints, like, run)
-                (done, tree), loss = resumed, note(checkpoints)
-        saved = done
-        try:
-            yield step_of(done, loss, tree["params"], begins=True)
-            for i in range(done, settings.steps):
-                batch = put_rows(pad_rows([rows[j] for j in plan[i]], width, settings.batch_size), mesh)
-                with whole():  # a step consumes the tree that it is given
-                    tree, nats = step(tree, batch, fixed)
-                    loss, done = float(nats), i + 1
-                yield step_of(done, loss, tree["params"])
-                end = checkpoints is not None and preempted(i)
-                if checkpoints and (end or done == settings.steps or done % settings.checkpoint_every == 0):
-                    with whole():
-                        save(checkpoints, done, tree, run, loss)
-                        saved = done
-                if end:
-                    raise SystemExit(143)
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
-            # Of several processes, which save together, each may be interrupted at another step.
-            if checkpoints and saved < done and jax.process_count() == 1:
-                save(checkpoints, done, tree, run, loss)
-            raise
+                begun = State(resumed[0], resumed[1], note(checkpoints))
+
+            def keep(state: State) -> None:
+                save(checkpoints, state.done, state.tree, run, state.loss)
+
+            saving = Saving(keep, settings.checkpoint_every, whole)
+        yield step_of(begun, begins=True)
+        for state in stack.enter_context(contextlib.closing(course(begun, settings.steps, take, saving))):
+            yield step_of(state)
 
 
 def check_rows(config: ModelConfig, rows: Sequence[Row], settings: FineTuning, mesh: Mesh | None) -> None:
