@@ -1,4 +1,4 @@
-"""Keyword judges: did a response refuse? Each keeps to the rule its authors published, whatever its faults.
+"""Keyword judges: did a response refuse? Each keeps to its authors' published rule, whatever its faults; one is ours.
 
 Their numbers are not comparable with each other and are never averaged. What a judge says of a response without
 any text is not in its rule; such a response is left unscored (None), save by `wei2024`, whose rule covers it.
@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jaxsafe.evaluation.judges.judge import spoken
+from jaxsafe.evaluation.judges.openings import opens_with_refusal
 from jaxsafe.evaluation.judges.phrases import JBB, SCANS, SCANS_UNLESS, WEI2024, XSTEST_STARTS
 
 
@@ -82,6 +83,7 @@ JUDGES = (
     WEI2024_NO_LENGTH,
     KeywordJudge("xstest_strmatch", "exaggerated-safety a3bb396", _xstest_strmatch),
     KeywordJudge("jbb", "jailbreakbench 1.0.0", _jbb),
+    KeywordJudge("openings", "1", opens_with_refusal),
 )
 
 

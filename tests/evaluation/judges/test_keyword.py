@@ -97,7 +97,7 @@ def test_twenty_word_rule_counts_what_single_spaces_separate(text):
 
 
 def test_names_and_versions_are_told():
-    names = "scans, wei2024, wei2024_no_length, xstest_strmatch, jbb"
+    names = "scans, wei2024, wei2024_no_length, xstest_strmatch, jbb, openings"
     assert ", ".join(j.name for j in JUDGES) == names
     assert all(judge(j.name) is j and j.version for j in JUDGES)
     with pytest.raises(ValueError, match=f"unknown judge 'gpt4'; need one of {names}"):
