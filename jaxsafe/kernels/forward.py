@@ -34,26 +34,28 @@ Given = tuple[Int[Array, "B R"], Slots, Cache | None]
 """What `Transformer` is given: tokens, where they are, and a cache that holds what precedes them."""
 
 
-def prompt_inputs(config: ModelConfig, params: Params, batch: Batch, slots: int = 0, edits: Edits = None) -> Given:
+def prompt_inputs(
+    config: ModelConfig, params: Params, batch: Batch, slots: int = 0, edits: Edits = None, alike: bool = False
+) -> Given:
     """What `Transformer` is given to run the prompts.
 
     Where `batch.shared` is P > 0 these are the T - P last slots, behind a cache of T + `slots` slots that holds the
     first P tokens of every row; a shorter row's slots among them hold some of these tokens again. The numbers are
-    those of the whole prompts. Where there are `edits`, which may differ from row to row, nothing is shared.
+    those of the whole prompts. Where there are `edits` nothing is shared, unless they are `alike` in rows and slots.
     """
     T, P = batch.tokens.shape[1], batch.shared
-    if edits or not P:
+    if (edits and not alike) or not P:
         return batch.tokens, Slots(batch.valid), None
     held = Slots(jnp.pad(batch.valid, [(0, 0), (0, slots)]), P)
-    return batch.tokens[:, P:], held, _shared_cache(config, params, batch, T + slots)
+    return batch.tokens[:, P:], held, _shared_cache(config, params, batch, T + slots, edits)
 
 
-def _shared_cache(config: ModelConfig, params: Params, batch: Batch, slots: int) -> Cache:
+def _shared_cache(config: ModelConfig, params: Params, batch: Batch, slots: int, edits: Edits) -> Cache:
     """A cache of `slots` slots whose first P hold what of the shared tokens falls among them, by row."""
     P = batch.shared
     first = batch.tokens.shape[1] - batch.valid.sum(-1)  # the slot of each row's first token
     tokens = jax.lax.dynamic_slice_in_dim(batch.tokens[0], first[0], P)[None]
-    _, once = Transformer(config).apply(variables(params), tokens, Slots(jnp.ones((1, P), bool)), last=0)
+    _, once = Transformer(config).apply(variables(params, edits), tokens, Slots(jnp.ones((1, P), bool)), last=0)
     source = jnp.maximum(jnp.arange(P)[None] - first[:, None], 0)  # [B, P]; slots before the first are not seen
 
     def spread(a: Float[Array, "L 1 K P H"]) -> Float[Array, "L B K P H"]:

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxsafe.kernels.ablation import ablation
+from jaxsafe.kernels.forward import prompt_inputs
 from jaxsafe.model.attention import Slots
 from jaxsafe.model.config import ModelConfig
-from jaxsafe.model.taps import Edit, edit
-from jaxsafe.model.transformer import Params, Transformer, variables
+from jaxsafe.model.taps import edit
+from jaxsafe.model.transformer import Edits, Params, Transformer, variables
 from jaxsafe.rows import Batch
 
 
@@ -32,46 +33,61 @@ def _log_sum(log_p: Float[Array, "*n V"], chosen: Any) -> Float[Array, "*n"]:
     return jax.nn.logsumexp(jnp.where(chosen, log_p, -jnp.inf), axis=-1)
 
 
-class CandidateScores(NamedTuple):
-    """Of each candidate and prompt.
+class Ablated(NamedTuple):
+    """Of each candidate and prompt, with its unit direction ablated everywhere.
 
-    ablated: float32 [C, B] refusal log-odds with the unit direction ablated everywhere
-    added:   float32 [C, B] the same with the direction added after its block
-    kl:      float32 [C, B] KL(unedited || ablated) of the first token of the answer, nats
+    log_odds: float32 [C, B] of refusal; kl: float32 [C, B] KL(unedited || ablated) of the answer's first token, nats
     """
 
-    ablated: Float[Array, "C B"]
-    added: Float[Array, "C B"]
+    log_odds: Float[Array, "C B"]
     kl: Float[Array, "C B"]
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def score_candidates(
+def ablated_scores(
+    config: ModelConfig,
+    params: Params,
+    batch: Batch,
+    directions: Float[Array, "C D"],
+    refusal: Int[Array, " R"],
+) -> Ablated:
+    """A batch of prompts without each of `directions`."""
+    plain = jax.nn.log_softmax(_first_logits(config, params, batch, None))
+
+    def score(direction: Float[Array, " D"]) -> Ablated:
+        unit = direction / jnp.maximum(jnp.linalg.norm(direction), 1e-12)
+        without = _first_logits(config, params, batch, ablation(config, params, unit))
+        kl = jnp.sum(jnp.exp(plain) * (plain - jax.nn.log_softmax(without)), axis=-1)
+        return Ablated(refusal_log_odds(without, refusal), kl)
+
+    return jax.lax.map(score, directions)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def added_log_odds(
     config: ModelConfig,
     params: Params,
     batch: Batch,
     directions: Float[Array, "C D"],
     layers: Int[Array, " C"],
     refusal: Int[Array, " R"],
-) -> CandidateScores:
-    """Every candidate, a difference of means after the block of its number in `layers`, on a batch of prompts."""
+) -> Float[Array, "C B"]:
+    """Refusal log-odds of a batch of prompts with each of `directions` added after the block of its number."""
 
-    def first_logits(edits: dict[str, Edit] | None) -> Float[Array, "B V"]:
-        logits: Any = Transformer(config).apply(variables(params, edits), batch.tokens, Slots(batch.valid), last=1)[0]
-        return logits[:, -1].astype(jnp.float32)
-
-    plain = jax.nn.log_softmax(first_logits(None))
-
-    def score(candidate: tuple[Float[Array, " D"], Int[Array, ""]]) -> CandidateScores:
+    def score(candidate: tuple[Float[Array, " D"], Int[Array, ""]]) -> Float[Array, " B"]:
         direction, layer = candidate
-        unit = direction / jnp.maximum(jnp.linalg.norm(direction), 1e-12)
-        without = first_logits(ablation(config, params, unit))
         here = (jnp.arange(config.layers) == layer).astype(jnp.float32)
-        under = first_logits({"resid": edit(add=here[:, None] * direction[None])})
-        kl = jnp.sum(jnp.exp(plain) * (plain - jax.nn.log_softmax(without)), axis=-1)
-        return CandidateScores(refusal_log_odds(without, refusal), refusal_log_odds(under, refusal), kl)
+        edits = {"resid": edit(add=here[:, None] * direction[None])}
+        return refusal_log_odds(_first_logits(config, params, batch, edits), refusal)
 
     return jax.lax.map(score, (directions, layers))
+
+
+def _first_logits(config: ModelConfig, params: Params, batch: Batch, edits: Edits) -> Float[Array, "B V"]:
+    """Of the answers' first tokens, float32; all prompts have the same `edits`, and share what they begin with."""
+    given = prompt_inputs(config, params, batch, edits=edits, alike=True)
+    logits: Any = Transformer(config).apply(variables(params, edits), *given, last=1)[0]
+    return logits[:, -1].astype(jnp.float32)
 
 
 @functools.partial(jax.jit, static_argnames="config")

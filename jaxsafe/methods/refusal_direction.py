@@ -21,12 +21,12 @@ from jaxtyping import Float, Int
 from jaxsafe.chat.model import ChatModel
 from jaxsafe.kernels.ablation import ablation
 from jaxsafe.kernels.forward import capture
-from jaxsafe.kernels.refusal import CandidateScores, score_candidates
+from jaxsafe.kernels.refusal import ablated_scores, added_log_odds
 from jaxsafe.methods.evidence import Evidence, unit_rows
 from jaxsafe.model.taps import At
 from jaxsafe.progress import Progress, silent
 from jaxsafe.records.run import Json
-from jaxsafe.rows import Batch, Row
+from jaxsafe.rows import Batch, Call, Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,15 +154,18 @@ def choose_direction(
     numbers = jnp.asarray([layer for _, layer in places], jnp.int32)
     tokens = jnp.asarray(refusal, jnp.int32)
 
-    def call(batch: Batch, indices: np.ndarray) -> Any:
-        scores = score_candidates(model.config, model.params, batch, vectors, numbers, tokens)
-        return CandidateScores(*(a.T for a in scores))
+    def without(batch: Batch, indices: np.ndarray) -> Any:
+        return [a.T for a in ablated_scores(model.config, model.params, batch, vectors, tokens)]
 
-    def scores_of(prompts: Sequence[str]) -> CandidateScores:
-        return model.map(call, model.rows(prompts[: search.validation]), search.batch_size, done)
+    def under(batch: Batch, indices: np.ndarray) -> Any:
+        return added_log_odds(model.config, model.params, batch, vectors, numbers, tokens).T
 
-    of_harmful, of_safe = scores_of(harmful), scores_of(safe)
-    bypass, induce, kl = of_harmful.ablated.mean(0), of_safe.added.mean(0), of_safe.kl.mean(0)
+    def means(call: Call, prompts: Sequence[str], told: Progress = silent) -> Any:
+        scores = model.map(call, model.rows(prompts[: search.validation]), search.batch_size, told)
+        return jax.tree.map(lambda a: a.mean(0), scores)
+
+    (bypass, _), (_, kl) = means(without, harmful, done), means(without, safe, done)
+    induce = means(under, safe)
     near, strong = kl <= search.kl, induce >= search.induced
     left = np.flatnonzero(near & strong if (near & strong).any() else near)
     best = int(left[np.argmin(bypass[left])]) if len(left) else int(np.argmin(kl))

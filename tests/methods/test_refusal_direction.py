@@ -13,7 +13,7 @@ from tiny import PROMPTS, tiny_chat_model
 from jaxsafe.io.store import Store
 from jaxsafe.kernels.ablation import ablation
 from jaxsafe.kernels.forward import capture
-from jaxsafe.kernels.refusal import refusal_log_odds, score_candidates
+from jaxsafe.kernels.refusal import ablated_scores, added_log_odds, refusal_log_odds
 from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.methods.mending_choice import Trial
 from jaxsafe.methods.refusal_direction import (
@@ -27,7 +27,7 @@ from jaxsafe.methods.refusal_direction import (
 from jaxsafe.methods.remedies import Bench
 from jaxsafe.model.taps import edit
 from jaxsafe.model.transformer import forward
-from jaxsafe.rows import pad_rows
+from jaxsafe.rows import pad_rows, shared_tokens
 
 REFUSAL = (40, 77)
 logits_of = jax.jit(forward, static_argnames=("config", "last"))
@@ -57,11 +57,16 @@ def test_log_odds_are_those_of_the_probabilities():
     np.testing.assert_allclose(refusal_log_odds(logits, jnp.asarray(REFUSAL)), expected, atol=1e-4)
 
 
-def test_every_candidate_is_scored_as_by_itself(model):
+@pytest.mark.parametrize("system", [None, "You are kind, and you answer each question with care."])
+def test_every_candidate_is_scored_as_by_itself(model, system):
+    model = model.with_prompt(system)
     generator = np.random.default_rng(1)
     directions = generator.standard_normal((3, model.config.embed)).astype(np.float32)
-    layers, batch = np.array([0, 2, 1], np.int32), pad_rows(model.rows(PROMPTS))
-    scores = score_candidates(model.config, model.params, batch, directions, layers, jnp.asarray(REFUSAL))
+    layers, rows = np.array([0, 2, 1], np.int32), model.rows(PROMPTS)
+    batch = pad_rows(rows, shared=shared_tokens(rows))
+    assert bool(batch.shared) == bool(system)
+    start, refusal = (model.config, model.params, batch, directions), jnp.asarray(REFUSAL)
+    scores, induced = ablated_scores(*start, refusal), added_log_odds(*start, layers, refusal)
     for c, layer in enumerate(layers):
         unit = jnp.asarray(directions[c] / np.linalg.norm(directions[c]))
         add = np.zeros((model.config.layers, model.config.embed), np.float32)
@@ -71,7 +76,7 @@ def test_every_candidate_is_scored_as_by_itself(model):
             ablated = first_logits(model, prompt, ablation(model.config, model.params, unit))
             added = first_logits(model, prompt, {"resid": edit(add=jnp.asarray(add))})
             kl = np.sum(np.exp(plain) * (plain - np.float64(jax.nn.log_softmax(ablated))))
-            found = [scores.ablated[c, b], scores.added[c, b], scores.kl[c, b]]
+            found = [scores.log_odds[c, b], induced[c, b], scores.kl[c, b]]
             np.testing.assert_allclose(found, [slow_log_odds(ablated), slow_log_odds(added), kl], atol=2e-4)
 
 
