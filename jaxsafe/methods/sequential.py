@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsafe.kernels.forward import embed, layer_of, run_block
+from jaxsafe.kernels.blocks import layer_of
+from jaxsafe.kernels.forward import embed, run_block
 from jaxsafe.kernels.importance import counted
 from jaxsafe.kernels.sums import Scoring, Statistics, batches_of, gather, kind_of
 from jaxsafe.model.config import ModelConfig
