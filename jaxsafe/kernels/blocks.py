@@ -4,7 +4,8 @@ Axes: B batch, T slots, L layers, D embed
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import flax.struct
@@ -17,6 +18,7 @@ from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.layers import LayerRange
 from jaxsafe.model.taps import at, block_readings, collection
 from jaxsafe.model.transformer import Block, Edits, Kind, Params, Turns, all_turns, layer_kinds
+from jaxsafe.model.weights import flatten, linear_maps, nest
 
 
 @flax.struct.dataclass
@@ -73,3 +75,24 @@ def range_of(config: ModelConfig, params: Params, layers: LayerRange) -> tuple[M
     """
     few = {"layers": jax.tree.map(lambda a: a[layers.slice], dict(params["layers"]))}
     return dataclasses.replace(config, layers=len(layers)), few
+
+
+def with_ranges(
+    config: ModelConfig, params: Params, changed: Iterable[tuple[LayerRange | None, Params]]
+) -> dict[str, Any]:
+    """`params` with other linear maps in the layers of each (range, weights as of `range_of`).
+
+    These are written into one copy of the maps, so that of what is changed no second one exists.
+    """
+    flat = dict(flatten(params))
+    flat |= {path: jnp.copy(flat[path]) for path in linear_maps(config)}
+    for layers, few in changed:
+        assert layers is not None, "a part has layers"
+        for path in linear_maps(config):
+            flat[path] = _put(flat[path], flatten(few)[path], layers.first)
+    return nest(flat)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack: Float[Array, "L ..."], few: Float[Array, "n ..."], first: Int[Array, ""]) -> Float[Array, "L ..."]:
+    return jax.lax.dynamic_update_slice_in_dim(stack, few, first, 0)

@@ -68,7 +68,7 @@ def add_reduced(
         return x, {tap: stack.at[i].add(read[tap]) for tap, stack in carry[1].items()}
 
     x = jax.lax.fori_loop(0, sums.first, below, embed(config, params, jnp.asarray(batch.tokens)))
-    return sums.replace(sums=jax.lax.fori_loop(0, sums.count, add, (x, dict(sums.sums)))[1])
+    return LayerSums(sums.first, jax.lax.fori_loop(0, sums.count, add, (x, dict(sums.sums)))[1])
 
 
 def add_snip(
@@ -76,7 +76,7 @@ def add_snip(
     params: Params,
     batch: Batch,
     sums: LayerSums,
-    counting: Counting = Counting(),
+    counting: Counting,
     last: int | None = None,
     mesh: Mesh | None = None,
 ) -> LayerSums:
@@ -118,7 +118,7 @@ def add_snip(
     gradient = jax.grad(lambda x: _loss(config, params, batch, x, counting, last, mesh))(x)
     gradient = jax.lax.fori_loop(0, config.layers - first - n, down, gradient)
     found = jax.lax.fori_loop(0, n, add, (gradient, flatten(sums.sums)))[1]
-    return sums.replace(sums=nest(found))
+    return LayerSums(first, nest(found))
 
 
 def split(x: Float[Array, "B T D"], mesh: Mesh | None) -> Float[Array, "B T D"]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsafe.kernels.importance import (
@@ -289,7 +288,7 @@ def add_batch_of_layers(
     if mesh is None:
         return added
     where = shardings(scoring.kind, config, mesh)
-    return added.replace(sums=jax.lax.with_sharding_constraint(added.sums, where))
+    return LayerSums(added.first, jax.lax.with_sharding_constraint(added.sums, where))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,7 +349,7 @@ def _added(
 ) -> Sums:
     if scoring.layers is None:
         return add_batch(scoring, config, params, batch, sums, last, mesh)
-    of_any, some = dataclasses.replace(scoring, layers=None), LayerSums(np.int32(scoring.layers.first), sums)
+    of_any, some = dataclasses.replace(scoring, layers=None), LayerSums(scoring.layers.first, sums)
     return add_batch_of_layers(of_any, config, params, batch, some, last, mesh).sums
 
 
