@@ -273,8 +273,7 @@ def add_batch(
     return added if mesh is None else jax.lax.with_sharding_constraint(added, shardings(scoring.kind, config, mesh))
 
 
-@functools.partial(jax.jit, static_argnames=("scoring", "config", "last", "mesh"), donate_argnames=("sums",))
-def add_batch_of_layers(
+def with_batch_of_layers(
     scoring: Scoring,
     config: ModelConfig,
     params: Params,
@@ -283,12 +282,18 @@ def add_batch_of_layers(
     last: int | None,
     mesh: Mesh | None,
 ) -> LayerSums:
-    """As `add_batch`, of some layers: `sums` with those of `batch` added. Ranges of one length share a program."""
+    """As `add_batch`, of some layers: `sums` with those of `batch` added."""
     added = kind_of(scoring.kind).add_layers(scoring, config, params, batch, sums, last, mesh)
     if mesh is None:
         return added
     where = shardings(scoring.kind, config, mesh)
     return LayerSums(added.first, jax.lax.with_sharding_constraint(added.sums, where))
+
+
+add_batch_of_layers = jax.jit(
+    with_batch_of_layers, static_argnames=("scoring", "config", "last", "mesh"), donate_argnames=("sums",)
+)
+"""`with_batch_of_layers` as a program, one for all ranges of so many layers."""
 
 
 @dataclasses.dataclass(frozen=True)
