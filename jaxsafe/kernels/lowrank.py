@@ -107,14 +107,16 @@ def by_layers(mesh: Mesh, function: Callable[..., Any], *arrays: Float[Array, "L
     """`function` of arrays with a leading axis of layers, each device of `mesh` with layers of its own.
 
     Results lie by layers where these are a multiple of the devices, else as `sides` says; zeros then make up for the
-    layers that are missing.
+    layers that are missing. Devices along the model axis share a layer where the data axis is as long as there are
+    layers: to move so few over both axes the compiler brings the whole to every device.
     """
     (L,) = {len(a) for a in arrays if a is not None}
-    own = PartitionSpec(mesh.axis_names)
-    count = -(-L // mesh.size) * mesh.size
+    axes = mesh.axis_names[:1] if mesh.shape["data"] >= L else mesh.axis_names
+    own, places = PartitionSpec(axes), math.prod(mesh.shape[axis] for axis in axes)
+    count = -(-L // places) * places
     given = jax.tree.map(lambda a: _to_layers(mesh, jnp.pad(a, [(0, count - L)] + [(0, 0)] * (a.ndim - 1))), arrays)
     made = jax.shard_map(function, mesh=mesh, in_specs=own, out_specs=own, check_vma=False)(*given)
-    return made if count == L else jax.tree.map(lambda a: _to_sides(mesh, a)[:L], made)
+    return made if L % mesh.size == 0 else jax.tree.map(lambda a: _to_sides(mesh, a)[:L], made)
 
 
 def sides(mesh: Mesh, shape: Sequence[int]) -> PartitionSpec:

@@ -211,18 +211,15 @@ def in_turns(
 
     None where one layer does not, and for a task that does not go in turns. `known` as in `smallest`.
     """
-    known, layers, temporaries = {} if known is None else known, config.layers, 0.0
+    known, layers = {} if known is None else known, config.layers
     while task in IN_TURNS and layers > 1:
-        layers, before = math.ceil(layers / 2), layers
+        layers = math.ceil(layers / 2)
         some = dataclasses.replace(work, layers=layers)
-        # Of what a compiled program wanted besides for twice as many layers it wants at least half.
-        temporaries *= layers / before
-        if outline(config, mesh, task, some).memory + temporaries > FILLED * chip.memory:
+        if not outline(config, mesh, task, some).fits(chip):
             continue
         key = task, (*mesh.shape.values(), layers)
         if key not in known:
             known[key] = plan(config, mesh, task, some)
         if known[key].fits(chip):
             return known[key]
-        temporaries = max(known[key].steps, key=lambda step: step.memory).temporaries
     return None
