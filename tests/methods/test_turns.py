@@ -7,14 +7,17 @@ import numpy as np
 import pytest
 from tiny import random_rows, tiny_chat_model, tiny_config, tiny_params
 
+from configs.brittleness.base import base
 from jaxsafe.io import sums as sums_module
 from jaxsafe.io.store import Store
 from jaxsafe.kernels.blocks import range_of, with_ranges
 from jaxsafe.methods import brittleness as brittleness_module
-from jaxsafe.methods.brittleness import Material, Point, ScoreSettings, edited, mask_of, noise
+from jaxsafe.methods.brittleness import DENSE, Material, Point, ScoreSettings, edited, mask_of, noise
 from jaxsafe.model.layers import LayerRange
 from jaxsafe.model.weights import flatten, linear_maps, shardings
 from jaxsafe.parallel import parse_mesh
+from jaxsafe.records.run import plain
+from launch.brittleness import details_of
 
 CONFIG = tiny_config()
 PARAMS = tiny_params(CONFIG)
@@ -50,6 +53,17 @@ def test_an_edit_in_turns_is_that_of_all_layers(whole, turns, point):
     if mask is not None:
         jax.tree.map(np.testing.assert_array_equal, own_mask, mask)
     assert noise(turns, point) == pytest.approx(noise(whole, point))
+
+
+def test_what_a_run_says_of_its_points_is_that_of_all_layers(whole, turns):
+    config, grid = base(), [DENSE, MASKS[0], RANKS[0]]
+    config.similarity_rank = 4
+    want, found = (plain(details_of(config, material, grid)) for material in (whole, turns))
+    assert (found["overlap"], found["sparsity"]) == (want["overlap"], want["sparsity"])
+    for name, values in want["similarity"]["values"].items():
+        assert found["similarity"]["values"][name] == pytest.approx(values, abs=1e-5)
+    for name, values in want["energy"]["safety"].items():
+        assert found["energy"]["safety"][name] == pytest.approx(values, abs=1e-5)
 
 
 @pytest.mark.slow
