@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from jaxsafe.kernels.actions import Clamp as Clamp
     from jaxsafe.kernels.actions import Gated as Gated
     from jaxsafe.kernels.actions import named_span as named_span
+    from jaxsafe.kernels.blocks import range_of as range_of
     from jaxsafe.kernels.directions import difference as difference
     from jaxsafe.kernels.directions import moved as moved
     from jaxsafe.kernels.directions import random_direction as random_direction
@@ -185,6 +186,7 @@ _WHERE = {
     "Scoring": "jaxsafe.kernels.sums",
     "Statistics": "jaxsafe.kernels.sums",
     "merge": "jaxsafe.kernels.sums",
+    "range_of": "jaxsafe.kernels.blocks",
     "wanda_scores": "jaxsafe.kernels.importance",
     "snip_scores": "jaxsafe.kernels.importance",
     "top": "jaxsafe.kernels.selection",

@@ -4,8 +4,9 @@ python -m launch.brittleness --config=configs/brittleness/llama2_7b_chat.py --ou
 """
 
 import functools
+import itertools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -115,15 +116,13 @@ def details_of(config: ConfigDict, material: Material, grid: Sequence[Point]) ->
     sparsity = {name: {k: tuple(v) for k, v in each["layers"].items()} for name, each in found.items() if each}
     overlap = similarity = energy = None
     if any(point.method in ("set_difference", "top", "bottom") for point in grid):
-        best = (top(material.config, material.scores(side), config.jaccard_fraction) for side in SIDES)
-        overlap = Overlap(config.jaccard_fraction, by_map(jaccard(*best)))
+        overlap = Overlap(config.jaccard_fraction, joined(best_shared(config, part) for part in material.parts()))
     if any(point.of_ranks for point in grid):
-        safety, utility = (material.bases(side) for side in SIDES)
-        similar = subspace_similarity(safety, utility, config.similarity_rank)
-        similarity = Similarity(config.similarity_rank, by_map(similar))
+        rank = config.similarity_rank
+        similarity = Similarity(rank, joined(similar(part, rank) for part in material.parts()))
         width = material.config.embed
         ranks = (*(k for k in (2**i for i in range(14)) if k < width), width)
-        energy = Energy(ranks, curve(safety, ranks), curve(utility, ranks))
+        energy = Energy(ranks, *(curve(material, side, ranks) for side in SIDES))
     noisy = {point.name: share for point in grid if (share := noise(material, point))}
     for name, share in noisy.items():
         command.say(f"{name}: in {share:.0%} of the maps the ranks end among directions that float32 cannot tell apart")
@@ -135,9 +134,28 @@ def by_map(values: dict[str, Any]) -> dict[str, tuple[float, ...]]:
     return {path.split("/")[-1]: tuple(map(float, fetch(array))) for path, array in values.items()}
 
 
-def curve(bases: Any, ranks: Sequence[int]) -> dict[str, tuple[float, ...]]:
+def joined(parts: Iterable[dict[str, tuple[float, ...]]]) -> dict[str, tuple[float, ...]]:
+    """The numbers of some layers each as those of all, by map."""
+    every = list(parts)
+    return {name: tuple(itertools.chain.from_iterable(part[name] for part in every)) for name in every[0]}
+
+
+def best_shared(config: ConfigDict, part: Material) -> dict[str, tuple[float, ...]]:
+    """The overlap of the weights that matter most to safety and to utility, by map and layer."""
+    best = (top(part.config, part.scores(side), config.jaccard_fraction) for side in SIDES)
+    return by_map(jaccard(*best))
+
+
+def similar(part: Material, rank: int) -> dict[str, tuple[float, ...]]:
+    """The similarity of the subspaces that safety and utility use most, by map and layer."""
+    safety, utility = (part.bases(side) for side in SIDES)
+    return by_map(subspace_similarity(safety, utility, rank))
+
+
+def curve(material: Material, side: str, ranks: Sequence[int]) -> dict[str, tuple[float, ...]]:
     """The share of a map's output energy in its first ranks, the mean over layers."""
-    shares = by_map({path: jnp.mean(share, 0) for path, share in energy_shares(bases).items()})
+    parts = [energy_shares(part.bases(side)) for part in material.parts()]
+    shares = by_map({path: jnp.mean(jnp.concatenate([part[path] for part in parts]), 0) for path in parts[0]})
     return {name: tuple(share[min(k, len(share)) - 1] for k in ranks) for name, share in shares.items()}
 
 

@@ -265,6 +265,7 @@ def score_settings(config: ConfigDict) -> ScoreSettings:
         config.get("use_diff", False),
         config.seed,
         config.batch_size,
+        config.get("layers_at_a_time", None),
     )
 
 

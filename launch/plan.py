@@ -29,7 +29,7 @@ from jaxsafe.io.hf import read_config
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.presets import preset
 from jaxsafe.parallel import make_mesh, mesh_lengths
-from jaxsafe.plan.plan import Plan, plan, smallest
+from jaxsafe.plan.plan import Plan, in_turns, plan, smallest
 from jaxsafe.plan.tasks import TASKS, Work
 
 from . import command, settings
@@ -119,11 +119,18 @@ def verdict(found: Plan, device: Chip, config: ModelConfig, work: Work, devices:
     needs = f"needs {gigabytes(found.memory)} of {gigabytes(device.memory)}"
     if found.fits(device):
         return f"{found.task} fits: {needs}; roofline time {seconds(found.seconds(device))} in all"
+    mesh = make_mesh(found.mesh, devices[: found.devices])
+    if (turns := in_turns(config, device, found.task, work, mesh)) is not None:
+        some = f"with --config.layers_at_a_time={turns.layers} it does, in {turns.passes} passes"
+        return (
+            f"{found.task} does not fit: {needs}; {some}: {gigabytes(turns.memory)}, {seconds(turns.seconds(device))}"
+        )
     other = smallest(config, device, found.task, work, devices)
     if other is None:
         return f"{found.task} does not fit: {needs}; nor does any mesh of {len(devices)} {device.name}"
-    mesh = ",".join(f"{axis}:{n}" for axis, n in other.mesh.items())
-    return f"{found.task} does not fit: {needs}; --mesh={mesh} does, with {gigabytes(other.memory)}"
+    lengths = ",".join(f"{axis}:{n}" for axis, n in other.mesh.items())
+    some = "" if other.layers is None else f" with --config.layers_at_a_time={other.layers}"
+    return f"{found.task} does not fit: {needs}; --mesh={lengths}{some} does, with {gigabytes(other.memory)}"
 
 
 def gigabytes(n: float) -> str:
@@ -147,6 +154,11 @@ def as_json(found: Plan, device: Chip) -> str:
     return json.dumps(content | summary | {"seconds": found.seconds(device)})
 
 
+def where(found: Plan) -> str:
+    """The mesh of a plan (data x model), and in how many passes where layers go in turns."""
+    return f"{found.mesh['data']}x{found.mesh['model']}" + (f" in {found.passes} passes" if found.passes > 1 else "")
+
+
 def markdown_table(names: Sequence[str], tasks: Sequence[str], work: Work, devices: Sequence[Any]) -> str:
     """For every model and task the smallest slice of each chip, with its mesh (data x model) and the roofline time."""
     lines = [
@@ -158,7 +170,7 @@ def markdown_table(names: Sequence[str], tasks: Sequence[str], work: Work, devic
         for task in tasks:
             found = [smallest(preset(name), each, task, work, devices, known) for each in CHIPS.values()]
             cells = [
-                "-" if p is None else f"{p.mesh['data']}x{p.mesh['model']}: {seconds(p.seconds(each))}"
+                "-" if p is None else f"{where(p)}: {seconds(p.seconds(each))}"
                 for p, each in zip(found, CHIPS.values(), strict=True)
             ]
             lines.append(f"| {name} | {task} | " + " | ".join(cells) + " |")

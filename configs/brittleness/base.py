@@ -13,6 +13,9 @@ FIELDS: Fields = {
     **MODEL,
     **SCORING,
     "use_diff": Field(False, bool, "snip and wanda count with |W - W of base_model| in place of |W|"),
+    "layers_at_a_time": Field(
+        None, Count | None, "layers that have sums, scores and bases at once; None: all", identifies=False
+    ),
     "by_row": Field((), Texts, "methods that compare weights by row, whatever per is", GROUPED),
     "sequential": Field((), Texts, "methods that score each block on the model as changed below it", IN_BLOCKS),
     "set_difference": Field(PAIRS, tuple[tuple[Share, Share], ...], "(q, p): top q of safety and not top p of utility"),

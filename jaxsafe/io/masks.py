@@ -26,12 +26,14 @@ from jaxsafe.model.weights import (
     nest,
     partition_spec,
 )
+from jaxsafe.parallel import fetch
 from jaxsafe.reading import reading
 
 ABOUT_SCORES = ("kind", "model", "data", "n", "loss", "positions")
 """What metadata of scores must say: their kind, the model's fingerprint, the data, samples, loss and positions."""
 
 Matrices = Mapping[str, np.ndarray]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 def save_mask(
@@ -39,11 +41,12 @@ def save_mask(
 ) -> None:
     """Writes the boolean tree `mask` with eight entries a byte (numpy.packbits of each matrix); `metadata` is JSON.
 
-    Raises ValueError for a tree that does not fit `config`.
+    One matrix at a time is whole on the host. Raises ValueError for a tree that does not fit `config`.
     """
-    matrices = {name: matrix.astype(bool) for name, matrix in _matrices(config, mask).items()}
-    packed = {name: np.packbits(matrix) for name, matrix in matrices.items()}
-    _save(path, "mask", packed, matrices, dict(metadata or {}))
+    shapes, packed = {}, {}
+    for name, matrix in _matrices(config, mask):
+        shapes[name], packed[name] = matrix.shape, np.packbits(matrix.astype(bool))
+    _save(path, "mask", packed, shapes, dict(metadata or {}))
 
 
 def load_mask(
@@ -71,8 +74,8 @@ def save_scores(path: str | os.PathLike, config: ModelConfig, scores: Scores, me
     """
     if missing := [key for key in ABOUT_SCORES if key not in metadata]:
         raise ValueError(f"the metadata of scores lacks {missing}; it must hold {list(ABOUT_SCORES)}")
-    matrices = {name: matrix.astype(np.float32) for name, matrix in _matrices(config, scores).items()}
-    _save(path, "scores", matrices, matrices, metadata)
+    matrices = {name: matrix.astype(np.float32) for name, matrix in _matrices(config, scores)}
+    _save(path, "scores", matrices, {name: matrix.shape for name, matrix in matrices.items()}, metadata)
 
 
 def load_scores(
@@ -99,7 +102,7 @@ def load_scores(
         return _tree(path, config, shapes, matrix, np.dtype(np.float32), mesh), metadata
 
 
-def _matrices(config: ModelConfig, tree: Mapping[str, Any]) -> Matrices:
+def _matrices(config: ModelConfig, tree: Mapping[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     table = linear_maps(config)
     if not flatten(tree):
         raise ValueError(f"the tree holds no map; it needs one or more of {list(table)}")
@@ -107,11 +110,11 @@ def _matrices(config: ModelConfig, tree: Mapping[str, Any]) -> Matrices:
         expected = (config.layers, *layer_shape(config, table[path])) if path in table else "no such linear map"
         if tuple(leaf.shape) != expected:
             raise ValueError(f"{path!r} has shape {tuple(leaf.shape)}; the config asks {expected}")
-    return {name: np.asarray(jax.device_get(matrix)) for name, matrix in hf_tensors(config, tree)}
+    for name, matrix in hf_tensors(config, tree):
+        yield name, np.asarray(fetch(matrix))
 
 
-def _save(path: str | os.PathLike, kind: str, arrays: Matrices, matrices: Matrices, metadata: dict[str, Any]) -> None:
-    shapes = {name: list(matrix.shape) for name, matrix in matrices.items()}
+def _save(path: str | os.PathLike, kind: str, arrays: Matrices, shapes: Shapes, metadata: dict[str, Any]) -> None:
     about = json.dumps({"kind": kind, "shapes": shapes, "metadata": metadata})
     # safetensors stores the buffer of a transposed array as if it were contiguous.
     stored = {name: np.ascontiguousarray(array) for name, array in arrays.items()}

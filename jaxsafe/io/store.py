@@ -48,9 +48,11 @@ class _Json:
             return json.loads(path.read_text(encoding="utf-8"))
 
 
+@dataclasses.dataclass(frozen=True)
 class _Tree:
-    """Trees of arrays by path, as safetensors."""
+    """Trees of arrays by path, as safetensors; read onto the default device, or `on_host` as numpy arrays."""
 
+    on_host: bool = False
     suffix = ".safetensors"
 
     def write(self, path: pathlib.Path, value: Any) -> None:
@@ -61,7 +63,7 @@ class _Tree:
 
     def read(self, path: pathlib.Path) -> Any:
         # What lies on one process's devices could not be given to a program of several.
-        framework = "flax" if jax.process_count() == 1 else "numpy"
+        framework = "numpy" if self.on_host or jax.process_count() > 1 else "flax"
         with (
             reading(path, "is not a whole safetensors file; remove it to make it anew"),
             safe_open(path, framework=framework) as file,
@@ -70,6 +72,8 @@ class _Tree:
 
 
 JSON, TREE = _Json(), _Tree()
+HOST_TREE = _Tree(on_host=True)
+"""Reads what is to be split over devices, none of which could hold it whole."""
 
 
 def _sealed(value: Json) -> str:

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxsafe.io.store import TREE, Json, Store
-from jaxsafe.kernels.sums import Scoring, Statistics, Sums, batches_of, gather_parts
+from jaxsafe.io.store import HOST_TREE, TREE, Json, Store
+from jaxsafe.kernels.sums import Scoring, Statistics, Sums, batches_of, gather_parts, shardings
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params
 from jaxsafe.progress import Progress, silent
@@ -38,14 +39,16 @@ def sums_once(
 ) -> Statistics:
     """`gather`, kept in `store` by model, data and scoring: what is there is not made again.
 
-    The sums so far are kept every `every` batches, so that an interrupted pass goes on from there. `done` is called
-    with numbers of finished rows, those of an earlier run among them. Raises ValueError as `gather_parts` does, and
-    for a file that was cut short.
+    They lie on the devices of the model. What there is so far is kept every `every` batches, so that an interrupted
+    pass goes on from there. `done` is called with numbers of finished rows, those of an earlier run among them. Raises
+    ValueError as `gather_parts` does, and for a file that was cut short.
     """
     follows = {"model": model.fingerprint(), "data": data_sha256(rows), **scoring.follows}
     if store.has(scoring.kind, follows, TREE):
         done(len(rows))
-        return Statistics(scoring.kind, store.read(scoring.kind, follows, TREE), len(rows))
+        kept = store.read(scoring.kind, follows, HOST_TREE)
+        place = None if model.mesh is None else shardings(scoring.kind, model.config, model.mesh)
+        return Statistics(scoring.kind, jax.device_put(kept, place), len(rows))
     unfinished, in_batches = f"{scoring.kind}-unfinished", {**follows, "batch_size": scoring.batch_size}
     groups = batches_of(scoring, rows)
     start = _start(store, unfinished, in_batches)
@@ -67,5 +70,5 @@ def _start(store: Store, name: str, follows: Json) -> tuple[Sums, int] | None:
     """The sums of an interrupted pass, and of how many batches they are."""
     if not store.has(name, follows, TREE):
         return None
-    kept = store.read(name, follows, TREE)
+    kept = store.read(name, follows, HOST_TREE)
     return kept["sums"], int(kept["batches"][0])

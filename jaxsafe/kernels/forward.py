@@ -14,20 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsafe.kernels.blocks import Blocks
 from jaxsafe.model.attention import Slots
 from jaxsafe.model.config import ModelConfig
-from jaxsafe.model.taps import FINAL, Reducer, at, block_readings, collection, readings
-from jaxsafe.model.transformer import (
-    Block,
-    Cache,
-    Edits,
-    Params,
-    Transformer,
-    all_turns,
-    embedded,
-    layer_kinds,
-    variables,
-)
+from jaxsafe.model.taps import FINAL, Reducer, at, collection, readings
+from jaxsafe.model.transformer import Cache, Edits, Params, Transformer, embedded, variables
 from jaxsafe.rows import Batch
 
 Given = tuple[Int[Array, "B R"], Slots, Cache | None]
@@ -130,21 +121,10 @@ def run_block(
 
     `valid` as in `capture`. One compilation serves every layer.
     """
-    queries = Slots(valid).queries(x.shape[1])
-    kind = jax.tree.map(lambda of_all: of_all[layer], layer_kinds(config, x.shape[1]))
-    turns = all_turns(config, queries.positions)
-    collections = {"params": weights, "reducers": collection(reduce, "reduce").get("layers", {})}
-    options: dict[str, Any] = {"capture_intermediates": at(*taps), "mutable": ["intermediates"]}
-    carry = (x, None, jnp.int32(0))
-    ((x, _, _), _), state = Block(config).apply(collections, carry, kind, queries, turns, **options)
-    return x, block_readings(state.get("intermediates", {}))
+    reducers = collection(reduce, "reduce").get("layers", {})
+    return Blocks.of(config, valid).run(weights, layer, x, taps, reducers=reducers)
 
 
 def embed(config: ModelConfig, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """What enters the first block."""
     return embedded(config, params["embed"], tokens)
-
-
-def layer_of(params: Params, layer: int) -> dict[str, Any]:
-    """The weights of one block, without the layer axis."""
-    return jax.tree.map(lambda a: a[layer], dict(params["layers"]))

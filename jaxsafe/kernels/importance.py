@@ -93,11 +93,14 @@ def wanda_sums(
     Reduced at the taps, so that no activation is kept. Source: Sun et al., arXiv 2306.11695; counted tokens as
     in arXiv 2402.05162, section 2.1: a position counts by its own (input) token.
     """
-    reducer = SquareSum(jnp.asarray(counted(batch, positions), jnp.float32))
-    taps = input_taps(config)
-    reducers = dict.fromkeys(taps, reducer)
-    sums = capture(config, params, batch.tokens, batch.valid, taps, rows_on_data(mesh), reducers)
+    reducers = wanda_reducers(config, batch, positions)
+    sums = capture(config, params, batch.tokens, batch.valid, tuple(reducers), rows_on_data(mesh), reducers)
     return total(sums, axis_name)
+
+
+def wanda_reducers(config: ModelConfig, batch: Batch, positions: str) -> dict[str, SquareSum]:
+    """{tap: what makes the sums of `wanda_sums` of one block}."""
+    return dict.fromkeys(input_taps(config), SquareSum(jnp.asarray(counted(batch, positions), jnp.float32)))
 
 
 def gram_sums(
@@ -114,15 +117,21 @@ def gram_sums(
     `last` (static) is a number of final slots that holds every counted token; only those are multiplied. On a `mesh`
     every device makes the products of its own features (see `gram_spec`), those of all rows.
     """
+    reducers = gram_reducers(config, batch, positions, last, mesh)
+    sums = capture(config, params, batch.tokens, batch.valid, tuple(reducers), rows_on_data(mesh), reducers)
+    return total(sums, axis_name)
+
+
+def gram_reducers(
+    config: ModelConfig, batch: Batch, positions: str, last: int | None = None, mesh: Mesh | None = None
+) -> dict[str, Gram]:
+    """{tap: what makes the sums of `gram_sums` of one block}."""
     weight = jnp.asarray(counted(batch, positions), jnp.float32)
     weight = weight if last is None else weight[:, -last:]
-    reducers = {
+    return {
         tap: Gram(weight, None if mesh is None else NamedSharding(mesh, gram_spec(F, mesh)))
         for tap, F in gram_widths(config).items()
     }
-    edits = rows_on_data(mesh)
-    sums = capture(config, params, batch.tokens, batch.valid, tuple(reducers), edits, reducers)
-    return total(sums, axis_name)
 
 
 def gram_widths(config: ModelConfig) -> dict[str, int]:
@@ -245,6 +254,29 @@ def add_products(
     On a `mesh` sums lie as the maps do, and every device makes the products that it holds, those of all rows: for B T
     tokens it receives about 2 B T numbers a feature of its own, where a sum of its own rows would send I O.
     """
+
+    def add_layer(layer: jax.Array, so_far: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        x, g = (
+            jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), dict(each))
+            for each in (inputs, gradients)
+        )
+        return add_layer_products(config, x, g, so_far, layer, mesh)
+
+    return nest(jax.lax.fori_loop(0, config.layers, add_layer, flatten(sums)))
+
+
+def add_layer_products(
+    config: ModelConfig,
+    inputs: Mapping[str, jax.Array],
+    gradients: Mapping[str, jax.Array],
+    sums: Mapping[str, jax.Array],
+    layer: int | jax.Array,
+    mesh: Mesh | None = None,
+) -> dict[str, jax.Array]:
+    """Flat `sums` {path: [L, *I, *O]} plus the products of one layer's `inputs` {tap: [B, T, F]} and `gradients`.
+
+    `layer` is where it lies in the sums; on a `mesh` as in `add_products`.
+    """
     maps = linear_maps(config)
 
     def own(x: jax.Array, axis: str | None) -> jax.Array:
@@ -252,18 +284,14 @@ def add_products(
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, None, axis)))
 
-    def add_layer(layer: jax.Array, so_far: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        out = {}
-        for path, stack in so_far.items():
-            I, O = (None, None) if mesh is None else matrix_spec(config, maps[path], mesh)
-            x = jax.lax.dynamic_index_in_dim(inputs[str(maps[path].tap)], layer, keepdims=False)
-            g = jax.lax.dynamic_index_in_dim(gradients[path], layer, keepdims=False)
-            old = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
-            new = absolute_products(own(x, I), own(g.reshape(*g.shape[:2], -1), O), old.reshape(x.shape[-1], -1))
-            out[path] = jax.lax.dynamic_update_index_in_dim(stack, new.reshape(old.shape), layer, 0)
-        return out
-
-    return nest(jax.lax.fori_loop(0, config.layers, add_layer, flatten(sums)))
+    out = {}
+    for path, stack in sums.items():
+        I, O = (None, None) if mesh is None else matrix_spec(config, maps[path], mesh)
+        x, g = inputs[str(maps[path].tap)], gradients[path]
+        old = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+        new = absolute_products(own(x, I), own(g.reshape(*g.shape[:2], -1), O), old.reshape(x.shape[-1], -1))
+        out[path] = jax.lax.dynamic_update_index_in_dim(stack, new.reshape(old.shape), layer, 0)
+    return out
 
 
 def matrix_spec(config: ModelConfig, weight: Weight, mesh: Mesh) -> PartitionSpec:

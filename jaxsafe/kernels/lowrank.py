@@ -26,6 +26,7 @@ from threadpoolctl import threadpool_limits
 
 from jaxsafe.kernels.importance import gram_taps
 from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.layers import LayerRange
 from jaxsafe.model.transformer import Params
 from jaxsafe.model.weights import flatten, linear_maps, nest, sizes
 from jaxsafe.progress import Progress, silent
@@ -106,20 +107,27 @@ def by_layers(mesh: Mesh, function: Callable[..., Any], *arrays: Float[Array, "L
     """`function` of arrays with a leading axis of layers, each device of `mesh` with layers of its own.
 
     Results lie by layers where these are a multiple of the devices, else as `sides` says; zeros then make up for the
-    layers that are missing.
+    layers that are missing. Devices along the model axis share a layer where the data axis is as long as there are
+    layers: to move so few over both axes the compiler brings the whole to every device.
     """
     (L,) = {len(a) for a in arrays if a is not None}
-    own = PartitionSpec(mesh.axis_names)
-    count = -(-L // mesh.size) * mesh.size
+    axes = mesh.axis_names[:1] if mesh.shape["data"] >= L else mesh.axis_names
+    own, places = PartitionSpec(axes), math.prod(mesh.shape[axis] for axis in axes)
+    count = -(-L // places) * places
     given = jax.tree.map(lambda a: _to_layers(mesh, jnp.pad(a, [(0, count - L)] + [(0, 0)] * (a.ndim - 1))), arrays)
     made = jax.shard_map(function, mesh=mesh, in_specs=own, out_specs=own, check_vma=False)(*given)
-    return made if count == L else jax.tree.map(lambda a: _to_sides(mesh, a)[:L], made)
+    return made if L % mesh.size == 0 else jax.tree.map(lambda a: _to_sides(mesh, a)[:L], made)
 
 
 def sides(mesh: Mesh, shape: Sequence[int]) -> PartitionSpec:
     """How an array [L, A, B] lies on `mesh` with all layers on every device: A over data, B over model if divisible."""
     split = zip(shape[1:], mesh.axis_names, strict=True) if len(shape) == 3 else ()
     return PartitionSpec(None, *(axis if n % mesh.shape[axis] == 0 else None for n, axis in split))
+
+
+def bases_spec(mesh: Mesh, shape: Sequence[int]) -> PartitionSpec:
+    """How `by_layers` leaves an array [L, A, B] or [L, A] on `mesh`."""
+    return sides(mesh, shape) if shape[0] % mesh.size else PartitionSpec(mesh.axis_names)
 
 
 # One axis of the mesh at a time; both at once the compiler does by bringing the whole to every device.
@@ -295,27 +303,35 @@ def remove_norm(
     return _edited(config, params, change)
 
 
-def random_bases(config: ModelConfig, bases: Bases, seed: int, ranks: int) -> dict[str, Any]:
+def random_bases(
+    config: ModelConfig, bases: Bases, seed: int, ranks: int, layers: LayerRange | None = None
+) -> dict[str, Any]:
     """Bases like `bases` whose first `ranks` directions are random ones of the space that they span, the others zero.
 
     Inside that span, since what lies outside of it never meets the data: the control of rank removal. A map of fewer
     ranks than the model's width gets the same share (see `kept`). All directions have equal energy; each draw is
-    uniform, and the same for any orthonormal basis of the span.
+    uniform, and the same for any orthonormal basis of the span. `layers` are those of the `config` that `bases` hold,
+    None for all; a layer's draw is the same in any range.
     """
+    first = 0 if layers is None else layers.first
     out = {}
     with one_blas_thread():
         for i, path in enumerate(sorted(flat := flatten(bases))):
             count = int(kept(config, flat[path].vectors.shape[-1], config.embed - ranks))
-            drawn = _drawn(flat[path], jax.random.fold_in(jax.random.key(seed), i), count, mesh_of(flat[path].vectors))
+            key, mesh = jax.random.fold_in(jax.random.key(seed), i), mesh_of(flat[path].vectors)
+            drawn = _drawn(flat[path], key, count, mesh, config.layers, first)
             out[path] = jax.block_until_ready(drawn)
     return nest(out)
 
 
-@functools.partial(jax.jit, static_argnames=("count", "mesh"))
-def _drawn(basis: Basis, key: jax.Array, count: int, mesh: Mesh | None) -> Basis:
+@functools.partial(jax.jit, static_argnames=("count", "mesh", "layers"))
+def _drawn(basis: Basis, key: jax.Array, count: int, mesh: Mesh | None, layers: int, first: Count) -> Basis:
+    """The draw for the layers that `basis` holds, those from `first` on of so many `layers`."""
     L, O, R = basis.vectors.shape
     few = count <= R // 2
-    N = jax.random.normal(key, (L, O, count if few else R))
+    # Drawn for all layers; a compiler that fuses makes no others than those that are taken.
+    N = jax.random.normal(key, (layers, O, count if few else R))
+    N = jax.lax.dynamic_slice_in_dim(N, first, L)
     N = jnp.einsum("lor,lok->lrk", basis.vectors, N, precision=_EXACT)  # in the coordinates of the basis
     if few:
         Q = _orthonormal(N / (math.sqrt(R) + math.sqrt(count)))

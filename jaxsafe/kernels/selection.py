@@ -237,7 +237,7 @@ def _per_layer(flags: Bool[Array, "L ..."]) -> Int[Array, " L"]:
 
 
 def magnitude(params: Params) -> dict[str, Any]:
-    """|W| of the linear maps, float32."""
+    """|W| of the linear maps that `params` hold, float32."""
     return nest({path: jnp.abs(leaf.astype(jnp.float32)) for path, leaf in _linear(params).items()})
 
 
@@ -297,7 +297,7 @@ def _drawn(config: ModelConfig, path: str, seed: int, sharding: Any, draw: Any =
 
 def _linear(params: Params) -> dict[str, Any]:
     flat = flatten(params)
-    return {w.path: flat[w.path] for w in TABLE if w.linear and w.stacked}
+    return {w.path: flat[w.path] for w in TABLE if w.linear and w.stacked and w.path in flat}
 
 
 # Masks

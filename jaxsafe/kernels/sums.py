@@ -18,6 +18,7 @@ from jaxsafe.kernels.importance import (
     POSITIONS,
     Counting,
     add_products,
+    gram_reducers,
     gram_spec,
     gram_sums,
     gram_widths,
@@ -25,10 +26,13 @@ from jaxsafe.kernels.importance import (
     matrix_spec,
     no_sums,
     snip_scores,
+    wanda_reducers,
     wanda_scores,
     wanda_sums,
 )
+from jaxsafe.kernels.layer_sums import LayerSums, add_reduced, add_snip
 from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.layers import LayerRange
 from jaxsafe.model.taps import Gram, Reducer, SquareSum
 from jaxsafe.model.transformer import Params
 from jaxsafe.model.weights import linear_maps, nest, partition_spec, sizes
@@ -44,7 +48,8 @@ Sums = Mapping[str, Any]
 class Scoring:
     """How sums are made: of which `kind`, over which tokens, by which loss of a row, and from how many rows at a time.
 
-    positions: "response", "prompt" or "all"; loss, of "snip" alone: "mean" or "sum" over a row's counted tokens.
+    positions: "response", "prompt" or "all"; loss, of "snip" alone: "mean" or "sum" over a row's counted tokens;
+    layers: those that are summed, None for all.
     Raises ValueError for an unknown name and a batch_size that is not positive.
     """
 
@@ -52,6 +57,7 @@ class Scoring:
     positions: str = "response"
     loss: str = "mean"
     batch_size: int = 8
+    layers: LayerRange | None = None
 
     def __post_init__(self) -> None:
         kind_of(self.kind)
@@ -67,15 +73,22 @@ class Scoring:
         return Counting(self.positions, self.loss)
 
     @property
-    def follows(self) -> dict[str, str]:
+    def follows(self) -> dict[str, Any]:
         """What whole sums follow from besides the model and the data, in values of JSON."""
         kind = kind_of(self.kind)
         loss = {"loss": self.loss} if kind.of_loss else {}
         side = {"side": "narrower"} if kind.narrow else {}
-        return {"kind": self.kind, "positions": self.positions, **loss, **side}
+        layers = {"layers": [self.layers.first, self.layers.stop]} if self.layers else {}
+        return {"kind": self.kind, "positions": self.positions, **loss, **side, **layers}
+
+    def summed(self, config: ModelConfig) -> ModelConfig:
+        """`config` with as many layers as are summed. Raises ValueError for layers that a model does not have."""
+        layers = self.layers and self.layers.within(config.layers)
+        return config if layers is None else dataclasses.replace(config, layers=len(layers))
 
 
 Add = Callable[[Scoring, ModelConfig, Params, Batch, Sums, int | None, Mesh | None], Sums]
+AddLayers = Callable[[Scoring, ModelConfig, Params, Batch, LayerSums, int | None, Mesh | None], LayerSums]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +98,7 @@ class Kind:
     outline: the tree as `jax.ShapeDtypeStruct`s
     specs: how each leaf of it lies on a mesh
     add: what `add_batch` does
+    add_layers: what `add_batch_of_layers` does
     scores: (config, params, sums, n) -> a score of every weight, None where there is none
     reducer: makes the sums of one block from its inputs, weighted [B, T]; None where they need the whole model
     of_loss: whether they follow from a loss
@@ -94,6 +108,7 @@ class Kind:
     outline: Callable[[ModelConfig], Sums]
     specs: Callable[[ModelConfig, Mesh], Sums]
     add: Add
+    add_layers: AddLayers
     scores: Callable[[ModelConfig, Params, Sums, int], dict[str, Any]] | None = None
     reducer: Callable[[Any], Reducer] | None = None
     of_loss: bool = False
@@ -136,10 +151,34 @@ def _add_snip(
     return add_products(config, inputs, gradients, sums, mesh)
 
 
+def _add_snip_layers(
+    scoring: Scoring,
+    config: ModelConfig,
+    params: Params,
+    batch: Batch,
+    sums: LayerSums,
+    last: int | None,
+    mesh: Mesh | None,
+) -> LayerSums:
+    return add_snip(config, params, batch, sums, scoring.counting, last, mesh)
+
+
 def _add_wanda(
     scoring: Scoring, config: ModelConfig, params: Params, batch: Batch, sums: Sums, last: int | None, mesh: Mesh | None
 ) -> Sums:
     return jax.tree.map(jnp.add, sums, wanda_sums(config, params, batch, scoring.positions, mesh=mesh))
+
+
+def _add_wanda_layers(
+    scoring: Scoring,
+    config: ModelConfig,
+    params: Params,
+    batch: Batch,
+    sums: LayerSums,
+    last: int | None,
+    mesh: Mesh | None,
+) -> LayerSums:
+    return add_reduced(config, params, batch, wanda_reducers(config, batch, scoring.positions), sums, mesh)
 
 
 def _add_gram(
@@ -148,10 +187,22 @@ def _add_gram(
     return jax.tree.map(jnp.add, sums, gram_sums(config, params, batch, scoring.positions, last, mesh=mesh))
 
 
+def _add_gram_layers(
+    scoring: Scoring,
+    config: ModelConfig,
+    params: Params,
+    batch: Batch,
+    sums: LayerSums,
+    last: int | None,
+    mesh: Mesh | None,
+) -> LayerSums:
+    return add_reduced(config, params, batch, gram_reducers(config, batch, scoring.positions, last, mesh), sums, mesh)
+
+
 KINDS: Mapping[str, Kind] = {
-    "snip": Kind(_of_maps, _as_maps, _add_snip, snip_scores, of_loss=True),
-    "wanda": Kind(_of_inputs, _as_inputs, _add_wanda, wanda_scores, SquareSum),
-    "gram": Kind(_of_narrow_sides, _by_both_sides, _add_gram, reducer=Gram, narrow=True),
+    "snip": Kind(_of_maps, _as_maps, _add_snip, _add_snip_layers, snip_scores, of_loss=True),
+    "wanda": Kind(_of_inputs, _as_inputs, _add_wanda, _add_wanda_layers, wanda_scores, SquareSum),
+    "gram": Kind(_of_narrow_sides, _by_both_sides, _add_gram, _add_gram_layers, reducer=Gram, narrow=True),
 }
 """SNIP sums |gradients| of the maps, Wanda squares of their inputs, Gram outer products of their narrower side."""
 
@@ -174,6 +225,7 @@ class Statistics:
     def scores(self, config: ModelConfig, params: Params) -> dict[str, Any]:
         """The score of every weight of the linear maps, float32 (higher: matters more).
 
+        Of sums of some layers `config` and `params` are those of these layers (see `blocks.range_of`).
         Raises ValueError for a kind that scores no weights, and for sums of no samples.
         """
         make = kind_of(self.kind).scores
@@ -221,6 +273,29 @@ def add_batch(
     return added if mesh is None else jax.lax.with_sharding_constraint(added, shardings(scoring.kind, config, mesh))
 
 
+def with_batch_of_layers(
+    scoring: Scoring,
+    config: ModelConfig,
+    params: Params,
+    batch: Batch,
+    sums: LayerSums,
+    last: int | None,
+    mesh: Mesh | None,
+) -> LayerSums:
+    """As `add_batch`, of some layers: `sums` with those of `batch` added."""
+    added = kind_of(scoring.kind).add_layers(scoring, config, params, batch, sums, last, mesh)
+    if mesh is None:
+        return added
+    where = shardings(scoring.kind, config, mesh)
+    return LayerSums(added.first, jax.lax.with_sharding_constraint(added.sums, where))
+
+
+add_batch_of_layers = jax.jit(
+    with_batch_of_layers, static_argnames=("scoring", "config", "last", "mesh"), donate_argnames=("sums",)
+)
+"""`with_batch_of_layers` as a program, one for all ranges of so many layers."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
     """A pass after its first `batches` batches, the last of which had so many `rows`.
@@ -250,11 +325,12 @@ def gather_parts(
 
     On a mesh every device runs its own rows and holds its own share of the sums of all rows. `start` are the sums of
     the first so many batches, from an interrupted pass. Raises ValueError for no rows, rows without a
-    counted token, rows longer than the context, and a batch that does not fit memory.
+    counted token, rows longer than the context, layers that the model does not have, and a batch that does not fit
+    memory.
     """
     _check_rows(scoring, config, rows)
-    multiple = 1 if mesh is None else mesh.shape["data"]
-    sums, first = (nothing(scoring.kind, config, mesh), 0) if start is None else start
+    multiple, summed = 1 if mesh is None else mesh.shape["data"], scoring.summed(config)
+    sums, first = (nothing(scoring.kind, summed, mesh), 0) if start is None else start
     if start is not None and mesh is not None:
         sums = jax.device_put(sums, shardings(scoring.kind, config, mesh))
     for number, group in enumerate(batches_of(scoring, rows)[first:], first + 1):
@@ -263,7 +339,7 @@ def gather_parts(
         last = min(bucket(answers), batch.tokens.shape[1]) if scoring.positions == "response" else None
         try:
             # Waited for, so that a batch is finished, and one that does not fit memory is met, before the next one.
-            sums = jax.block_until_ready(add_batch(scoring, config, params, put_rows(batch, mesh), sums, last, mesh))
+            sums = jax.block_until_ready(_added(scoring, config, params, put_rows(batch, mesh), sums, last, mesh))
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -271,6 +347,15 @@ def gather_parts(
                 f"{len(group)} rows do not fit memory; give a batch_size below {scoring.batch_size}"
             ) from None
         yield Part(number, len(group), sums)
+
+
+def _added(
+    scoring: Scoring, config: ModelConfig, params: Params, batch: Batch, sums: Sums, last: int | None, mesh: Mesh | None
+) -> Sums:
+    if scoring.layers is None:
+        return add_batch(scoring, config, params, batch, sums, last, mesh)
+    of_any, some = dataclasses.replace(scoring, layers=None), LayerSums(scoring.layers.first, sums)
+    return add_batch_of_layers(of_any, config, params, batch, some, last, mesh).sums
 
 
 def gather(

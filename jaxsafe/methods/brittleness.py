@@ -4,17 +4,22 @@ A point is one edit of the model: weights that matter to safety and not to utili
 of the same size, its control. Material is what points are made from.
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsafe.chat.model import ChatModel
+from jaxsafe.io.bases import bases_once
 from jaxsafe.io.store import JSON, Json, Store
 from jaxsafe.io.sums import sums_once
+from jaxsafe.kernels.blocks import range_of, with_ranges
 from jaxsafe.kernels.lowrank import (
     Bases,
     act_svd,
@@ -48,6 +53,7 @@ from jaxsafe.kernels.units import Head, head_mask
 from jaxsafe.methods.heads import head_accuracies, ranking
 from jaxsafe.methods.sequential import Change, change_blocks
 from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.layers import LayerRange
 from jaxsafe.model.transformer import Params
 from jaxsafe.model.weights import flatten, linear_maps, nest
 from jaxsafe.progress import Watch, unwatched
@@ -223,8 +229,9 @@ class ScoreSettings:
     score: one of `SCORES`; positions, loss, batch_size: of the sums behind scores and bases (see `Scoring`); per: the
     group in which weights are compared where a point names none; change:
     the activation or gradient of snip and wanda counts with |W - W_base| in place of |W|; seed: of random scores and
-    of the probes of heads; probe_batch_size: prompts that heads are read from at a time. Raises ValueError for an
-    unknown name, and for a change by a score that has no data.
+    of the probes of heads; probe_batch_size: prompts that heads are read from at a time; layers_at_a_time: how many
+    layers have sums, scores and bases at once, None for all. Raises ValueError for an unknown name, for a change by a
+    score that has no data, and for weights that are compared across layers which are not scored at once.
     """
 
     score: str = "snip"
@@ -235,6 +242,7 @@ class ScoreSettings:
     change: bool = False
     seed: int = 0
     probe_batch_size: int = 32
+    layers_at_a_time: int | None = None
 
     def __post_init__(self) -> None:
         for name, known in (("score", SCORES), ("per", PER)):
@@ -242,11 +250,18 @@ class ScoreSettings:
                 raise ValueError(f"{name} {getattr(self, name)!r} is not known; use one of {', '.join(known)}")
         if self.change and self.score not in SUMMED:
             raise ValueError(f"change goes with score {' or '.join(map(repr, SUMMED))}, not with {self.score!r}")
+        check_turns(self, self.per)
         self.scoring("gram")
 
-    def scoring(self, kind: str) -> Scoring:
-        """How sums of `kind` are made."""
-        return Scoring(kind, self.positions, self.loss, self.batch_size)
+    def scoring(self, kind: str, layers: LayerRange | None = None) -> Scoring:
+        """How sums of `kind` are made, of some `layers` or of all."""
+        return Scoring(kind, self.positions, self.loss, self.batch_size, layers)
+
+
+def check_turns(settings: ScoreSettings, per: str) -> None:
+    """Raises ValueError where weights are compared `per` model and layers are not scored at once."""
+    if per == "model" and settings.layers_at_a_time is not None:
+        raise ValueError("per 'model' compares the weights of all layers; give no layers_at_a_time with it")
 
 
 class Material:
@@ -256,6 +271,8 @@ class Material:
     side, for the probes of heads; base: the model whose weights take the place of removed ones and are differed from,
     None for zero; watch: shows how far a stage is. Sums and rankings are kept in `store`. Raises ValueError for a
     base of another architecture, and for none where the score needs it.
+
+    `parts` are the material of some layers each. To scores, selection and bases these layers are a whole model.
     """
 
     def __init__(
@@ -273,12 +290,48 @@ class Material:
         if base is None and (settings.change or settings.score == "weight_difference"):
             raise ValueError(f"score {settings.score!r}{' of changes' * settings.change} needs a base model")
         self.model, self.store, self.settings, self.base = model, store, settings, base
-        self.config: ModelConfig = model.config
-        self.params: Params = model.params
+        self.layers: LayerRange | None = None  # those of a part
         self._prompts, self._watch = prompts or {}, watch
         self._made: dict[tuple[str, str], Any] = {}
         self._rows = rows
         self.held: dict[Point, Params] = {}  # the last edit that went block by block, until it is asked for
+
+    def parts(self) -> Iterator["Material"]:
+        """The material of as many layers at a time as the settings say, one range after the other; else itself."""
+        count, layers = self.settings.layers_at_a_time, self.model.config.layers
+        if count is None or self.layers is not None:
+            yield self
+            return
+        for first in range(0, layers, count):
+            part = copy.copy(self)
+            part.layers, part._rows, part._made = LayerRange(first, min(first + count, layers)), self.rows, {}
+            yield part
+
+    def own(self, stacks: Mapping[str, Any]) -> dict[str, Any]:
+        """Of a tree of stacks of all layers those of this part."""
+        layers = self.layers
+        return dict(stacks) if layers is None else jax.tree.map(lambda a: a[layers.slice], dict(stacks))
+
+    @property
+    def config(self) -> ModelConfig:
+        """The configuration of the model, of a part with its number of layers."""
+        return self.settings.scoring("gram", self.layers).summed(self.model.config)
+
+    @property
+    def params(self) -> Params:
+        """The weights of the model, of a part those of its layers, taken out when they are asked for."""
+        return self._params(self.model)
+
+    @property
+    def base_params(self) -> Params | None:
+        """The weights of the base model in the same way."""
+        return None if self.base is None else self._params(self.base)
+
+    def _params(self, model: ChatModel) -> Params:
+        return model.params if self.layers is None else range_of(model.config, model.params, self.layers)[1]
+
+    def _stage(self, what: str, side: str) -> str:
+        return f"{what}, {side}" + ("" if self.layers is None else f", layers {self.layers}")
 
     def _once(self, what: str, side: str, make: Callable[[str], Any]) -> Any:
         if (what, side) not in self._made:
@@ -292,8 +345,8 @@ class Material:
     def statistics(self, kind: str, side: str) -> Statistics:
         """The sums of `kind` over the rows of a side, kept in the store."""
         rows = self.rows(side)
-        with self._watch(f"{kind}, {side}", len(rows)) as done:
-            return sums_once(self.store, self.settings.scoring(kind), self.model, rows, done)
+        with self._watch(self._stage(kind, side), len(rows)) as done:
+            return sums_once(self.store, self.settings.scoring(kind, self.layers), self.model, rows, done)
 
     def scores(self, side: str) -> Scores:
         """The score of every weight by the data of a side; higher: matters more."""
@@ -304,14 +357,15 @@ class Material:
             case "magnitude":
                 return magnitude(self.params)
             case "weight_difference":
-                assert self.base is not None
-                return weight_difference(self.params, self.base.params)
+                assert self.base_params is not None
+                return weight_difference(self.params, self.base_params)
             case "random":
-                return random_scores(self.config, self.settings.seed + SIDES.index(side), self.model.mesh)
+                seed = self.settings.seed + SIDES.index(side)
+                return self.own(random_scores(self.model.config, seed, self.model.mesh))
         weights: Params = self.params
         if self.settings.change:
-            assert self.base is not None
-            weights = weight_difference(self.params, self.base.params)
+            assert self.base_params is not None
+            weights = weight_difference(weights, self.base_params)
         return self.statistics(self.settings.score, side).scores(self.config, weights)
 
     def about_scores(self, side: str) -> dict[str, Json]:
@@ -332,8 +386,15 @@ class Material:
         return self._once("bases", side, self._bases)
 
     def _bases(self, side: str) -> Bases:
+        if self.layers is None:
+            return self._act_svd(side)
+        made = self.settings.scoring("gram", self.layers).follows
+        follows = {"model": self.model.fingerprint(), "data": data_sha256(self.rows(side)), **made}
+        return bases_once(self.store, follows, lambda: self._act_svd(side), self.model.mesh)
+
+    def _act_svd(self, side: str) -> Bases:
         sums = self.statistics("gram", side).sums
-        with self._watch(f"ActSVD, {side}", len(linear_maps(self.config))) as done:
+        with self._watch(self._stage("ActSVD", side), len(linear_maps(self.config))) as done:
             return act_svd(self.config, self.params, sums, done)
 
     def heads(self) -> list[Head]:
@@ -407,23 +468,52 @@ def in_turn(point: Point) -> bool:
 def mask_of(material: Material, point: Point) -> Mask:
     """The weights that a point removes: a boolean tree of the linear maps.
 
-    A control removes as many weights of each matrix as its original, or weights of the same norm, at random.
+    A control removes as many weights of each matrix as its original, or weights of the same norm, at random. Raises
+    ValueError for weights that are compared across layers which are not scored at once.
     """
+    config, seed = material.config, point.control or 0
     if point.of_norm:
-        base = material.base
-        changes = magnitude(material.params) if base is None else weight_difference(material.params, base.params)
-        return random_of_norm(material.config, original_mask(material, point.original), changes, point.control or 0)
-    config, values, per = material.config, point.values, point.per or material.settings.per
-    mask: Mask
-    match point.method:
-        case "set_difference":
-            safety, utility = (material.scores(side) for side in SIDES)
-            mask = set_difference(config, safety, utility, values[0], values[1], per)
-        case "heads":
-            mask = head_mask(config, material.heads()[: int(values[0])])
-        case _:
-            mask = one_sided(config, material.scores("safety"), point, per)
-    return mask if point.control is None else random_like(config, mask, point.control)
+        original = original_mask(material, point.original)
+        return by_map(material, original, lambda mask: random_of_norm(config, mask, changes_of(material, mask), seed))
+    if point.control is not None:
+        mask = mask_of(material, dataclasses.replace(point, control=None))
+        return by_map(material, mask, lambda mask: random_like(config, mask, seed))
+    if point.method == "heads":
+        return head_mask(config, material.heads()[: int(point.values[0])])
+    return joined(scored_mask(part, point) for part in material.parts())
+
+
+def scored_mask(material: Material, point: Point) -> Mask:
+    """The weights that a point removes by their scores, of all layers or of those of a part."""
+    per = point.per or material.settings.per
+    check_turns(material.settings, per)
+    if point.method != "set_difference":
+        return one_sided(material.config, material.scores("safety"), point, per)
+    safety, utility = (material.scores(side) for side in SIDES)
+    return set_difference(material.config, safety, utility, point.values[0], point.values[1], per)
+
+
+def changes_of(material: Material, mask: Mask) -> Scores:
+    """By how much each weight of the maps of `mask` changes where it is removed, float32."""
+
+    def these(params: Params) -> Params:
+        return nest({path: flatten(params)[path] for path in flatten(mask)})
+
+    few, base = these(material.params), material.base_params
+    return magnitude(few) if base is None else weight_difference(few, these(base))
+
+
+def by_map(material: Material, mask: Mask, make: Callable[[Mask], Mask]) -> Mask:
+    """What `make` makes of `mask`: map by map where layers go in turns, so that numbers of one map exist at a time."""
+    if material.settings.layers_at_a_time is None:
+        return make(mask)
+    made = [make(nest({path: leaf})) for path, leaf in flatten(mask).items()]
+    return nest({path: leaf for each in made for path, leaf in flatten(each).items()})
+
+
+def joined(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Trees of the stacks of some layers each as one of all of them."""
+    return jax.tree.map(lambda *some: some[0] if len(some) == 1 else jnp.concatenate(some), *map(dict, parts))
 
 
 @functools.lru_cache(maxsize=1)
@@ -437,7 +527,9 @@ def original_mask(material: Material, point: Point) -> Mask:
 @functools.lru_cache(maxsize=1)
 def original_norms(material: Material, point: Point) -> Mapping[str, Any]:
     """The norm of the change of every map at `point`, which is no control; see `change_norms`."""
-    return change_norms(material.config, material.params, edited(material, point)[0])
+    if in_turn(point):
+        return change_norms(material.config, material.params, edited(material, point)[0])
+    return joined(change_norms(part.config, part.params, without_ranks(part, point)) for part in material.parts())
 
 
 def one_sided(config: ModelConfig, scores: Scores, point: Point, per: str) -> Mask:
@@ -490,17 +582,29 @@ def edited(material: Material, point: Point) -> tuple[Params, Mask | None]:
         return changed, None if point.of_ranks else _changes(params, changed, config)
     if not point.of_ranks:
         mask = mask_of(material, point)
-        return apply_mask(params, mask, None if material.base is None else material.base.params), mask
+        return apply_mask(params, mask, material.base_params), mask
+    norms = original_norms(material, point.original) if point.of_norm else None
+    if material.settings.layers_at_a_time is None:
+        return without_ranks(material, point, norms), None
+    parts = ((part.layers, without_ranks(part, point, norms)) for part in material.parts())
+    return with_ranges(config, params, parts), None
+
+
+def without_ranks(material: Material, point: Point, norms: Mapping[str, Any] | None = None) -> Params:
+    """The parameters at a point of ranks, of all layers or of those of a part, each scored on the dense model.
+
+    norms: of the changes that a control of equal norm makes, of all layers.
+    """
+    config, params = material.config, material.params
     safety, rank = material.bases("safety"), int(point.values[0])
-    if point.of_norm:
-        drawn = random_bases(config, safety, point.control or 0, config.embed)
-        return remove_norm(config, params, drawn, original_norms(material, point.original)), None
+    drawn = functools.partial(random_bases, material.model.config, safety, point.control or 0, layers=material.layers)
+    if norms is not None:
+        return remove_norm(config, params, drawn(config.embed), material.own(norms))
     if point.control is not None:
-        needed = rank if point.method == "top_ranks" else config.embed - rank
-        safety = random_bases(config, safety, point.control, needed)
+        safety = drawn(rank if point.method == "top_ranks" else config.embed - rank)
     if point.method == "orthogonal":
-        return remove_orthogonal(config, params, safety, material.bases("utility"), rank, int(point.values[1])), None
-    return remove_ranks(config, params, safety, rank, top=point.method == "top_ranks"), None
+        return remove_orthogonal(config, params, safety, material.bases("utility"), rank, int(point.values[1]))
+    return remove_ranks(config, params, safety, rank, top=point.method == "top_ranks")
 
 
 def _changes(before: Params, after: Params, config: ModelConfig) -> Mask:
@@ -539,8 +643,12 @@ def noise(material: Material, point: Point) -> float:
     ranks = [int(value) for value in point.values]
     if point.method == "top_ranks":
         ranks = [material.config.embed - ranks[0]]
-    cuts = zip(point.sides, ranks, strict=True)
-    return max(cut_in_noise(material.config, material.bases(side), r) for side, r in cuts)
+    cuts = list(zip(point.sides, ranks, strict=True))
+    parts = [
+        [cut_in_noise(part.config, part.bases(side), r) * part.config.layers for side, r in cuts]
+        for part in material.parts()
+    ]
+    return max(map(sum, zip(*parts, strict=True))) / material.config.layers
 
 
 def mean_ranks(config: ModelConfig, point: Point) -> float | None:

@@ -11,10 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxsafe.kernels.forward import embed, layer_of, run_block
+from jaxsafe.kernels.blocks import layer_of, range_of
+from jaxsafe.kernels.forward import embed, run_block
 from jaxsafe.kernels.importance import counted
 from jaxsafe.kernels.sums import Scoring, Statistics, batches_of, gather, kind_of
 from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.layers import LayerRange
 from jaxsafe.model.taps import Reducer
 from jaxsafe.model.transformer import Params
 from jaxsafe.progress import Progress, silent
@@ -37,10 +39,9 @@ def change_blocks(
     """`params` with `change` applied to block after block, each with the statistics that it has by then.
 
     `change` gets the statistics of `rows` and of each data set `beside`. Wanda and Gram sums are read from the kept
-    inputs of the block. SNIP needs the gradient from above, so each block costs a pass of the whole model. `done` is
-    called when a block is finished.
+    inputs of the block. SNIP needs the gradient from above, so each block costs a pass forward and one back to it.
+    `done` is called when a block is finished.
     """
-    one = dataclasses.replace(config, layers=1)
     reducer = kind_of(scoring.kind).reducer
     data = (rows, *beside)
     batches = [[pad_rows([each[i] for i in group]) for group in batches_of(scoring, each)] for each in data]
@@ -51,19 +52,20 @@ def change_blocks(
         shares = [[jnp.asarray(counted(batch, scoring.positions), jnp.float32) for batch in own] for own in batches]
         reducers = [[dict.fromkeys(taps, reducer(share)) for share in own] for own in shares]
     for layer in range(config.layers):
+        place = LayerRange(layer, layer + 1)
         found = []
         for each, own, inputs, reduce in zip(data, batches, states, reducers, strict=True):
             if reducer is None:
-                whole = gather(scoring, config, params, each)
-                sums = jax.tree.map(lambda a, layer=layer: a[layer : layer + 1], whole.sums)
+                sums = gather(dataclasses.replace(scoring, layers=place), config, params, each).sums
             else:
                 sums = _block_sums(config, params, layer, inputs, own, reduce)
             found.append(Statistics(scoring.kind, sums, len(each)))
-        slot = slice(layer, layer + 1)
-        view = {"layers": jax.tree.map(lambda a, slot=slot: a[slot], dict(params["layers"]))}
+        one, view = range_of(config, params, place)
         new = change(one, view, *found)
         put = {
-            name: stack.at[slot].set(new["layers"][name]) if new["layers"][name] is not view["layers"][name] else stack
+            name: stack.at[place.slice].set(new["layers"][name])
+            if new["layers"][name] is not view["layers"][name]
+            else stack
             for name, stack in params["layers"].items()
         }
         params = {**params, "layers": put}

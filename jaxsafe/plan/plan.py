@@ -26,7 +26,7 @@ from jaxsafe.devices import Chip
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.parallel import make_mesh
 from jaxsafe.plan.collectives import Collectives, collectives
-from jaxsafe.plan.tasks import TASKS, Program, Work, device_bytes
+from jaxsafe.plan.tasks import IN_TURNS, TASKS, Program, Work, device_bytes
 
 # A float32 product of full precision takes this many bfloat16 passes.
 EXACT_PASSES = 6
@@ -69,11 +69,16 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a task takes of every device of a mesh {"data": n, "model": m}."""
+    """What a task takes of every device of a mesh {"data": n, "model": m}.
+
+    `layers` have sums and bases at a time, in so many `passes` over the samples; None: all, in one.
+    """
 
     task: str
     mesh: Mapping[str, int]
     steps: tuple[Step, ...]
+    layers: int | None = None
+    passes: int = 1
 
     @property
     def devices(self) -> int:
@@ -118,7 +123,9 @@ def outline(config: ModelConfig, mesh: Mesh, task: str, work: Work) -> Plan:
     rows = work.batch if task == "generation" else work.sample_batch
     if rows % mesh.shape["data"]:
         raise ValueError(f"a batch of {rows} rows does not divide over {mesh.shape['data']} devices of the data axis")
-    return Plan(task, dict(mesh.shape), tuple(map(_outlined, TASKS[task](config, mesh, work))))
+    steps = tuple(map(_outlined, TASKS[task](config, mesh, work)))
+    in_turns = (work.layers, work.passes(config)) if task in IN_TURNS else (None, 1)
+    return Plan(task, dict(mesh.shape), steps, *in_turns)
 
 
 def _outlined(program: Program) -> Step:
@@ -170,21 +177,49 @@ def smallest(
     task: str,
     work: Work,
     devices: Sequence[Any],
-    known: dict[tuple[str, tuple[int, ...]], Plan] | None = None,
+    known: dict[tuple[str, tuple[int | None, ...]], Plan] | None = None,
 ) -> Plan | None:
     """The plan of the first of the `meshes` on which `task` fits `chip`; None where it fits none of `devices`.
 
-    `known` holds the plans of this model that were made before, and gets those that are made.
+    Where it fits none with all layers at once, the first on which it fits in turns. `known` holds the plans of this
+    model that were made before, and gets those that are made.
     """
     known = {} if known is None else known
     rows = work.batch if task == "generation" else work.sample_batch
-    for lengths in meshes(config, len(devices), rows):
-        mesh = make_mesh(lengths, devices[: math.prod(lengths.values())])
+    tried = [make_mesh(each, devices[: math.prod(each.values())]) for each in meshes(config, len(devices), rows)]
+    for mesh in tried:
         if not outline(config, mesh, task, work).fits(chip):
             continue
-        key = task, tuple(lengths.values())
+        key = task, (*mesh.shape.values(), None)
         if key not in known:
             known[key] = plan(config, mesh, task, work)
+        if known[key].fits(chip):
+            return known[key]
+    found = (in_turns(config, chip, task, work, mesh, known) for mesh in tried)
+    return next((each for each in found if each is not None), None)
+
+
+def in_turns(
+    config: ModelConfig,
+    chip: Chip,
+    task: str,
+    work: Work,
+    mesh: Mesh,
+    known: dict[tuple[str, tuple[int | None, ...]], Plan] | None = None,
+) -> Plan | None:
+    """The plan of `task` on `mesh` with a half of the layers at a time, a quarter, ..., the most with which it fits.
+
+    None where one layer does not, and for a task that does not go in turns. `known` as in `smallest`.
+    """
+    known, layers = {} if known is None else known, config.layers
+    while task in IN_TURNS and layers > 1:
+        layers = math.ceil(layers / 2)
+        some = dataclasses.replace(work, layers=layers)
+        if not outline(config, mesh, task, some).fits(chip):
+            continue
+        key = task, (*mesh.shape.values(), layers)
+        if key not in known:
+            known[key] = plan(config, mesh, task, some)
         if known[key].fits(chip):
             return known[key]
     return None

@@ -16,9 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxsafe.kernels.generate import decode, prefill
 from jaxsafe.kernels.importance import gram_spec, gram_taps, gram_widths, matrix_spec
-from jaxsafe.kernels.lowrank import basis_of, by_layers, sides
+from jaxsafe.kernels.layer_sums import LayerSums
+from jaxsafe.kernels.lowrank import bases_spec, basis_of, by_layers
 from jaxsafe.kernels.sampling import Drawing, Sampling, as_arrays
-from jaxsafe.kernels.sums import Scoring, add_batch, kind_of
+from jaxsafe.kernels.sums import Scoring, add_batch, kind_of, with_batch_of_layers
 from jaxsafe.kernels.sums import shardings as sum_shardings
 from jaxsafe.kernels.training import Recipe, one_step
 from jaxsafe.model.config import ModelConfig
@@ -34,7 +35,8 @@ class Work:
     """What a task is given, in rows of `length` slots, on all devices together.
 
     `batch` rows are answered at a time with `new_tokens` each; of `samples` in all, `sample_batch` are scored or
-    learned from at a time, and half of a sample's slots are its answer.
+    learned from at a time, and half of a sample's slots are its answer. `layers` have sums and bases at a time, each
+    range of them in a pass over the samples; None: all.
     """
 
     batch: int = 32
@@ -42,6 +44,15 @@ class Work:
     new_tokens: int = 256
     samples: int = 128
     sample_batch: int = 8
+    layers: int | None = None
+
+    def passes(self, config: ModelConfig) -> int:
+        """How many ranges of layers there are."""
+        return 1 if self.layers is None else math.ceil(config.layers / self.layers)
+
+    def summed(self, config: ModelConfig) -> ModelConfig:
+        """`config` with as many layers as have sums at a time."""
+        return dataclasses.replace(config, layers=self.layers or config.layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +116,8 @@ def generation(config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Program, ..
 
 def scoring(kind: str, config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Program, ...]:
     """The sums of `kind` over all samples, batch after batch."""
+    if work.layers is not None:
+        return scoring_in_turns(kind, config, mesh, work)
     B, T = work.sample_batch, work.length
     place = sum_shardings(kind, config, mesh)
     sums = jax.tree.map(lambda a, s: _array(a.shape, a.dtype, s), kind_of(kind).outline(config), place)
@@ -126,35 +139,69 @@ def scoring(kind: str, config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Pro
     return (Program(f"{kind} sums", groups, touched, once, compiled, math.ceil(work.samples / B)),)
 
 
+def scoring_in_turns(kind: str, config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Program, ...]:
+    """The sums of `kind`, of some layers in each pass: what a run takes is the mean over passes.
+
+    It grows evenly with the first layer of a range, so that the range in the middle stands for all.
+    """
+    B, T, L = work.sample_batch, work.length, config.layers
+    few = work.summed(config)
+    n, first, last = few.layers, (L - few.layers) // 2, T // 2
+    place = sum_shardings(kind, few, mesh)
+    sums = jax.tree.map(lambda a, s: _array(a.shape, a.dtype, s), kind_of(kind).outline(few), place)
+    groups = {"parameters": parameters(config, mesh), "sums": sums}
+
+    def run(params: Any, batch: Batch, sums: Any) -> Any:
+        return with_batch_of_layers(Scoring(kind), config, params, batch, LayerSums(first, sums), last, mesh).sums
+
+    def compiled() -> Any:
+        return jax.jit(run, donate_argnums=2).lower(groups["parameters"], _batch(mesh, B, T), sums).compile()
+
+    blocks = flops(config, mesh, B, T, T, 0) / L
+    head = flops(config, mesh, B, T, T, (last + 1) * B) - L * blocks
+    behind = (L - n) / 2
+    if kind == "snip":
+        # Forward through all; back through those behind and the range, each computed once more; products of the range.
+        once = (L + 2 * behind + 3 * n) * blocks + 3 * head
+        touched = {"parameters": 1 + (behind + n) / L, "sums": 2.0 * B}
+    else:
+        once = (behind + n) * blocks + (_gram_flops(few, mesh, B * last) if kind == "gram" else 0)
+        touched = {"parameters": (behind + n) / L, "sums": 2.0}
+    runs = math.ceil(work.samples / B) * work.passes(config)
+    return (Program(f"{kind} sums", groups, touched, once, compiled, runs),)
+
+
 def decomposition(config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Program, ...]:
     """The Gram sums, then a decomposition of every linear map, layers split over the devices."""
     grams = scoring("gram", config, mesh, work)
-    sums = grams[0].groups["sums"]
-    maps = linear_maps(config)
+    held, sums = grams[0].groups["parameters"], grams[0].groups["sums"]
+    maps, few = linear_maps(config), work.summed(config)
+    L = few.layers
     edges = {p: tuple(math.prod(sizes(config, a)) for a in (w.inputs, w.outputs)) for p, w in maps.items()}
-    whole_layers = config.layers % mesh.size == 0
 
     def result(*shape: int) -> Any:
-        place = PartitionSpec(mesh.axis_names) if whole_layers else sides(mesh, shape)
-        return _array(shape, jnp.float32, NamedSharding(mesh, place))
+        return _array(shape, jnp.float32, NamedSharding(mesh, bases_spec(mesh, shape)))
 
-    bases = {p: result(config.layers, O, min(I, O)) for p, (I, O) in edges.items()}
-    groups = {"parameters": grams[0].groups["parameters"], "sums": sums, "bases": bases}
+    bases = {p: result(L, O, min(I, O)) for p, (I, O) in edges.items()}
+    groups = {"parameters": held, "sums": sums, "bases": bases}
+    if work.layers is not None:
+        groups["weights of the range"] = parameters(few, mesh)["layers"]
     taps = gram_taps(config)
     of_inputs = {p: edge for p, edge in edges.items() if taps[p] == maps[p].tap}
     # The map that needs most: the others' temporaries are smaller.
     path = max(of_inputs, key=lambda p: of_inputs[p][0] * of_inputs[p][1] + of_inputs[p][0] ** 2)
     where = NamedSharding(mesh, PartitionSpec(None, *matrix_spec(config, maps[path], mesh)))
-    flat = _array((config.layers, *edges[path]), config.dtype, where)
+    flat = _array((L, *edges[path]), config.dtype, where)
 
     def compiled() -> Any:
         return by_layers.lower(mesh, basis_of, flat, sums[taps[path]]).compile()
 
-    layers = math.ceil(config.layers / mesh.size)
+    layers = math.ceil(L / mesh.size)
     work_flops = layers * sum(decomposition_flops(I, O, p in of_inputs) for p, (I, O) in edges.items())
-    touched = {"parameters": 1, "sums": 7 / 4, "bases": 4}
-    made = bases[path], result(config.layers, min(edges[path]))
-    return *grams, Program("decompositions", groups, touched, work_flops, compiled, exact=True, covered=made)
+    touched = {"parameters": L / config.layers, "sums": 7 / 4, "bases": 4}
+    made = bases[path], result(L, min(edges[path]))
+    passes = work.passes(config)
+    return *grams, Program("decompositions", groups, touched, work_flops, compiled, passes, exact=True, covered=made)
 
 
 def fine_tuning(config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Program, ...]:
@@ -192,6 +239,10 @@ TASKS: dict[str, Callable[[ModelConfig, Mesh, Work], tuple[Program, ...]]] = {
     "act_svd": decomposition,
     "fine_tuning": fine_tuning,
 }
+
+
+IN_TURNS = ("snip", "act_svd")
+"""Tasks whose sums can be made of some layers at a time."""
 
 
 def device_bytes(tree: Any) -> float:

@@ -13,7 +13,8 @@ from tiny import random_rows, tiny_config, tiny_params
 
 from jaxsafe.io.store import Store
 from jaxsafe.io.sums import sums_once
-from jaxsafe.kernels.forward import capture, embed, layer_of, run_block
+from jaxsafe.kernels.blocks import layer_of
+from jaxsafe.kernels.forward import capture, embed, run_block
 from jaxsafe.kernels.importance import sample_losses, wanda_scores
 from jaxsafe.kernels.likelihood import cross_entropy
 from jaxsafe.kernels.lowrank import act_svd, remove_ranks

@@ -200,6 +200,7 @@ OTHER = {
     "positions": "all",
     "per": "model",
     "score_batch_size": 3,
+    "layers_at_a_time": 2,
     "use_diff": True,
     "by_row": ("top",),
     "sequential": ("top",),

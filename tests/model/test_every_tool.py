@@ -15,7 +15,8 @@ from jaxsafe.io.hub import load_hf
 from jaxsafe.io.masks import load_mask, save_mask
 from jaxsafe.kernels import lora
 from jaxsafe.kernels.ablation import ablation, orthogonalised
-from jaxsafe.kernels.forward import capture, embed, layer_of, run_block
+from jaxsafe.kernels.blocks import layer_of
+from jaxsafe.kernels.forward import capture, embed, run_block
 from jaxsafe.kernels.generate import generate
 from jaxsafe.kernels.importance import gram_sums, no_sums, snip_sums, wanda_scores, wanda_sums
 from jaxsafe.kernels.likelihood import answer_nll

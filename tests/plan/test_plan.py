@@ -22,7 +22,7 @@ from jaxsafe.model.transformer import forward
 from jaxsafe.parallel import default_mesh, make_mesh, mesh_lengths, parse_mesh, undivided
 from jaxsafe.plan.collectives import collectives, sent
 from jaxsafe.plan.costs import decomposition_flops, flops
-from jaxsafe.plan.plan import meshes, outline, plan, smallest
+from jaxsafe.plan.plan import in_turns, meshes, outline, plan, smallest
 from jaxsafe.plan.tasks import TASKS, Work, device_bytes, parameters
 from launch.plan import model_config
 
@@ -170,6 +170,33 @@ def test_the_smallest_mesh_that_fits_is_found():
     found = smallest(WIDE, small, "generation", WORK, jax.devices())
     assert found.devices > 1 and found.memory <= small.memory
     assert smallest(WIDE, dataclasses.replace(small, memory=10.0), "generation", WORK, jax.devices()) is None
+
+
+@pytest.mark.parametrize("task", ["snip", "act_svd"])
+def test_layers_in_turns_take_less_memory_and_more_passes(task):
+    mesh, config = parse_mesh("data:2,model:4"), dataclasses.replace(WIDE, layers=4)
+    all_layers, one = (outline(config, mesh, task, dataclasses.replace(WORK, layers=n)) for n in (4, 1))
+    whole = outline(config, mesh, task, WORK)
+    assert (whole.passes, all_layers.passes, one.passes) == (1, 1, 4) and one.layers == 1
+    assert one.steps[0].groups["sums"] == whole.steps[0].groups["sums"] / 4
+    assert [step.runs for step in one.steps] == [4 * step.runs for step in whole.steps]
+    between = dataclasses.replace(chip("v5e"), memory=(one.memory + whole.memory) / 2 / 0.9)
+    rough = in_turns(config, dataclasses.replace(between, memory=1e9), task, WORK, mesh)
+    assert (rough.layers, rough.passes) == (2, 2) and rough.memory > outline(config, mesh, task, WORK).steps[
+        0
+    ].memory / 2
+    assert in_turns(config, dataclasses.replace(between, memory=10.0), task, WORK, mesh) is None
+    assert in_turns(config, chip("v5e"), "generation", WORK, mesh) is None
+
+
+def test_operations_of_a_pass_in_turns_are_those_of_the_blocks_that_it_runs():
+    """Against a sum over passes, block by block: forward 1, computed again 1, gradient of inputs 1, products 1."""
+    config, work = dataclasses.replace(WIDE, layers=4), dataclasses.replace(WORK, layers=2)
+    block = flops(dataclasses.replace(config, layers=1), one_device(), 8, 32, 32, 0)
+    head = 3 * 2 * 17 * 8 * config.embed * config.vocab
+    (step,) = outline(config, one_device(), "snip", work).steps
+    passes = [4 + 2 * behind + 3 * 2 for behind in (2, 0)]
+    assert step.runs * step.flops == pytest.approx(2 * sum(n * block + head for n in passes))
 
 
 def test_peaks_of_chips():
