@@ -29,7 +29,7 @@ from jaxsafe.io.hf import read_config
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.presets import preset
 from jaxsafe.parallel import make_mesh, mesh_lengths
-from jaxsafe.plan.plan import Plan, in_turns, plan, smallest
+from jaxsafe.plan.plan import Plan, in_turns, plan, smallest, training
 from jaxsafe.plan.tasks import TASKS, Work
 
 from . import command, settings
@@ -118,10 +118,12 @@ def verdict(found: Plan, device: Chip, config: ModelConfig, work: Work, devices:
     """One line: whether the task fits, how long it takes at the least, and where it does not, what would."""
     needs = f"needs {gigabytes(found.memory)} of {gigabytes(device.memory)}"
     if found.fits(device):
-        return f"{found.task} fits: {needs}; roofline time {seconds(found.seconds(device))} in all"
+        how = f" with --config.remat={found.work.remat} --config.accumulation={found.work.parts}"
+        way = how if found.task == "fine_tuning" else ""
+        return f"{found.task} fits{way}: {needs}; roofline time {seconds(found.seconds(device))} in all"
     mesh = make_mesh(found.mesh, devices[: found.devices])
     if (turns := in_turns(config, device, found.task, work, mesh)) is not None:
-        some = f"with --config.layers_at_a_time={turns.layers} it does, in {turns.passes} passes"
+        some = f"with --config.layers_at_a_time={turns.work.layers} it does, in {turns.passes} passes"
         return (
             f"{found.task} does not fit: {needs}; {some}: {gigabytes(turns.memory)}, {seconds(turns.seconds(device))}"
         )
@@ -129,7 +131,7 @@ def verdict(found: Plan, device: Chip, config: ModelConfig, work: Work, devices:
     if other is None:
         return f"{found.task} does not fit: {needs}; nor does any mesh of {len(devices)} {device.name}"
     lengths = ",".join(f"{axis}:{n}" for axis, n in other.mesh.items())
-    some = "" if other.layers is None else f" with --config.layers_at_a_time={other.layers}"
+    some = "" if other.work.layers is None else f" with --config.layers_at_a_time={other.work.layers}"
     return f"{found.task} does not fit: {needs}; --mesh={lengths}{some} does, with {gigabytes(other.memory)}"
 
 
@@ -198,7 +200,10 @@ def main() -> None:
         jax.config.update("jax_enable_compilation_cache", False)
     mesh = make_mesh(lengths, jax.devices()[:n])
     for task in TASK.value or list(TASKS):
-        found = plan(config, mesh, task, work, own)
+        if task == "fine_tuning":
+            found = training(config, mesh, work, device, own)
+        else:
+            found = plan(config, mesh, task, work, own)
         if JSON.value:
             print(as_json(found, device), flush=True)
         else:

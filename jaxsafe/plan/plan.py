@@ -71,13 +71,13 @@ class Step:
 class Plan:
     """What a task takes of every device of a mesh {"data": n, "model": m}.
 
-    `layers` have sums and bases at a time, in so many `passes` over the samples; None: all, in one.
+    `work` is what the task is given; it goes over the samples in so many `passes`.
     """
 
     task: str
     mesh: Mapping[str, int]
     steps: tuple[Step, ...]
-    layers: int | None = None
+    work: Work
     passes: int = 1
 
     @property
@@ -124,8 +124,7 @@ def outline(config: ModelConfig, mesh: Mesh, task: str, work: Work) -> Plan:
     if rows % mesh.shape["data"]:
         raise ValueError(f"a batch of {rows} rows does not divide over {mesh.shape['data']} devices of the data axis")
     steps = tuple(map(_outlined, TASKS[task](config, mesh, work)))
-    in_turns = (work.layers, work.passes(config)) if task in IN_TURNS else (None, 1)
-    return Plan(task, dict(mesh.shape), steps, *in_turns)
+    return Plan(task, dict(mesh.shape), steps, work, work.passes(config) if task in IN_TURNS else 1)
 
 
 def _outlined(program: Program) -> Step:
@@ -161,14 +160,40 @@ def _with_compiled(step: Step, in_float32: Program, own: Program, item: float) -
     )
 
 
-def meshes(config: ModelConfig, devices: int, batch: int) -> Iterator[dict[str, int]]:
-    """Ways to lay out 1, 2, 4, ... up to `devices` devices: few first, then a model axis of up to 8 devices first."""
+def meshes(config: ModelConfig, devices: int, rows: int, wider: bool = False) -> Iterator[dict[str, int]]:
+    """Ways to lay out 1, 2, 4, ... up to `devices` devices: few first, then a model axis of up to 8 devices first.
+
+    `rows` divide over the data axis; where it may be `wider` there are more, one or more a device.
+    """
+    widest = max(n for n in (1, 2, 4, 8) if config.heads % n == 0)
     n = 1
     while n <= devices:
-        for model in dict.fromkeys((min(n, 8), n)):
-            if batch % (n // model) == 0 and config.heads % model == 0:
-                yield {"data": n // model, "model": model}
+        for model in dict.fromkeys((min(n, widest), n)):
+            data = n // model
+            if config.heads % model == 0 and (rows % data == 0 or (wider and data % rows == 0)):
+                yield {"data": data, "model": model}
         n *= 2
+
+
+def ways(work: Work, data: int) -> Iterator[Work]:
+    """How training may take its samples on `data` devices of the data axis, the fastest way first.
+
+    Layers are kept, or computed again; then samples are taken in 2, 4, ... parts, as long as each device has one.
+    """
+    yield dataclasses.replace(work, remat=False)
+    parts = 1
+    while work.sample_batch % (parts * data) == 0:
+        yield dataclasses.replace(work, parts=parts)
+        parts *= 2
+
+
+def training(config: ModelConfig, mesh: Mesh, work: Work, chip: Chip, described: Sequence[Any] | None = None) -> Plan:
+    """The plan of fine-tuning by the first of the `ways` that fits `chip`; by the last one where none does."""
+    for way in ways(work, mesh.shape["data"]):
+        found = plan(config, mesh, "fine_tuning", way, described)
+        if found.fits(chip):
+            break
+    return found
 
 
 def smallest(
@@ -181,22 +206,31 @@ def smallest(
 ) -> Plan | None:
     """The plan of the first of the `meshes` on which `task` fits `chip`; None where it fits none of `devices`.
 
-    Where it fits none with all layers at once, the first on which it fits in turns. `known` holds the plans of this
-    model that were made before, and gets those that are made.
+    Where it fits none with all layers at once, the first on which it fits in turns. A data axis that is longer than
+    samples are at a time takes one a device. `known` holds the plans of this model that were made before, and gets
+    those that are made.
     """
     known = {} if known is None else known
-    rows = work.batch if task == "generation" else work.sample_batch
-    tried = [make_mesh(each, devices[: math.prod(each.values())]) for each in meshes(config, len(devices), rows)]
-    for mesh in tried:
-        if not outline(config, mesh, task, work).fits(chip):
+    sampled = task != "generation"
+    lengths = meshes(config, len(devices), work.sample_batch if sampled else work.batch, wider=sampled)
+    tried = [
+        (make_mesh(each, devices[: math.prod(each.values())]), _widened(work, each["data"]) if sampled else work)
+        for each in lengths
+    ]
+    for mesh, given in tried:
+        if not outline(config, mesh, task, given).fits(chip):
             continue
         key = task, (*mesh.shape.values(), None)
         if key not in known:
-            known[key] = plan(config, mesh, task, work)
+            known[key] = plan(config, mesh, task, given)
         if known[key].fits(chip):
             return known[key]
-    found = (in_turns(config, chip, task, work, mesh, known) for mesh in tried)
+    found = (in_turns(config, chip, task, given, mesh, known) for mesh, given in tried)
     return next((each for each in found if each is not None), None)
+
+
+def _widened(work: Work, data: int) -> Work:
+    return dataclasses.replace(work, sample_batch=max(work.sample_batch, data))
 
 
 def in_turns(

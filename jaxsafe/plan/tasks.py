@@ -36,7 +36,8 @@ class Work:
 
     `batch` rows are answered at a time with `new_tokens` each; of `samples` in all, `sample_batch` are scored or
     learned from at a time, and half of a sample's slots are its answer. `layers` have sums and bases at a time, each
-    range of them in a pass over the samples; None: all.
+    range of them in a pass over the samples; None: all. Training takes its samples in so many `parts`, and with `remat`
+    computes layers again in the backward pass instead of keeping them.
     """
 
     batch: int = 32
@@ -45,6 +46,8 @@ class Work:
     samples: int = 128
     sample_batch: int = 8
     layers: int | None = None
+    parts: int = 1
+    remat: bool = True
 
     def passes(self, config: ModelConfig) -> int:
         """How many ranges of layers there are."""
@@ -205,7 +208,7 @@ def decomposition(config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Program,
 
 
 def fine_tuning(config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Program, ...]:
-    """Steps of AdamW on all weights; float32 masters, each layer computed again in the backward pass."""
+    """Steps of AdamW on all weights, with float32 masters."""
     B, T = work.sample_batch, work.length
     optimizer = optax.adamw(1e-5)
     masters = parameters(config, mesh, "float32")
@@ -221,15 +224,15 @@ def fine_tuning(config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Program, .
     groups = {"parameters": masters, "optimiser state": state}
     tree = {"params": masters, "optimizer": state}
     where = jax.tree.map(lambda a: a.sharding, tree)
-    step = functools.partial(one_step, Recipe(config, optimizer, T // 2, remat=True))
+    step = functools.partial(one_step, Recipe(config, optimizer, T // 2, accumulation=work.parts, remat=work.remat))
 
     def compiled() -> Any:
         return jax.jit(step, donate_argnums=0, out_shardings=(where, None)).lower(tree, _batch(mesh, B, T)).compile()
 
-    # Forward, once more for the backward pass, and the backward pass of twice as much.
-    once = 4 * flops(config, mesh, B, T, T, (T // 2 + 1) * B)
-    # Masters are cast, updated; the cast weights are read by three passes and the gradient written and read.
-    touched = {"parameters": 2 + 0.5 * 4 + 2, "optimiser state": 2}
+    # Forward, once more where layers are computed again, and the backward pass of twice as much.
+    once = (3 + work.remat) * flops(config, mesh, B, T, T, (T // 2 + 1) * B)
+    # Masters are cast, updated; of each part, passes read the cast weights, and the gradient is written and read.
+    touched = {"parameters": 2 + 0.5 * (1 + work.parts * (2 + work.remat)) + 2 * work.parts, "optimiser state": 2}
     return (Program("training step", groups, touched, once, compiled, math.ceil(work.samples / B)),)
 
 

@@ -22,7 +22,7 @@ from jaxsafe.model.transformer import forward
 from jaxsafe.parallel import default_mesh, make_mesh, mesh_lengths, parse_mesh, undivided
 from jaxsafe.plan.collectives import collectives, sent
 from jaxsafe.plan.costs import decomposition_flops, flops
-from jaxsafe.plan.plan import in_turns, meshes, outline, plan, smallest
+from jaxsafe.plan.plan import in_turns, meshes, outline, plan, smallest, training, ways
 from jaxsafe.plan.tasks import TASKS, Work, device_bytes, parameters
 from launch.plan import model_config
 
@@ -177,12 +177,12 @@ def test_layers_in_turns_take_less_memory_and_more_passes(task):
     mesh, config = parse_mesh("data:2,model:4"), dataclasses.replace(WIDE, layers=4)
     all_layers, one = (outline(config, mesh, task, dataclasses.replace(WORK, layers=n)) for n in (4, 1))
     whole = outline(config, mesh, task, WORK)
-    assert (whole.passes, all_layers.passes, one.passes) == (1, 1, 4) and one.layers == 1
+    assert (whole.passes, all_layers.passes, one.passes) == (1, 1, 4) and one.work.layers == 1
     assert one.steps[0].groups["sums"] == whole.steps[0].groups["sums"] / 4
     assert [step.runs for step in one.steps] == [4 * step.runs for step in whole.steps]
     between = dataclasses.replace(chip("v5e"), memory=(one.memory + whole.memory) / 2 / 0.9)
     rough = in_turns(config, dataclasses.replace(between, memory=1e9), task, WORK, mesh)
-    assert (rough.layers, rough.passes) == (2, 2) and rough.memory > outline(config, mesh, task, WORK).steps[
+    assert (rough.work.layers, rough.passes) == (2, 2) and rough.memory > outline(config, mesh, task, WORK).steps[
         0
     ].memory / 2
     assert in_turns(config, dataclasses.replace(between, memory=10.0), task, WORK, mesh) is None
@@ -197,6 +197,31 @@ def test_operations_of_a_pass_in_turns_are_those_of_the_blocks_that_it_runs():
     (step,) = outline(config, one_device(), "snip", work).steps
     passes = [4 + 2 * behind + 3 * 2 for behind in (2, 0)]
     assert step.runs * step.flops == pytest.approx(2 * sum(n * block + head for n in passes))
+
+
+def test_training_takes_the_fastest_way_that_fits():
+    mesh, work = parse_mesh("data:2", jax.devices()[:2]), dataclasses.replace(WORK, length=64, sample_batch=4)
+    found = [plan(WIDE, mesh, "fine_tuning", way) for way in ways(work, 2)]
+    assert [(each.work.remat, each.work.parts) for each in found] == [(False, 1), (True, 1), (True, 2)]
+    kept, again, parts = (each.steps[0] for each in found)
+    assert again.flops / kept.flops == 4 / 3 and parts.flops == again.flops
+    assert kept.memory > again.memory > parts.memory
+    device = dataclasses.replace(chip("v5e"), memory=again.memory / 0.9)
+    assert training(WIDE, mesh, work, device).work == found[1].work
+    assert training(WIDE, mesh, work, dataclasses.replace(device, memory=10.0)).work == found[-1].work
+
+
+def test_more_devices_than_samples_take_one_each():
+    odd = dataclasses.replace(WIDE, heads=6, kv_heads=2)
+    assert list(meshes(odd, 8, 2))[-1] == {"data": 2, "model": 2}
+    assert list(meshes(odd, 8, 2, wider=True))[-2:] == [{"data": 2, "model": 2}, {"data": 4, "model": 2}]
+    few = dataclasses.replace(WORK, sample_batch=2)
+    least = outline(odd, parse_mesh("data:4,model:2"), "fine_tuning", dataclasses.replace(few, sample_batch=4))
+    device = dataclasses.replace(chip("v5e"), memory=1.0)
+    whole = plan(odd, parse_mesh("data:4,model:2"), "fine_tuning", dataclasses.replace(few, sample_batch=4)).memory
+    assert least.memory < whole
+    found = smallest(odd, dataclasses.replace(device, memory=1.01 * whole / 0.9), "fine_tuning", few, jax.devices())
+    assert (found.mesh, found.work.sample_batch) == ({"data": 4, "model": 2}, 4)
 
 
 def test_peaks_of_chips():
