@@ -66,6 +66,7 @@ def test_an_empty_landscape_and_odd_steps_are_refused(folder):
         check(config)
 
 
+@pytest.mark.slow
 def test_every_point_is_held_against_the_model_itself(walked):
     record = walked.record
     assert len(record.results) == results(walked.config) == 1 + 2 * 2 + 8 + 1 + 1
@@ -74,6 +75,7 @@ def test_every_point_is_held_against_the_model_itself(walked):
     assert record.row("toward +1").control == "as far +1" and record.row("as far +1").about["control"] is True
 
 
+@pytest.mark.slow
 def test_points_of_one_program_are_those_one_by_one(walked):
     config, theta = walked.model.config, walked.model.params
     way = difference(theta, walked.other.params)
@@ -97,12 +99,14 @@ def test_points_of_one_program_are_those_one_by_one(walked):
     assert len(seen) == len(points)
 
 
+@pytest.mark.slow
 def test_the_line_ends_at_the_other_model(walked):
     samples = walked.samples("toward +1")
     texts = walked.other.answers([sample.prompt for sample in samples], Decoding(4), 8).texts
     assert tuple(sample.text for sample in samples) == texts
 
 
+@pytest.mark.slow
 def test_visage_is_of_the_answers_of_the_random_lines(walked):
     details = from_json(walked.record.details, Details)
     assert [found.definition for found in details.visage] == ["paper", "code"] and details.prompts == 4
@@ -118,6 +122,7 @@ def test_visage_is_of_the_answers_of_the_random_lines(walked):
     assert details.distance == pytest.approx(np.linalg.norm(other - theta) / np.linalg.norm(theta), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_everything_is_written_and_nothing_is_made_again(walked, monkeypatch):
     assert read_run(walked.out) == walked.record
     for name in ("report.html", "figures/basin.svg", "figures/plane.pdf", "figures/toward.svg", "tables/results.csv"):

@@ -149,6 +149,7 @@ def test_saved_vectors_steer_another_run_the_same(config, tmp_path, monkeypatch)
         run(config, other, roles_of(config), tmp_path / "c", Clock())
 
 
+@pytest.mark.slow
 def test_vectors_saved_by_hand_and_control_vectors_steer_a_run(config, tmp_path):
     model = load_chat_model(config.model)
     prompts = ["tell me a story", "what is old?", "list five games", "how do i keep bees?"]

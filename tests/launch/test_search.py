@@ -56,6 +56,7 @@ def finding(record):
     return record.results, record.table, record.details
 
 
+@pytest.mark.slow
 def test_prompts_that_choose_are_not_reported(found):
     record, prompts = found.record, {True: set(), False: set()}
     for result in record.results:
@@ -66,6 +67,7 @@ def test_prompts_that_choose_are_not_reported(found):
     assert {data.role for data in record.datasets} == {"validation", "evaluation"}
 
 
+@pytest.mark.slow
 def test_trials_and_what_they_come_to(found, folder):
     """Harm and loss of a trial are those of a run made by hand."""
     details, results = found.details, {r.variant.name: r for r in found.record.results}
@@ -89,6 +91,7 @@ def test_trials_and_what_they_come_to(found, folder):
     assert [sample.text for sample in samples] == list(texts)
 
 
+@pytest.mark.slow
 def test_a_choice_is_held_against_that_of_random_search(found):
     record = found.record
     assert len(record.results) == results(small_config("any")) == 2 + 1 + 2 * 3 + 3
@@ -98,6 +101,7 @@ def test_a_choice_is_held_against_that_of_random_search(found):
     assert read_run(found.out) == record and (found.out / "figures/bounded.svg").is_file()
 
 
+@pytest.mark.slow
 def test_finished_trials_are_read_and_not_run(found, folder, monkeypatch):
     config, made = small_config(folder), []
     lost = next(r for r in found.record.results if r.variant.name == "random 2, validation")

@@ -199,6 +199,7 @@ def test_operations_of_a_pass_in_turns_are_those_of_the_blocks_that_it_runs():
     assert step.runs * step.flops == pytest.approx(2 * sum(n * block + head for n in passes))
 
 
+@pytest.mark.slow
 def test_training_takes_the_fastest_way_that_fits():
     mesh, work = parse_mesh("data:2", jax.devices()[:2]), dataclasses.replace(WORK, length=64, sample_batch=4)
     found = [plan(WIDE, mesh, "fine_tuning", way) for way in ways(work, 2)]
