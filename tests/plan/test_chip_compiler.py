@@ -110,12 +110,18 @@ def compiled(name):
 @pytest.fixture(autouse=True)
 def as_a_tpu_does(monkeypatch):
     """Traced as on a TPU; programs for devices that are not there cannot be read back from the cache."""
+    wanted = {
+        "jax_optimization_level": "O1",
+        "jax_default_matmul_precision": None,
+        "jax_enable_compilation_cache": False,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    jax.config.update("jax_enable_compilation_cache", False)
-    jax.config.update("jax_optimization_level", "O1")
+    for name, value in wanted.items():
+        jax.config.update(name, value)
     yield
-    jax.config.update("jax_optimization_level", "UNKNOWN")
-    jax.config.update("jax_enable_compilation_cache", True)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 def forms(shape, weight):
