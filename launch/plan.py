@@ -30,7 +30,7 @@ from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.presets import preset
 from jaxsafe.parallel import make_mesh, mesh_lengths
 from jaxsafe.plan.plan import Plan, in_turns, plan, smallest, training
-from jaxsafe.plan.tasks import TASKS, Work
+from jaxsafe.plan.tasks import LEARNING, TASKS, Work
 
 from . import command, settings
 
@@ -119,7 +119,7 @@ def verdict(found: Plan, device: Chip, config: ModelConfig, work: Work, devices:
     needs = f"needs {gigabytes(found.memory)} of {gigabytes(device.memory)}"
     if found.fits(device):
         how = f" with --config.remat={found.work.remat} --config.accumulation={found.work.parts}"
-        way = how if found.task == "fine_tuning" else ""
+        way = how if found.task in LEARNING else ""
         return f"{found.task} fits{way}: {needs}; roofline time {seconds(found.seconds(device))} in all"
     mesh = make_mesh(found.mesh, devices[: found.devices])
     if (turns := in_turns(config, device, found.task, work, mesh)) is not None:
@@ -200,8 +200,8 @@ def main() -> None:
         jax.config.update("jax_enable_compilation_cache", False)
     mesh = make_mesh(lengths, jax.devices()[:n])
     for task in TASK.value or list(TASKS):
-        if task == "fine_tuning":
-            found = training(config, mesh, work, device, own)
+        if task in LEARNING:
+            found = training(config, mesh, task, work, device, own)
         else:
             found = plan(config, mesh, task, work, own)
         if JSON.value:

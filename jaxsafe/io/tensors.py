@@ -25,6 +25,8 @@ Index = tuple[slice, ...]
 DERIVED = ("rotary_emb.inv_freq", "masked_bias", "attn.bias")
 ALIGNMENT = 64
 """Bytes, of the arrays that JAX uses without a copy."""
+ROWS = 128
+"""Rows of a stored matrix that are read at a time: they stay in a processor's cache while they are transposed."""
 
 
 class TensorSource(Protocol):
@@ -77,9 +79,9 @@ def _load(config: ModelConfig, source: TensorSource, weight: Weight, mesh: Mesh 
         index = tuple(slice(*s.indices(n)) for s, n in zip(index, shape, strict=True))
         out = _aligned([s.stop - s.start for s in index], dtype)
         if not weight.stacked:
-            out[...] = _read_layer(config, source, weight, weight.hf, index)
+            _read_layer(config, source, weight, weight.hf, index, out)
         for row, layer in enumerate(range(index[0].start, index[0].stop) if weight.stacked else ()):
-            out[row] = _read_layer(config, source, weight, weight.hf.format(layer), index[1:])
+            _read_layer(config, source, weight, weight.hf.format(layer), index[1:], out[row])
         return out
 
     if mesh is None:
@@ -109,24 +111,37 @@ def _once_per_part(part: Callable[[Index], np.ndarray]) -> Callable[[Any], np.nd
     return cached
 
 
-def _read_layer(config: ModelConfig, source: TensorSource, weight: Weight, name: str, index: Index) -> np.ndarray:
-    """One layer's part, `index` over `inputs + outputs`, read as rows and columns of the stored matrix."""
+def _read_layer(
+    config: ModelConfig, source: TensorSource, weight: Weight, name: str, index: Index, out: np.ndarray
+) -> None:
+    """Reads one layer's part, `index` over `inputs + outputs`, to `out`; it is rows and columns of a stored matrix."""
     n_in = len(weight.inputs)
     if weight.linear:
         rows = _flat_range(sizes(config, weight.outputs), index[n_in:])
-        stored = source.read(name, (rows, _flat_range(sizes(config, weight.inputs), index[:n_in])))
+        columns = _flat_range(sizes(config, weight.inputs), index[:n_in])
+        _read(source, name, (rows, columns), out.reshape(-1, rows.stop - rows.start).T)
     elif weight.kind != "map":  # norms and biases are stored flat
-        stored = source.read(name, (_flat_range(sizes(config, weight.outputs), index),))
+        _read(source, name, (_flat_range(sizes(config, weight.outputs), index),), out.reshape(-1))
     else:
-        stored = source.read(name, index)
-    if not np.isfinite(stored.astype(np.float32, copy=False)).all():
-        raise ValueError(f"{source.where}: {name} holds values that are not finite (NaN or infinity)")
-    lengths = tuple(s.stop - s.start for s in index)
-    if not weight.linear:
-        return stored.reshape(lengths)
-    n_out = len(weight.outputs)
-    stored = stored.reshape(lengths[n_in:] + lengths[:n_in])
-    return stored.transpose(*range(n_out, stored.ndim), *range(n_out))
+        _read(source, name, index, out)
+
+
+def _read(source: TensorSource, name: str, index: Index, out: np.ndarray) -> None:
+    """Reads the part `index` of the tensor `name` to `out`, a few rows of a matrix at a time."""
+    rows, *columns = index
+    step = ROWS if columns else rows.stop - rows.start
+    for first in range(rows.start, rows.stop, step):
+        stored = source.read(name, (slice(first, min(first + step, rows.stop)), *columns))
+        if not _finite(stored):
+            raise ValueError(f"{source.where}: {name} holds values that are not finite (NaN or infinity)")
+        out[first - rows.start :][: len(stored)] = stored
+
+
+def _finite(stored: np.ndarray) -> bool:
+    """Whether no number is NaN or infinite: those of bfloat16 have all bits of the exponent set."""
+    if stored.dtype == jnp.bfloat16:
+        return bool((stored.view(np.uint16) & 0x7FFF).max(initial=0) < 0x7F80)
+    return bool(np.isfinite(stored.astype(np.float32, copy=False)).all())
 
 
 def _flat_range(lengths: tuple[int, ...], index: Index) -> slice:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, UInt
 
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params
-from jaxsafe.model.weights import Weight, flatten, linear_maps, nest, partition_spec, sizes
+from jaxsafe.model.weights import flatten, linear_maps, nest, partition_spec, sizes
 
 MAPS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -147,27 +147,32 @@ def beside_changes(
 def init(config: ModelConfig, lora: LoRA, seed: int, mesh: Mesh | None = None) -> dict[str, Any]:
     """New adapters {"layers": {"q": {"a": [L, *I, R], "b": [L, R, *O]}}}, float32.
 
-    A is normal with variance 1 / I, B is zero, so that the model is the one without adapters. On `mesh` A lies as
-    the input axes of its map and B as the output axes.
+    A is normal with variance 1 / I, B is zero, so that the model is the one without adapters. On `mesh` they lie as
+    `shardings` says.
     """
-    table = linear_maps(config)
     keys = jax.random.split(jax.random.key(seed), len(MAPS))
-    adapters = {
-        name: _adapter(config, table[f"layers/{name}"], lora.rank, keys[MAPS.index(name)], mesh) for name in lora.maps
-    }
-    return {"layers": adapters}
+
+    def pair(name: str) -> dict[str, Any]:
+        weight = linear_maps(config)[f"layers/{name}"]
+        inputs, outputs = sizes(config, weight.inputs), sizes(config, weight.outputs)
+        a = jax.random.normal(keys[MAPS.index(name)], (config.layers, *inputs, lora.rank))
+        return {"a": a / math.sqrt(math.prod(inputs)), "b": jnp.zeros((config.layers, lora.rank, *outputs))}
+
+    adapters = {"layers": {name: pair(name) for name in lora.maps}}
+    return adapters if mesh is None else jax.device_put(adapters, shardings(config, lora, mesh))
 
 
-def _adapter(config: ModelConfig, weight: Weight, rank: int, key: jax.Array, mesh: Mesh | None) -> dict[str, Any]:
-    inputs, outputs = sizes(config, weight.inputs), sizes(config, weight.outputs)
-    a = jax.random.normal(key, (config.layers, *inputs, rank)) / math.sqrt(math.prod(inputs))
-    b = jnp.zeros((config.layers, rank, *outputs))
-    if mesh is None:
-        return {"a": a, "b": b}
-    lead, *axes = partition_spec(config, weight, mesh)
-    specs = {"a": (lead, *axes[: len(inputs)], None), "b": (lead, None, *axes[len(inputs) :])}
-    placed = {name: NamedSharding(mesh, PartitionSpec(*spec)) for name, spec in specs.items()}
-    return jax.device_put({"a": a, "b": b}, placed)
+def shardings(config: ModelConfig, lora: LoRA, mesh: Mesh) -> dict[str, Any]:
+    """How adapters lie on `mesh`: A as the input axes of its map, B as the output axes."""
+
+    def pair(name: str) -> dict[str, NamedSharding]:
+        weight = linear_maps(config)[f"layers/{name}"]
+        lead, *axes = partition_spec(config, weight, mesh)
+        inputs, outputs = axes[: len(weight.inputs)], axes[len(weight.inputs) :]
+        specs = {"a": (lead, *inputs, None), "b": (lead, None, *outputs)}
+        return {part: NamedSharding(mesh, PartitionSpec(*spec)) for part, spec in specs.items()}
+
+    return {"layers": {name: pair(name) for name in lora.maps}}
 
 
 def changes(adapters: Mapping[str, Any], alpha: float) -> dict[str, Any]:

@@ -43,3 +43,20 @@ def _backwards(inputs: tuple[Array, Array], gradient: Float[Array, "*B O"]) -> t
 
 
 _wide.defvjp(_forwards, _backwards)
+
+
+@jax.custom_vjp
+def wide_product(x: Float[Array, "*B I"], w: Float[Array, "I O"]) -> Float[Array, "*B O"]:
+    """x @ w in float32. The gradient is rounded to the dtype of `x` and `w`, neither of which is converted for it."""
+    return jnp.matmul(x, w, preferred_element_type=jnp.float32)
+
+
+def _wide_forwards(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+    return wide_product(x, w), (x, w)
+
+
+def _rounded_backwards(inputs: tuple[Array, Array], gradient: Float[Array, "*B O"]) -> tuple[Array, Array]:
+    return _backwards(inputs, gradient.astype(inputs[0].dtype))
+
+
+wide_product.defvjp(_wide_forwards, _rounded_backwards)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsafe.model.attention import Queries, Slots, attend, rotate, rotation
 from jaxsafe.model.blockwise import Scaling
 from jaxsafe.model.config import ModelConfig, Rope
-from jaxsafe.model.products import PRODUCT, product
+from jaxsafe.model.products import PRODUCT, product, wide_product
 from jaxsafe.model.taps import EMBED, FINAL, collection, tap
 from jaxsafe.model.weights import layer_shape, weights
 
@@ -259,8 +259,7 @@ def unembed(
     config: ModelConfig, x: Float[Array, "*B D"], head: Float[Array, "V D"] | Float[Array, "D V"]
 ) -> Float[Array, "*B V"]:
     """Logits, float32, of normed `x`; `head` is [V, D] where tied, else [D, V]."""
-    pattern = "...d,vd->...v" if config.tied else "...d,dv->...v"
-    logits = jnp.einsum(pattern, x, head, preferred_element_type=jnp.float32)
+    logits = wide_product(x, head.T if config.tied else head)
     return logits if (c := config.final_softcap) is None else c * jnp.tanh(logits / c)
 
 

@@ -187,10 +187,12 @@ def ways(work: Work, data: int) -> Iterator[Work]:
         parts *= 2
 
 
-def training(config: ModelConfig, mesh: Mesh, work: Work, chip: Chip, described: Sequence[Any] | None = None) -> Plan:
-    """The plan of fine-tuning by the first of the `ways` that fits `chip`; by the last one where none does."""
+def training(
+    config: ModelConfig, mesh: Mesh, task: str, work: Work, chip: Chip, described: Sequence[Any] | None = None
+) -> Plan:
+    """The plan of `task` (one of `LEARNING`) by the first of the `ways` that fits `chip`; by the last if none does."""
     for way in ways(work, mesh.shape["data"]):
-        found = plan(config, mesh, "fine_tuning", way, described)
+        found = plan(config, mesh, task, way, described)
         if found.fits(chip):
             break
     return found

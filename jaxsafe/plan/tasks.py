@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxsafe.kernels import lora
 from jaxsafe.kernels.generate import decode, prefill
 from jaxsafe.kernels.importance import gram_spec, gram_taps, gram_widths, matrix_spec
 from jaxsafe.kernels.layer_sums import LayerSums
@@ -212,28 +213,59 @@ def fine_tuning(config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Program, .
     B, T = work.sample_batch, work.length
     optimizer = optax.adamw(1e-5)
     masters = parameters(config, mesh, "float32")
-    # Of the state, moments lie as their parameters and counts everywhere.
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    state = optax.tree_utils.tree_map_params(
-        optimizer,
-        lambda a, like: _array(a.shape, a.dtype, like.sharding),
-        jax.eval_shape(optimizer.init, masters),
-        masters,
-        transform_non_params=lambda a: _array(a.shape, a.dtype, everywhere),
-    )
+    state = _optimizer_state(optimizer, masters, mesh)
     groups = {"parameters": masters, "optimiser state": state}
-    tree = {"params": masters, "optimizer": state}
-    where = jax.tree.map(lambda a: a.sharding, tree)
-    step = functools.partial(one_step, Recipe(config, optimizer, T // 2, accumulation=work.parts, remat=work.remat))
-
-    def compiled() -> Any:
-        return jax.jit(step, donate_argnums=0, out_shardings=(where, None)).lower(tree, _batch(mesh, B, T)).compile()
-
+    step = Recipe(config, optimizer, T // 2, accumulation=work.parts, remat=work.remat)
     # Forward, once more where layers are computed again, and the backward pass of twice as much.
     once = (3 + work.remat) * flops(config, mesh, B, T, T, (T // 2 + 1) * B)
     # Masters are cast, updated; of each part, passes read the cast weights, and the gradient is written and read.
     touched = {"parameters": 2 + 0.5 * (1 + work.parts * (2 + work.remat)) + 2 * work.parts, "optimiser state": 2}
+    compiled = _training(step, {"params": masters, "optimizer": state}, _batch(mesh, B, T))
     return (Program("training step", groups, touched, once, compiled, math.ceil(work.samples / B)),)
+
+
+def adapters(config: ModelConfig, mesh: Mesh, work: Work) -> tuple[Program, ...]:
+    """Steps of AdamW on low-rank adapters of all maps beside weights that stay."""
+    B, T = work.sample_batch, work.length
+    optimizer, shape = optax.with_extra_args_support(optax.adamw(1e-5)), lora.LoRA()
+    like, place = jax.eval_shape(lambda: lora.init(config, shape, 0)), lora.shardings(config, shape, mesh)
+    trained = jax.tree.map(lambda a, s: _array(a.shape, a.dtype, s), like, place)
+    groups = {
+        "parameters": parameters(config, mesh),
+        "adapters": trained,
+        "optimiser state": _optimizer_state(optimizer, trained, mesh),
+    }
+
+    def beside(config: ModelConfig, trained: Any, fixed: Any, keys: Any) -> dict[str, Any]:
+        return lora.unmerged(fixed["params"], trained, shape.scale, keys, shape.dropout)
+
+    step = Recipe(config, optimizer, T // 2, beside, work.parts, work.remat)
+    tree = {"params": trained, "optimizer": groups["optimiser state"]}
+    rate = _array((), jnp.float32, NamedSharding(mesh, PartitionSpec()))
+    compiled = _training(step, tree, _batch(mesh, B, T), {"params": groups["parameters"], "rate": rate})
+    # Forward, once more where layers are computed again, and the gradients of what enters the maps, but not of the
+    # maps; the adapters' own products are left out.
+    once = (2 + work.remat) * flops(config, mesh, B, T, T, (T // 2 + 1) * B)
+    touched = {"parameters": work.parts * (2.0 + work.remat), "adapters": 5.0, "optimiser state": 2.0}
+    return (Program("training step", groups, touched, once, compiled, math.ceil(work.samples / B)),)
+
+
+def _optimizer_state(optimizer: optax.GradientTransformation, trained: Any, mesh: Mesh) -> Any:
+    """The state of `optimizer`: moments lie as what is `trained`, counts everywhere."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda a, like: _array(a.shape, a.dtype, like.sharding),
+        jax.eval_shape(optimizer.init, trained),
+        trained,
+        transform_non_params=lambda a: _array(a.shape, a.dtype, everywhere),
+    )
+
+
+def _training(recipe: Recipe, tree: Any, batch: Batch, fixed: Any = None) -> Callable[[], Any]:
+    """Gives the compiled step of `recipe`, which consumes `tree`."""
+    step, where = functools.partial(one_step, recipe), jax.tree.map(lambda a: a.sharding, tree)
+    return lambda: jax.jit(step, donate_argnums=0, out_shardings=(where, None)).lower(tree, batch, fixed).compile()
 
 
 TASKS: dict[str, Callable[[ModelConfig, Mesh, Work], tuple[Program, ...]]] = {
@@ -241,11 +273,14 @@ TASKS: dict[str, Callable[[ModelConfig, Mesh, Work], tuple[Program, ...]]] = {
     "snip": functools.partial(scoring, "snip"),
     "act_svd": decomposition,
     "fine_tuning": fine_tuning,
+    "lora": adapters,
 }
 
 
 IN_TURNS = ("snip", "act_svd")
 """Tasks whose sums can be made of some layers at a time."""
+LEARNING = ("fine_tuning", "lora")
+"""Tasks whose samples can be learned from in several ways."""
 
 
 def device_bytes(tree: Any) -> float:

@@ -5,9 +5,11 @@
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -22,13 +24,14 @@ import pytest
 from compilations import compilations
 from tiny import random_rows, tiny_config, tiny_params, training_batches
 
-from jaxsafe.io.checkpoint import open_checkpoints
+from jaxsafe.io.checkpoint import open_checkpoints, outline, restore, save
 from jaxsafe.kernels.freezing import freeze, layers, outside
-from jaxsafe.kernels.lora import LoRA
-from jaxsafe.methods.trainer import FineTuning, begin, compiled_step, learning_rates, train, trained
+from jaxsafe.kernels.lora import LoRA, init
+from jaxsafe.methods.trainer import FREE, FineTuning, begin, compiled_step, learning_rates, train, trained
 from jaxsafe.model.transformer import forward
 from jaxsafe.model.weights import flatten, linear_maps, nest, shardings
 from jaxsafe.parallel import parse_mesh, put_rows
+from jaxsafe.rows import pad_rows
 
 CONFIG = tiny_config(layers=2)
 ROWS = random_rows([14, 16, 13, 15, 16, 14, 13, 15, 16], behind=[4, 7, 3, 5, 2, 6, 3, 1, 8])
@@ -258,7 +261,7 @@ def test_eight_devices_train_as_one(lora):
     assert float(jnp.abs(alone["layers"]["q"] - params()["layers"]["q"]).max()) > 1e-4
 
 
-def test_the_optimiser_lies_as_the_parameters():
+def test_the_optimiser_lies_as_the_parameters(tmp_path):
     mesh = parse_mesh("data:-1,model:2")
     wanted = shardings(CONFIG, mesh)
     placed = jax.device_put(params(), wanted)
@@ -267,11 +270,60 @@ def test_the_optimiser_lies_as_the_parameters():
     step = compiled_step(recipe, tree)
     after, _ = step(tree, put_rows(training_batches(ROWS, 8, 1, 0)[0], mesh), fixed)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(tree["params"]))
-    (adam, *_), masks = after["optimizer"]
+    with open_checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, after, {})
+    with open_checkpoints(tmp_path) as checkpoints:
+        _, restored = restore(checkpoints, outline(after), {})
+    for tree in (after, restored):
+        (adam, *_), masks = tree["optimizer"]
+        for part in (tree["params"], adam.mu, adam.nu):
+            assert jax.tree.map(lambda a: a.sharding, part) == wanted
+        for path, mask in masks.items():
+            assert mask.sharding == flatten(wanted)[path], path
+
+
+@pytest.mark.slow
+def test_the_optimiser_of_adapters_lies_as_they_do():
+    mesh = parse_mesh("data:-1,model:2")
+    placed = jax.device_put(params(), shardings(CONFIG, mesh))
+    settings = dataclasses.replace(BRISK, batch_size=8, lora=LoRA(4, 8.0, ("q", "down")))
+    tree, fixed, recipe = begin(CONFIG, placed, ROWS, settings, FREE, mesh)
+    wanted = jax.tree.map(lambda a: a.sharding, init(CONFIG, settings.lora, 0, mesh))
+    after, _ = compiled_step(recipe, tree)(tree, put_rows(training_batches(ROWS, 8, 1, 0)[0], mesh), fixed)
+    adam, *_ = after["optimizer"]
     for part in (after["params"], adam.mu, adam.nu):
         assert jax.tree.map(lambda a: a.sharding, part) == wanted
-    for path, mask in masks.items():
-        assert mask.sharding == flatten(wanted)[path], path
+
+
+def float32_weights(settings):
+    """The weights of the axes of which, those of all layers or of one in any order, a step makes a float32 array."""
+    config = tiny_config(layers=2, dtype="bfloat16")
+    tree, fixed, recipe = begin(config, tiny_params(config), ROWS, settings, FREE, None)
+    batch = pad_rows(ROWS[:6], length=20)  # no activation is as long as a weight
+    # As it is traced: the compiler for CPUs, which multiply bfloat16 in float32, makes such copies by itself.
+    text = compiled_step(recipe, tree).lower(tree, batch, fixed).as_text()
+    made = {axes(map(int, dims.split("x")[:-1])) for dims in re.findall(r"tensor<((?:\d+x)+)f32>", text)}
+    found = set()
+    for path, leaf in flatten(tiny_params(config)).items():
+        one = leaf.shape[1:] if path.startswith("layers/") else leaf.shape
+        if len(one) > 1 and made & {axes(leaf.shape), axes(one), axes((one[0], math.prod(one[1:])))}:
+            found.add(path)
+    return found
+
+
+def axes(shape):
+    """The axes of an array that are longer than 1, in one order."""
+    return tuple(sorted(n for n in shape if n > 1))
+
+
+@pytest.mark.parametrize(("dropout", "change"), [(0.0, {}), (0.1, {"accumulation": 2, "remat": True})])
+def test_a_step_of_adapters_has_no_weight_in_float32(dropout, change):
+    settings = dataclasses.replace(BRISK, lora=LoRA(3, 8.0, dropout=dropout), **change)
+    assert float32_weights(settings) == set()
+
+
+def test_a_step_of_the_weights_has_all_of_them_in_float32():
+    assert len(float32_weights(BRISK)) == len(linear_maps(CONFIG)) + 2
 
 
 # Learning rates and refusals

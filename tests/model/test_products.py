@@ -1,9 +1,11 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsafe.model.products import PRODUCT, asks_for_float32, product
+from jaxsafe.model.products import PRODUCT, asks_for_float32, product, wide_product
 
 
 def sides(dtype: str, lead: tuple[int, ...] = (3, 5)) -> tuple[jax.Array, jax.Array]:
@@ -35,6 +37,26 @@ def test_gradients_are_the_exact_ones_rounded_once(dtype: str) -> None:
         assert got.dtype == dtype
         step = (2.0**-8 if dtype == "bfloat16" else 1e-5) * np.abs(exact)
         assert np.all(np.abs(np.asarray(got, np.float64) - exact) <= step + 1e-5 * np.abs(exact).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_wide_product_and_its_gradients_are_exact_but_for_the_rounded_gradient(dtype: str) -> None:
+    x, w = sides(dtype)
+    gradient = jnp.asarray(np.random.default_rng(1).standard_normal((3, 5, 32)), jnp.float32)
+
+    def both(x: jax.Array, w: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        y, backwards = jax.vjp(wide_product, x, w)
+        return y, backwards(gradient)
+
+    y, gradients = jax.jit(both)(x, w)
+    g, x64, w64 = (np.asarray(a, np.float64) for a in (gradient.astype(dtype), x, w))
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, x64 @ w64, atol=2e-6 * (np.abs(x64) @ np.abs(w64)).max())
+    for got, exact in zip(gradients, (np.einsum("bto,io->bti", g, w64), np.einsum("bti,bto->io", x64, g)), strict=True):
+        assert got.dtype == dtype
+        step = (2.0**-8 if dtype == "bfloat16" else 1e-5) * np.abs(exact)
+        assert np.all(np.abs(np.asarray(got, np.float64) - exact) <= step + 1e-5 * np.abs(exact).max())
+    assert not re.search(r"stablehlo.convert .*bf16>\) -> .*f32>", jax.jit(both).lower(x, w).as_text())
 
 
 def test_a_backward_pass_may_keep_a_product_in_its_own_dtype() -> None:

@@ -208,8 +208,8 @@ def test_training_takes_the_fastest_way_that_fits():
     assert again.flops / kept.flops == 4 / 3 and parts.flops == again.flops
     assert kept.memory > again.memory > parts.memory
     device = dataclasses.replace(chip("v5e"), memory=again.memory / 0.9)
-    assert training(WIDE, mesh, work, device).work == found[1].work
-    assert training(WIDE, mesh, work, dataclasses.replace(device, memory=10.0)).work == found[-1].work
+    assert training(WIDE, mesh, "fine_tuning", work, device).work == found[1].work
+    assert training(WIDE, mesh, "fine_tuning", work, dataclasses.replace(device, memory=10.0)).work == found[-1].work
 
 
 def test_more_devices_than_samples_take_one_each():
