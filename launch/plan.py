@@ -131,7 +131,8 @@ def verdict(found: Plan, device: Chip, config: ModelConfig, work: Work, devices:
     if other is None:
         return f"{found.task} does not fit: {needs}; nor does any mesh of {len(devices)} {device.name}"
     lengths = ",".join(f"{axis}:{n}" for axis, n in other.mesh.items())
-    some = "" if other.work.layers is None else f" with --config.layers_at_a_time={other.work.layers}"
+    some = "" if other.work.sample_batch == work.sample_batch else f" --sample_batch={other.work.sample_batch}"
+    some += "" if other.work.layers is None else f" with --config.layers_at_a_time={other.work.layers}"
     return f"{found.task} does not fit: {needs}; --mesh={lengths}{some} does, with {gigabytes(other.memory)}"
 
 

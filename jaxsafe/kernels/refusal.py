@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int
 
 from jaxsafe.kernels.ablation import ablation
 from jaxsafe.kernels.forward import prompt_inputs
-from jaxsafe.model.attention import Slots
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.taps import edit
 from jaxsafe.model.transformer import Edits, Params, Transformer, variables
@@ -88,12 +87,3 @@ def _first_logits(config: ModelConfig, params: Params, batch: Batch, edits: Edit
     given = prompt_inputs(config, params, batch, edits=edits, alike=True)
     logits: Any = Transformer(config).apply(variables(params, edits), *given, last=1)[0]
     return logits[:, -1].astype(jnp.float32)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def first_log_odds(
-    config: ModelConfig, params: Params, batch: Batch, refusal: Int[Array, " R"], edits: Any = None
-) -> Float[Array, " B"]:
-    """Refusal log-odds of each prompt of `batch`."""
-    logits: Any = Transformer(config).apply(variables(params, edits), batch.tokens, Slots(batch.valid), last=1)[0]
-    return refusal_log_odds(logits[:, -1], refusal)

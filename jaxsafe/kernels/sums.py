@@ -88,7 +88,7 @@ class Scoring:
 
 
 Add = Callable[[Scoring, ModelConfig, Params, Batch, Sums, int | None, Mesh | None], Sums]
-AddLayers = Callable[[Scoring, ModelConfig, Params, Batch, LayerSums, int | None, Mesh | None], LayerSums]
+Reducers = Callable[[ModelConfig, Batch, str, int | None, Mesh | None], Mapping[str, Reducer]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +98,8 @@ class Kind:
     outline: the tree as `jax.ShapeDtypeStruct`s
     specs: how each leaf of it lies on a mesh
     add: what `add_batch` does
-    add_layers: what `add_batch_of_layers` does
+    reducers: (config, batch, positions, last, mesh) -> {tap: what makes the sums of a block from a batch}; None where
+        they need gradients
     scores: (config, params, sums, n) -> a score of every weight, None where there is none
     reducer: makes the sums of one block from its inputs, weighted [B, T]; None where they need the whole model
     of_loss: whether they follow from a loss
@@ -108,7 +109,7 @@ class Kind:
     outline: Callable[[ModelConfig], Sums]
     specs: Callable[[ModelConfig, Mesh], Sums]
     add: Add
-    add_layers: AddLayers
+    reducers: Reducers | None = None
     scores: Callable[[ModelConfig, Params, Sums, int], dict[str, Any]] | None = None
     reducer: Callable[[Any], Reducer] | None = None
     of_loss: bool = False
@@ -151,34 +152,10 @@ def _add_snip(
     return add_products(config, inputs, gradients, sums, mesh)
 
 
-def _add_snip_layers(
-    scoring: Scoring,
-    config: ModelConfig,
-    params: Params,
-    batch: Batch,
-    sums: LayerSums,
-    last: int | None,
-    mesh: Mesh | None,
-) -> LayerSums:
-    return add_snip(config, params, batch, sums, scoring.counting, last, mesh)
-
-
 def _add_wanda(
     scoring: Scoring, config: ModelConfig, params: Params, batch: Batch, sums: Sums, last: int | None, mesh: Mesh | None
 ) -> Sums:
     return jax.tree.map(jnp.add, sums, wanda_sums(config, params, batch, scoring.positions, mesh=mesh))
-
-
-def _add_wanda_layers(
-    scoring: Scoring,
-    config: ModelConfig,
-    params: Params,
-    batch: Batch,
-    sums: LayerSums,
-    last: int | None,
-    mesh: Mesh | None,
-) -> LayerSums:
-    return add_reduced(config, params, batch, wanda_reducers(config, batch, scoring.positions), sums, mesh)
 
 
 def _add_gram(
@@ -187,22 +164,16 @@ def _add_gram(
     return jax.tree.map(jnp.add, sums, gram_sums(config, params, batch, scoring.positions, last, mesh=mesh))
 
 
-def _add_gram_layers(
-    scoring: Scoring,
-    config: ModelConfig,
-    params: Params,
-    batch: Batch,
-    sums: LayerSums,
-    last: int | None,
-    mesh: Mesh | None,
-) -> LayerSums:
-    return add_reduced(config, params, batch, gram_reducers(config, batch, scoring.positions, last, mesh), sums, mesh)
+def _wanda_reducers(
+    config: ModelConfig, batch: Batch, positions: str, last: int | None, mesh: Mesh | None
+) -> Mapping[str, Reducer]:
+    return wanda_reducers(config, batch, positions)  # of all slots, and of features where they lie
 
 
 KINDS: Mapping[str, Kind] = {
-    "snip": Kind(_of_maps, _as_maps, _add_snip, _add_snip_layers, snip_scores, of_loss=True),
-    "wanda": Kind(_of_inputs, _as_inputs, _add_wanda, _add_wanda_layers, wanda_scores, SquareSum),
-    "gram": Kind(_of_narrow_sides, _by_both_sides, _add_gram, _add_gram_layers, reducer=Gram, narrow=True),
+    "snip": Kind(_of_maps, _as_maps, _add_snip, scores=snip_scores, of_loss=True),
+    "wanda": Kind(_of_inputs, _as_inputs, _add_wanda, _wanda_reducers, wanda_scores, SquareSum),
+    "gram": Kind(_of_narrow_sides, _by_both_sides, _add_gram, gram_reducers, reducer=Gram, narrow=True),
 }
 """SNIP sums |gradients| of the maps, Wanda squares of their inputs, Gram outer products of their narrower side."""
 
@@ -283,7 +254,11 @@ def with_batch_of_layers(
     mesh: Mesh | None,
 ) -> LayerSums:
     """As `add_batch`, of some layers: `sums` with those of `batch` added."""
-    added = kind_of(scoring.kind).add_layers(scoring, config, params, batch, sums, last, mesh)
+    reducers = kind_of(scoring.kind).reducers
+    if reducers is None:
+        added = add_snip(config, params, batch, sums, scoring.counting, last, mesh)
+    else:
+        added = add_reduced(config, params, batch, reducers(config, batch, scoring.positions, last, mesh), sums, mesh)
     if mesh is None:
         return added
     where = shardings(scoring.kind, config, mesh)

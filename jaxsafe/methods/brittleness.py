@@ -315,7 +315,8 @@ class Material:
     @property
     def config(self) -> ModelConfig:
         """The configuration of the model, of a part with its number of layers."""
-        return self.settings.scoring("gram", self.layers).summed(self.model.config)
+        config = self.model.config
+        return config if self.layers is None else dataclasses.replace(config, layers=len(self.layers))
 
     @property
     def params(self) -> Params:

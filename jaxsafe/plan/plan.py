@@ -14,6 +14,7 @@ what its collectives send, by one axis of the torus. Little runs as fast; a half
 """
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -198,13 +199,17 @@ def training(
     return found
 
 
+Known = dict[tuple[str, tuple[int | None, ...]], Plan]
+"""Plans of one model by task, and by mesh and layers at a time."""
+
+
 def smallest(
     config: ModelConfig,
     chip: Chip,
     task: str,
     work: Work,
     devices: Sequence[Any],
-    known: dict[tuple[str, tuple[int | None, ...]], Plan] | None = None,
+    known: Known | None = None,
 ) -> Plan | None:
     """The plan of the first of the `meshes` on which `task` fits `chip`; None where it fits none of `devices`.
 
@@ -219,16 +224,9 @@ def smallest(
         (make_mesh(each, devices[: math.prod(each.values())]), _widened(work, each["data"]) if sampled else work)
         for each in lengths
     ]
-    for mesh, given in tried:
-        if not outline(config, mesh, task, given).fits(chip):
-            continue
-        key = task, (*mesh.shape.values(), None)
-        if key not in known:
-            known[key] = plan(config, mesh, task, given)
-        if known[key].fits(chip):
-            return known[key]
-    found = (in_turns(config, chip, task, given, mesh, known) for mesh, given in tried)
-    return next((each for each in found if each is not None), None)
+    at_once = (_fitting(config, chip, task, given, mesh, known) for mesh, given in tried)
+    turns = (in_turns(config, chip, task, given, mesh, known) for mesh, given in tried)
+    return next((each for each in itertools.chain(at_once, turns) if each is not None), None)
 
 
 def _widened(work: Work, data: int) -> Work:
@@ -241,7 +239,7 @@ def in_turns(
     task: str,
     work: Work,
     mesh: Mesh,
-    known: dict[tuple[str, tuple[int | None, ...]], Plan] | None = None,
+    known: Known | None = None,
 ) -> Plan | None:
     """The plan of `task` on `mesh` with a half of the layers at a time, a quarter, ..., the most with which it fits.
 
@@ -250,12 +248,17 @@ def in_turns(
     known, layers = {} if known is None else known, config.layers
     while task in IN_TURNS and layers > 1:
         layers = math.ceil(layers / 2)
-        some = dataclasses.replace(work, layers=layers)
-        if not outline(config, mesh, task, some).fits(chip):
-            continue
-        key = task, (*mesh.shape.values(), layers)
-        if key not in known:
-            known[key] = plan(config, mesh, task, some)
-        if known[key].fits(chip):
-            return known[key]
+        found = _fitting(config, chip, task, dataclasses.replace(work, layers=layers), mesh, known)
+        if found is not None:
+            return found
     return None
+
+
+def _fitting(config: ModelConfig, chip: Chip, task: str, work: Work, mesh: Mesh, known: Known) -> Plan | None:
+    """The plan, where `task` fits; nothing is compiled where what is held alone does not."""
+    if not outline(config, mesh, task, work).fits(chip):
+        return None
+    key = task, (*mesh.shape.values(), work.layers)
+    if key not in known:
+        known[key] = plan(config, mesh, task, work)
+    return known[key] if known[key].fits(chip) else None
