@@ -13,21 +13,20 @@ PRODUCT = "product"
 
 
 def product(x: Float[Array, "*B I"], w: Float[Array, "I O"]) -> Float[Array, "*B O"]:
-    """x @ w in the dtype of `x`, named `PRODUCT`; summed in float32 and rounded once."""
-    return checkpoint_name(_wide(x, w) if asks_for_float32(x.dtype) else x @ w, PRODUCT)
+    """x @ w in the dtype of `x`, named `PRODUCT`; summed in float32 and rounded once.
 
-
-def asks_for_float32(dtype: jnp.dtype) -> bool:
-    """Whether products of this dtype are faster where a float32 result is asked for and rounded afterwards.
-
-    So it is on CPUs, whose products with half-precision results convert both sides first in jax 0.10. Accelerators
-    sum in float32 by themselves.
+    On a CPU it has derivatives in reverse mode alone (`jax.grad`, `jax.vjp`).
     """
-    return jax.default_backend() == "cpu" and dtype in (jnp.bfloat16, jnp.float16)
+    return checkpoint_name(_wide(x, w) if jax.default_backend() == "cpu" else x @ w, PRODUCT)
 
 
 @jax.custom_vjp
 def _wide(x: Float[Array, "*B I"], w: Float[Array, "I O"]) -> Float[Array, "*B O"]:
+    """x @ w as a CPU does it fastest, forwards and backwards.
+
+    Products with half-precision results convert both sides first in jax 0.10. JAX's own rule makes the gradient of `w`
+    transposed, for which XLA transposes that of y together with all that it follows from, element by element.
+    """
     return jnp.matmul(x, w, preferred_element_type=jnp.float32).astype(x.dtype)
 
 
@@ -36,7 +35,7 @@ def _forwards(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
 
 
 def _backwards(inputs: tuple[Array, Array], gradient: Float[Array, "*B O"]) -> tuple[Array, Array]:
-    """Gradients of both sides; JAX's own rule would multiply a float32 gradient by half-precision weights."""
+    """Gradients of both sides; JAX's own rule would multiply a float32 gradient by half-precision weights, too."""
     x, w = inputs
     rows, columns = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
     return _wide(gradient, w.T), _wide(rows.T, columns)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsafe.model.products import PRODUCT, asks_for_float32, product, wide_product
+from jaxsafe.model.products import PRODUCT, product, wide_product
 
 
 def sides(dtype: str, lead: tuple[int, ...] = (3, 5)) -> tuple[jax.Array, jax.Array]:
@@ -72,6 +72,13 @@ def test_a_backward_pass_may_keep_a_product_in_its_own_dtype() -> None:
     assert all(dtype == jnp.bfloat16 for _, dtype in shapes)
 
 
-def test_only_half_precision_asks_a_cpu_for_float32() -> None:
-    assert not asks_for_float32(jnp.dtype("float32"))
-    assert asks_for_float32(jnp.dtype("bfloat16")) == (jax.default_backend() == "cpu")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_a_weight_is_made_as_the_weight_lies(dtype: str) -> None:
+    x, w = sides(dtype)
+
+    def gradient(x: jax.Array, w: jax.Array) -> jax.Array:
+        return jax.grad(lambda w: jnp.sin(product(x, w)).sum())(w)
+
+    made = re.findall(r"stablehlo.dot_general .* -> tensor<(\d+x\d+)x", jax.jit(gradient).lower(x, w).as_text())
+    if jax.default_backend() == "cpu":
+        assert "64x32" in made and "32x64" not in made
