@@ -45,7 +45,11 @@ def turns(model, tmp_path_factory):
     return Material(model, SIDES.get, Store(tmp_path_factory.mktemp("turns")), TURNS)
 
 
-@pytest.mark.parametrize("point", [*MASKS, *RANKS], ids=lambda point: point.name)
+@pytest.mark.parametrize(
+    "point",
+    [MASKS[0], RANKS[0], *(pytest.param(point, marks=pytest.mark.slow) for point in (MASKS[1], RANKS[1]))],
+    ids=lambda point: point.name,
+)
 def test_an_edit_in_turns_is_that_of_all_layers(whole, turns, point):
     (want, mask), (found, own_mask) = edited(whole, point), edited(turns, point)
     for path, value in flatten(want).items():
