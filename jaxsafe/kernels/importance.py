@@ -21,6 +21,7 @@ from jaxsafe.kernels.forward import capture
 from jaxsafe.kernels.likelihood import token_nll
 from jaxsafe.model.attention import Slots
 from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.products import transposed
 from jaxsafe.model.taps import FINAL, Gram, SquareSum, at, readings, rows_on_data
 from jaxsafe.model.transformer import Params, Transformer, variables
 from jaxsafe.model.weights import Weight, flatten, linear_maps, nest, partition_spec, sizes, weights
@@ -213,8 +214,7 @@ def absolute_products(x: jax.Array, g: jax.Array, start: jax.Array) -> jax.Array
     """
 
     def add_row(b: jax.Array, so_far: jax.Array) -> jax.Array:
-        product = jnp.einsum("ti,to->io", x[b], g[b], preferred_element_type=jnp.float32)
-        return so_far + jnp.abs(product)
+        return so_far + jnp.abs(jnp.matmul(transposed(x[b]), g[b], preferred_element_type=jnp.float32))
 
     return jax.lax.fori_loop(0, x.shape[0], add_row, start)
 

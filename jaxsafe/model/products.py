@@ -6,6 +6,7 @@ Axes: B any leading axes, I inputs, O outputs
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float
 
 PRODUCT = "product"
@@ -18,6 +19,17 @@ def product(x: Float[Array, "*B I"], w: Float[Array, "I O"]) -> Float[Array, "*B
     On a CPU it has derivatives in reverse mode alone (`jax.grad`, `jax.vjp`).
     """
     return checkpoint_name(_wide(x, w) if jax.default_backend() == "cpu" else x @ w, PRODUCT)
+
+
+def transposed(a: Float[Array, "m n"]) -> Float[Array, "n m"]:
+    """a.T, as a side of a product.
+
+    On a CPU it is laid out anew in half precision, of which jax multiplies natively only what lies row by row.
+    """
+    if a.dtype.itemsize > 2:
+        return a.T
+    by_rows = Layout((0, 1))
+    return jax.lax.platform_dependent(a, cpu=lambda a: with_layout_constraint(a.T, by_rows), default=lambda a: a.T)
 
 
 @jax.custom_vjp
@@ -38,7 +50,7 @@ def _backwards(inputs: tuple[Array, Array], gradient: Float[Array, "*B O"]) -> t
     """Gradients of both sides; JAX's own rule would multiply a float32 gradient by half-precision weights, too."""
     x, w = inputs
     rows, columns = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
-    return _wide(gradient, w.T), _wide(rows.T, columns)
+    return _wide(gradient, transposed(w)), _wide(transposed(rows), columns)
 
 
 _wide.defvjp(_forwards, _backwards)

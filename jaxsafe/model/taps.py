@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsafe.model.products import transposed
+
 TAPS = ("attn_in", "q", "k", "v", "heads", "o", "attn_out", "mlp_in", "mlp_hidden", "down", "mlp_out", "resid")
 """Taps inside every block: normed input of attention; outputs of the maps q, k and v, features of all heads in a row,
 before norm and rotation; input of o, output of o, what attention adds to the residual stream (the output of o, behind
@@ -214,9 +216,8 @@ class Gram:
         x = x[:, x.shape[1] - self.weight.shape[1] :]
         counted = x * self.weight[..., None].astype(x.dtype)
         # Products of bfloat16 numbers are exact in float32; accelerators would round float32 factors to fewer bits.
-        return jnp.einsum(
-            "pf,pg->fg",
-            self._side(counted, 0),
+        return jnp.matmul(
+            transposed(self._side(counted, 0)),
             self._side(x, 1),
             precision=jax.lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxsafe.devices import multiplies_bfloat16
 from jaxsafe.model.products import PRODUCT, product, wide_product
 
 
@@ -82,3 +83,17 @@ def test_the_gradient_of_a_weight_is_made_as_the_weight_lies(dtype: str) -> None
     made = re.findall(r"stablehlo.dot_general .* -> tensor<(\d+x\d+)x", jax.jit(gradient).lower(x, w).as_text())
     if jax.default_backend() == "cpu":
         assert "64x32" in made and "32x64" not in made
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="of programs for CPUs")
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="this processor multiplies no bfloat16")
+def test_no_product_of_a_gradient_is_made_in_float32() -> None:
+    x, w = jnp.ones((640, 576), jnp.bfloat16), jnp.ones((576, 576), jnp.bfloat16)
+
+    def gradients(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
+        return jax.grad(lambda *sides: jnp.sin(product(*sides)).sum(dtype=jnp.float32), (0, 1))(x, w)
+
+    text = jax.jit(gradients).lower(x, w).compile().as_text()
+    types = dict(re.findall(r"%?([\w.\-]+) = (\w+)\[", text)) | dict(re.findall(r"([\w.]+): (\w+)\[", text))
+    sides = re.findall(r" dot\(%?([\w.\-]+), %?([\w.\-]+)\)", text)
+    assert len(sides) == 3 and all(types[side] == "bf16" for pair in sides for side in pair)
