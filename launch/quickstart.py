@@ -77,7 +77,7 @@ def tuned_model(settings: TuningSettings, dtype: str, clock: Clock) -> ChatModel
     if not (folder / "config.json").is_file():
         tune(base, (harmful, benign), settings, folder, path, clock)
     with clock.watch("load_s")("loading the safety-tuned model", 0):
-        tuned = load_chat_model(folder)
+        tuned = load_chat_model(folder, dtype)
     return dataclasses.replace(tuned, name=f"{BASE}, safety-tuned")
 
 

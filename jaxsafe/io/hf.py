@@ -29,6 +29,8 @@ COMPANIONS = """
     config.json generation_config.json tokenizer.json tokenizer.model tokenizer_config.json vocab.json merges.txt
     special_tokens_map.json added_tokens.json chat_template.jinja
 """.split()
+DTYPE = ("dtype", "torch_dtype")
+"""The names under which transformers 5 and 4 write the dtype of the weights."""
 
 
 def read_config(folder: str | os.PathLike, dtype: str | None = None) -> ModelConfig:
@@ -57,7 +59,7 @@ def read_config(folder: str | os.PathLike, dtype: str | None = None) -> ModelCon
 def _stored_dtype(attributes: Mapping[str, Any]) -> str:
     inner = attributes.get("text_config")
     places = (attributes, inner if isinstance(inner, dict) else {})
-    said = [place.get(name) for place in places for name in ("dtype", "torch_dtype")]
+    said = [place.get(name) for place in places for name in DTYPE]
     return "bfloat16" if next(filter(None, said), None) == "bfloat16" else "float32"
 
 
@@ -73,15 +75,16 @@ def save_hf(
     folder: str | os.PathLike,
     config: ModelConfig,
     params: Mapping[str, Any],
-    like: str | os.PathLike | None = None,
+    like: str | os.PathLike | GgufFile | None = None,
     card: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> pathlib.Path:
     """Writes `params` as a Hugging Face folder that `transformers` loads with the same logits.
 
     `like` is the folder that the model came from: its configuration and tokenizer are copied unchanged, but for what
-    `config` says otherwise: a head that is tied no longer, a text model out of a model with images. It may be a GGUF
-    file: what that says of configuration and tokenizer is written in the way of such a folder.
+    `config` says otherwise: another dtype, a head that is tied no longer, a text model out of a model with images. It
+    may be a GGUF file, opened or not: what that says of configuration and tokenizer is written in the way of such a
+    folder.
     Without it a `config.json` is written from `config`. `card` becomes README.md. Weights are split into
     files of at most `shard_bytes`. The folder appears whole or not at all; one that exists and holds
     anything but an earlier export is refused with FileExistsError. Raises ValueError for a parameter that is
@@ -97,7 +100,7 @@ def save_hf(
         return pathlib.Path(folder)
     with new_folder(folder, _exported) as out:
         if like is not None:
-            _bring_companions(out, pathlib.Path(like))
+            _bring_companions(out, like)
         _write_config(out / "config.json", config)
         if card is not None:
             write_text(out / "README.md", card)
@@ -112,18 +115,19 @@ def gguf_to_hf(path: str | os.PathLike, folder: str | os.PathLike, dtype: str | 
 
     `dtype` is as in `GgufFile.config`. The folder appears whole or not at all. Raises as `GgufFile` and `save_hf` do.
     """
-    config, tensors = open_gguf(GgufFile(path), dtype)
-    return save_hf(folder, config, load_params(config, tensors), like=path)
+    source = GgufFile(path)
+    config, tensors = open_gguf(source, dtype)
+    return save_hf(folder, config, load_params(config, tensors), like=source)
 
 
-def _bring_companions(out: pathlib.Path, like: pathlib.Path) -> None:
+def _bring_companions(out: pathlib.Path, like: str | os.PathLike | GgufFile) -> None:
     """Puts into `out` what belongs to the model of `like`, a folder or a GGUF file, besides the weights."""
-    if not like.is_file():
+    if not isinstance(like, GgufFile) and not pathlib.Path(like).is_file():
         for name in COMPANIONS:
-            if (like / name).is_file():
-                shutil.copyfile(like / name, out / name)
+            if (file := pathlib.Path(like, name)).is_file():
+                shutil.copyfile(file, out / name)
         return
-    source = GgufFile(like)
+    source = like if isinstance(like, GgufFile) else GgufFile(like)
     attributes = source.attributes()
     source.tokenizer().save_pretrained(str(out))
     described = read_json(out / "tokenizer_config.json")
@@ -141,9 +145,13 @@ def _write_config(file: pathlib.Path, config: ModelConfig) -> None:
         source = read_json(file)
         before = config_from_hf(source, config.dtype)
         if source["model_type"] == config.family:
-            if before.tied == config.tied:
+            changes: dict[str, Any] = {} if before.tied == config.tied else {"tie_word_embeddings": config.tied}
+            named = [name for name in DTYPE if source.get(name)]
+            if any(source[name] != config.dtype for name in named) or (not named and config.dtype != "float32"):
+                changes |= dict.fromkeys(named or DTYPE[1:], config.dtype)
+            if not changes:
                 return
-            attributes = source | {"tie_word_embeddings": config.tied}
+            attributes = source | changes
         else:
             attributes |= {key: value for key, value in source.items() if key.endswith("_token_id")}
     write_text(file, json.dumps(attributes, indent=2) + "\n")

@@ -321,6 +321,21 @@ def test_without_a_source_the_config_is_written(tmp_path):
     assert (out.stat().st_mode & 0o777, (out / "model.safetensors").stat().st_mode & 0o777) == (0o755, 0o644)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("said", [{"torch_dtype": "bfloat16"}, {"dtype": "float32"}, {"dtype": "float16"}, {}], ids=str)
+def test_an_export_says_the_dtype_of_its_weights(said, dtype, tmp_path):
+    source = write_folder(tmp_path / "source", HALF)
+    attributes = json.loads((source / "config.json").read_text())
+    del attributes["torch_dtype"]
+    (source / "config.json").write_text(json.dumps(attributes | said))
+    out = save_hf(tmp_path / "out", *load_hf(source, dtype), like=source)
+    written = json.loads((out / "config.json").read_text())
+    name, before = next(iter(said.items()), ("torch_dtype", "float32"))
+    changed = {} if before == dtype else {name: dtype}
+    assert written == attributes | said | changed
+    assert read_config(out).dtype == dtype == load_file(out / "model.safetensors")["model.norm.weight"].dtype
+
+
 def test_companions_travel_along(tmp_path):
     source = write_folder(tmp_path / "source", HALF)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
