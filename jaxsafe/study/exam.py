@@ -1,9 +1,10 @@
 """An exam: prompts under settings, a judge, and texts to read. It turns a model into typed samples and rates."""
 
+import bisect
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -173,15 +174,17 @@ def examine(
     samples: list[list[Sample]] = [[] for _ in names]
     likely: list[list[Likelihood]] = [[] for _ in names]
     tokens = Tokens(read=sum(len(names) * len(row.ids) for row in exam.texts) + sum(len(r.ids) for r in exam.before))
-    questions, by_question = exam.questions, list[list[list[Answer]]]()
+    questions = exam.questions
+    by_question: list[list[list[Answer]]] = [[] for _ in questions]
 
     def for_all(n: int) -> None:
         done(n * len(names))
 
-    for question, place in zip(questions, _places(log, len(questions)), strict=True):
-        answers, taken = _answered(examinee, question, exam, place, for_all)
+    for place in _places(log, questions, examinee.model):
+        answers, taken = _answered(examinee, [questions[i] for i in place.numbers], exam, place, for_all)
         tokens += taken
-        by_question.append([[by_rule[rule] for by_rule in answers] for rule in range(len(names))])
+        for i, first, stop in zip(place.numbers, place.bounds, place.bounds[1:], strict=False):
+            by_question[i] = [[by_rule[rule] for by_rule in answers[first:stop]] for rule in range(len(names))]
     read_by_question = _read(reference, questions, by_question, exam.batch_size, done)
     for question, by_name, read in zip(questions, by_question, read_by_question, strict=True):
         for rule, found in enumerate(read):
@@ -212,10 +215,15 @@ class Answer(NamedTuple):
 
 
 class Place(NamedTuple):
-    """The log of one question's answers, in the log of the whole exam: its number there, and what was found."""
+    """The log of the answers to some questions that are asked together, in the log of the whole exam.
+
+    numbers: those of the questions there; bounds: where the answers to each begin among all of these, and where they
+    end; found: the answers that the log holds, by their place among all of these.
+    """
 
     log: Log | None
-    number: int
+    numbers: tuple[int, ...]
+    bounds: tuple[int, ...]
     found: tuple[tuple[int, Json], ...]
 
     def entries(self) -> list[Json]:
@@ -225,35 +233,50 @@ class Place(NamedTuple):
     def add(self, *entries: Json) -> None:
         """Adds the answers of a batch."""
         if self.log is not None:
-            self.log.add(*([self.number, *entry] for entry in entries))
+            which = [bisect.bisect_right(self.bounds, index) - 1 for index, _ in entries]
+            own = zip(which, entries, strict=True)
+            self.log.add(*([self.numbers[k], index - self.bounds[k], answers] for k, (index, answers) in own))
 
 
-def _places(log: Log | None, questions: int) -> list[Place]:
-    """The place of each question; the log is read once."""
-    found: list[list[tuple[int, Json]]] = [[] for _ in range(questions)]
+def _places(log: Log | None, questions: Sequence[Question], model: ChatModel) -> list[Place]:
+    """The places of questions that are asked together, which fill each other's batches; the log is read once.
+
+    Those are asked together that are asked in one way and answered greedily: of what is drawn, which one an answer is
+    follows from equal prompts before it.
+    """
+    found: list[list[tuple[int, Json]]] = [[] for _ in questions]
     for number, index, answers in [] if log is None else log.entries():
         found[number].append((index, answers))
-    return [Place(log, number, tuple(kept)) for number, kept in enumerate(found)]
+    alike: dict[Any, list[int]] = {}
+    for number, question in enumerate(questions):
+        drawn = question.setting.temperature or question.setting.samples > 1
+        alike.setdefault((question.prompt(model), number if drawn else None), []).append(number)
+    places = []
+    for numbers in alike.values():
+        sizes = [len(questions[i].prompts) * questions[i].setting.width for i in numbers]
+        bounds = tuple(itertools.accumulate(sizes, initial=0))
+        kept = [(start + i, each) for number, start in zip(numbers, bounds, strict=False) for i, each in found[number]]
+        if questions[numbers[0]].setting.temperature and len(kept) < bounds[-1]:
+            kept = []  # what is drawn is drawn together
+        places.append(Place(log, tuple(numbers), bounds, tuple(kept)))
+    return places
 
 
 def _answered(
-    examinee: Examinee, question: Question, exam: Exam, place: Place, done: Progress
+    examinee: Examinee, questions: Sequence[Question], exam: Exam, place: Place, done: Progress
 ) -> tuple[list[list[Answer]], Tokens]:
-    """The answers to `question`, [answer][rule], and the tokens that they take; those that are kept take none."""
-    texts, width, taken = question.texts, question.setting.samples, [Tokens()]
-    n = len(texts) * width
-    if question.setting.temperature and len(place.found) < n:
-        # What is drawn is drawn together: which one an answer is follows from equal prompts before it.
-        place = place._replace(found=())
+    """The answers to `questions` of one place, [answer][rule], and the tokens that they take; kept ones take none."""
+    first, taken = questions[0], [Tokens()]
+    texts, width = [text for question in questions for text in question.texts], first.setting.samples
 
     def make(left: list[int]) -> Iterator[tuple[list[int], list[Json]]]:
-        asked = examinee.with_prompt(*question.prompt(examinee.model))
+        asked = examinee.with_prompt(*first.prompt(examinee.model))
         some = [texts[i // width] for i in left[::width]]
-        for rows, answers in asked.answer_batches(some, question.decoding(exam.decoding), exam.batch_size):
+        for rows, answers in asked.answer_batches(some, first.decoding(exam.decoding), exam.batch_size):
             taken.append(Tokens(read=answers[0].read, written=sum(each.written for each in answers)))
             yield [left[row] for row in rows], [_by_rule(answers, i) for i in range(len(rows))]
 
-    found = by_batch(n, make, place, done)
+    found = by_batch(place.bounds[-1], make, place, done)
     return [[Answer(*each) for each in by_rule] for by_rule in found], sum(taken, Tokens())
 
 

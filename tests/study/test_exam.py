@@ -10,6 +10,7 @@ import pytest
 from exams import BAD, JUDGE, MIXED, NEW, PERSONA, SETTINGS, TEXTS, small_exam, verdict
 from tiny import tiny_chat_model, tiny_params, tiny_tokenizer
 
+from jaxsafe.chat.steered import Steered
 from jaxsafe.digest import digest
 from jaxsafe.evaluation.judges.broken import BrokenJudge
 from jaxsafe.evaluation.judges.keyword import KeywordJudge
@@ -17,6 +18,7 @@ from jaxsafe.evaluation.language import repetition, text_rows
 from jaxsafe.evaluation.settings import Setting, setting
 from jaxsafe.evaluation.stats import clustered_rate, rate
 from jaxsafe.evaluation.utilisation import Tokens
+from jaxsafe.io.store import Log
 from jaxsafe.kernels.generate import generate
 from jaxsafe.kernels.sampling import Decoding, Sampling, row_seeds
 from jaxsafe.model.transformer import forward
@@ -280,6 +282,31 @@ def test_progress_counts_answers_their_reading_and_texts(model):
     assert sum(heard) == 2 * exam.pieces == 2 * (2 * exam.size + len(TEXTS))
     # No batch is read or answered without a word: each has at most so many rows, under both rules.
     assert max(heard) <= 2 * exam.batch_size
+
+
+def test_sets_that_are_asked_alike_fill_each_others_batches(model, tmp_path, monkeypatch):
+    asked, really = [], Steered.answer_batches
+
+    def heard(self, prompts, *given):
+        asked.append(list(prompts))
+        return really(self, prompts, *given)
+
+    monkeypatch.setattr(Steered, "answer_batches", heard)
+    exam = small_exam(model, settings=SETTINGS[:3])
+    (whole,), _ = examine(model.steered([None]), model, exam, ["v"], log := Log(tmp_path / "whole.jsonl"))
+    both = [*BAD.prompts, *MIXED.prompts]
+    unsafe = [p for s in (BAD, MIXED) for p, label in zip(s.prompts, s.harmful, strict=True) if label is not False]
+    lines = [[f"{p}\n" for p in s.prompts if p in unsafe] for s in (BAD, MIXED)]  # drawn by set
+    assert asked == [both, [f"{p} {suffix}" for p in unsafe for suffix in ("! ask", "now")], *lines]
+    kept = log.entries()
+    assert sorted(place[:2] for place in kept) == [
+        [number, i] for number, n in enumerate((3, 3, 6, 4, 15, 10)) for i in range(n)
+    ]
+    asked.clear()
+    (torn := Log(tmp_path / "torn.jsonl")).add(*kept[:4])
+    (again,), _ = examine(model.steered([None]), model, exam, ["v"], torn)
+    assert again.samples == whole.samples
+    assert len(asked[0]) == 2 and sorted(torn.entries()) == sorted(kept)
 
 
 @pytest.mark.slow
