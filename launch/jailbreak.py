@@ -128,7 +128,7 @@ def attempts_of(name: str, config: ConfigDict, model: ChatModel, direction: Dire
 def direction_of(config: ConfigDict, roles: Roles, study: Study, clock: Clock) -> Direction:
     """The direction of refusal, found on the calibration prompts."""
     told, decoding = judge(config.judge), Decoding(config.calibration_tokens, seed=config.seed)
-    with clock.watch("evidence_s")("calibration prompts", 2 * sum(map(len, roles["calibration"]))) as done:
+    with clock.watch("evidence_s")("calibration prompts", sum(map(len, roles["calibration"]))) as done:
         asked = decoding, config.batch_size
         evidence = evidence_once(study.store, study.model, roles["calibration"], told, asked, done)
     few, positions = config.candidate_prompts, config.candidate_positions

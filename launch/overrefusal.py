@@ -109,7 +109,7 @@ def bench_of(config: ConfigDict, roles: Roles, study: Study, clock: Clock) -> Be
     if lacking := [n for n in config.gate_layers or () if n >= study.model.config.layers]:
         raise ValueError(f"config.gate_layers {lacking[0]}: the model has blocks 0 to {study.model.config.layers - 1}")
     sets = (*roles["anchors"], *roles["calibration"])
-    with clock.watch("evidence_s")("calibration prompts", 2 * sum(map(len, sets))) as done:
+    with clock.watch("evidence_s")("calibration prompts", sum(map(len, sets))) as done:
         asked = decoding, config.batch_size
         evidence = evidence_once(study.store, study.model, sets, told, asked, done)
     fit = RemedyFit(

@@ -6,7 +6,7 @@ n prompts, L layers, D embed, A tokens of the affirmative
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,13 +18,17 @@ from jaxsafe.digest import arrays_sha256, digest
 from jaxsafe.evaluation.judges.judge import Judge
 from jaxsafe.evaluation.samples import set_name
 from jaxsafe.io.store import TREE, Json, Store, by_batch
-from jaxsafe.kernels.sampling import Decoding
-from jaxsafe.kernels.steering import prefill_and_read
+from jaxsafe.kernels.generate import Generated, for_device
+from jaxsafe.kernels.sampling import Decoding, drawing, row_seeds
+from jaxsafe.kernels.steering import Prefilled, PromptStates, prefill_and_read, steered_answers
 from jaxsafe.methods.scans import affirmative_ids
 from jaxsafe.progress import Progress, silent
 from jaxsafe.prompts.roles import labelled
 from jaxsafe.prompts.sets import PromptSet
-from jaxsafe.rows import Batch, check_context, data_sha256
+from jaxsafe.rows import Batch, Row, answer_slots, check_context, data_sha256, in_order
+
+States = dict[str, Any]
+"""{name of an array of `Evidence`: what was read of some prompts}."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -108,8 +112,8 @@ def evidence_once(
 ) -> Evidence:
     """The evidence of labelled `sets`, kept in `store`, answers batch by batch; `asked` is decoding and batch size.
 
-    `done` is called with numbers of prompts, twice with each. Raises ValueError for a prompt without a label, for
-    prompts of one kind only, and for one beyond the context.
+    One pass over a prompt serves its states and its answer. `done` is called with numbers of prompts. Raises ValueError
+    for a prompt without a label, for prompts of one kind only, and for one beyond the context.
     """
     decoding, batch_size = asked
     prompts, labels = labelled(sets)
@@ -118,20 +122,26 @@ def evidence_once(
     rows = model.rows(prompts)
     check_context(rows, model.config.context, max(decoding.max_new_tokens, len(affirmative_ids(model))))
     follows = [model.fingerprint(), data_sha256(rows), affirmative_ids(model).tolist()]
-    states = store.once("states", follows, lambda: _states(model, prompts, batch_size, done), TREE)
     answered = [*follows, decoding.max_new_tokens, decoding.seed, list(model.tokenizer.eos_ids)]
+    read: list[tuple[np.ndarray, States]] = []
 
     def make(left: list[int]) -> Any:
-        some = [prompts[i] for i in left]
-        for indices, answers in model.answer_batches(some, decoding, batch_size):
-            found = zip(answers.texts, answers.ids, strict=True)
-            yield [left[i] for i in indices], [[text, ids] for text, ids in found]
+        for indices, (states, generated) in _read_and_answered(model, [rows[i] for i in left], decoding, batch_size):
+            answers, mine = model.decoded(generated), [left[i] for i in indices]
+            read.append((np.array(mine), states))
+            yield mine, [[text, ids] for text, ids in zip(answers.texts, answers.ids, strict=True)]
 
     def whole() -> Json:
         return by_batch(len(prompts), make, store.log("evidence", answered), done)
 
+    def states() -> dict[str, np.ndarray]:
+        # A run that goes on has those of the prompts alone that it has answered itself.
+        all_read = sum(len(mine) for mine, _ in read) == len(rows)
+        return in_order(read if all_read else _read(model, rows, batch_size))
+
     found = store.once("evidence", answered, whole)
     store.drop("evidence", answered, ".jsonl")
+    kept = store.once("states", follows, states, TREE)
     tokens = np.zeros((len(prompts), decoding.max_new_tokens), np.int32)
     for row, (_, ids) in enumerate(found):
         tokens[row, : len(ids)] = ids
@@ -142,21 +152,38 @@ def evidence_once(
         np.array([bool(r) for r in judge.refused(prompts, [text for text, _ in found])]),
         tokens,
         np.array([len(ids) for _, ids in found], np.int32),
-        **{name: np.asarray(array) for name, array in states.items()},
+        **{name: np.asarray(array) for name, array in kept.items()},
     )
 
 
-def _states(model: ChatModel, prompts: Sequence[str], batch_size: int, done: Progress) -> dict[str, np.ndarray]:
-    at_end, change, mean = model.map(_reader(model), model.rows(prompts), batch_size, done)
-    return {"at_end": at_end, "change": change, "mean": mean}
+def _read_and_answered(
+    model: ChatModel, rows: Sequence[Row], decoding: Decoding, batch_size: int
+) -> Iterator[tuple[np.ndarray, tuple[States, Generated]]]:
+    """(indices, (states, answers)) of each finished batch of prompts."""
+    rows, decoding = model.asked(rows, decoding)
+    numbers, slots = row_seeds(rows), max(decoding.max_new_tokens, len(affirmative_ids(model)))
+    program = for_device(steered_answers, "config", "again")
+
+    def call(batch: Batch, indices: np.ndarray) -> Any:
+        read, again = _prefilled(model, batch, slots), 1 + answer_slots(rows, indices)
+        drawn = drawing(decoding, numbers[indices])
+        answers = program(model.config, model.params, batch, read.cache, model.edits, drawn, again)
+        return _by_prompt(read.states), answers
+
+    return model.batches(call, rows, batch_size, slots)
 
 
-def _reader(model: ChatModel) -> Callable[[Batch, np.ndarray], Any]:
+def _read(model: ChatModel, rows: Sequence[Row], batch_size: int) -> Iterator[tuple[np.ndarray, States]]:
+    """(indices, states) of each finished batch of prompts."""
+    slots = len(affirmative_ids(model))
+    return model.batches(lambda batch, _: _by_prompt(_prefilled(model, batch, slots).states), rows, batch_size, slots)
+
+
+def _prefilled(model: ChatModel, batch: Batch, slots: int) -> Prefilled:
     affirmative = jnp.asarray(affirmative_ids(model))
+    return prefill_and_read(model.config, model.params, batch, affirmative, slots, model.edits, mean=True)
 
-    def read(batch: Batch, indices: np.ndarray) -> Any:
-        start = model.config, model.params, batch, affirmative, len(affirmative), model.edits
-        states = prefill_and_read(*start, mean=True).states
-        return tuple(jnp.swapaxes(a, 0, 1).astype(jnp.float32) for a in (states.at_end, states.change, states.mean))
 
-    return read
+def _by_prompt(states: PromptStates) -> States:
+    names = ("at_end", "change", "mean")
+    return {name: jnp.swapaxes(getattr(states, name), 0, 1).astype(jnp.float32) for name in names}

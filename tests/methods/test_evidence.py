@@ -51,6 +51,25 @@ def test_what_is_kept_is_not_made_again(model, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.jsonl"))
 
 
+def test_states_of_prompts_that_an_earlier_run_answered_are_read_again(model, tmp_path):
+    whole = evidence_once(Store(tmp_path / "whole"), model, SETS, JUDGE, (Decoding(3), 3))
+    heard: list[int] = []
+
+    def stop(n: int) -> None:
+        heard.append(n)
+        if n:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evidence_once(Store(tmp_path / "torn"), model, SETS, JUDGE, (Decoding(3), 3), stop)
+    assert len(list((tmp_path / "torn").glob("evidence*.jsonl"))) == 1
+    again = evidence_once(Store(tmp_path / "torn"), model, SETS, JUDGE, (Decoding(3), 3), heard.append)
+    assert 0 < heard[1] < 8 and sum(heard) == heard[1] + 8
+    assert (again.tokens == whole.tokens).all() and (again.refused == whole.refused).all()
+    for name in ("at_end", "change", "mean"):
+        np.testing.assert_allclose(getattr(again, name), getattr(whole, name), atol=1e-6)
+
+
 def test_kinds_of_states_are_told_by_label_and_outcome():
     e = random_evidence()
     assert len(e.states(True, True)) + len(e.states(True, False)) == len(e.states(True)) == e.harmful.sum()
