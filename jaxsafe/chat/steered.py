@@ -150,11 +150,11 @@ class Steered:
         rows and for one that exceeds the context.
         """
         model = self.model
-        if not self._steers:
-            return (model.nll(rows, batch_size, done),) * len(self.rules)
-        slots = self._affirmative_tokens
         # A text that is read is no refusal, so that there is nothing to mend.
         acting = [None if isinstance(rule, Mending) else rule for rule in self.rules]
+        if all(rule is None for rule in acting):
+            return (model.nll(rows, batch_size, done),) * len(self.rules)
+        slots = self._affirmative_tokens
         places = list(map(id, acting))  # rules are not compared, which arrays do entry by entry
 
         def call(batch: Batch, indices: np.ndarray) -> Tree:
