@@ -35,6 +35,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config.dro_samples, config.dro_steps = 4, 20
     config.candidate_prompts, config.candidate_positions = 8, 2
     config.max_new_tokens = 32
-    config.batch_size = 100
+    config.batch_size = 160
     config.passages = 24
     return config

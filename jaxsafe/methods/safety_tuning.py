@@ -18,6 +18,9 @@ from jaxsafe.progress import Progress, silent
 from jaxsafe.prompts.sets import PromptSet
 from jaxsafe.rows import Row
 
+ANSWERED_AT_ONCE = 48
+"""Benign prompts; the last of three batches of the built-in ones has no shape of its own."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TuningSettings:
@@ -56,7 +59,7 @@ def tuning_rows(
     """Prompts with the answers to learn; a refusal ends with the end-of-text token, a cut answer does not."""
     rng = np.random.default_rng(settings.seed)
     end = (model.tokenizer.hf.eos_token_id,)
-    own = model.answers(benign, Decoding(settings.answer_tokens), done=done)
+    own = model.answers(benign, Decoding(settings.answer_tokens), ANSWERED_AT_ONCE, done)
     rows = []
     for row in model.rows(harmful):
         refusal = refusals[int(rng.integers(len(refusals)))]
