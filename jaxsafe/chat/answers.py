@@ -22,6 +22,8 @@ class Answers:
     gates:   float32 [n] what each prompt takes of the rule's edits, such as +1 and -1; None without a rule
     harmful: bool [n] which prompts the rule takes for harmful; None without a rule
     passes:  int32 [n] how often each prompt was answered; None where once
+    nats:    float32 [n] the summed negative log-likelihood of the tokens under the model that is asked, as it is; None
+             where a rule or other weights had a part in them, and where that is not known
     read:    how many prompt tokens were run for these answers; where several rules share a prefill, the answers under
              the first rule count them
     """
@@ -33,6 +35,7 @@ class Answers:
     gates: Float[np.ndarray, "n ..."] | None = None
     harmful: Bool[np.ndarray, " n"] | None = None
     passes: Int[np.ndarray, " n"] | None = None
+    nats: Float[np.ndarray, " n"] | None = None
     read: int = 0
 
     @property
@@ -56,5 +59,5 @@ def collected(pieces: Iterable[tuple[Any, Answers]]) -> Answers:
         return None if arrays[0] is None else np.concatenate(arrays)[order]
 
     texts = [text for part in parts for text in part.texts]
-    arrays = {name: joined(name) for name in ("tokens", "lengths", "scores", "gates", "harmful", "passes")}
+    arrays = {name: joined(name) for name in ("tokens", "lengths", "scores", "gates", "harmful", "passes", "nats")}
     return Answers(tuple(texts[i] for i in order), read=sum(part.read for part in parts), **arrays)

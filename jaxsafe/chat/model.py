@@ -183,7 +183,8 @@ class ChatModel:
     def decoded(self, generated: Generated, read: int = 0) -> Answers:
         """`generated` tokens with their texts."""
         texts = self.tokenizer.decode(generated.tokens, generated.lengths)
-        return Answers(tuple(texts), np.asarray(generated.tokens), np.asarray(generated.lengths), read=read)
+        nats = None if generated.nats is None else np.asarray(generated.nats)
+        return Answers(tuple(texts), np.asarray(generated.tokens), np.asarray(generated.lengths), nats=nats, read=read)
 
     def with_params(self, params: Params) -> "ChatModel":
         """The model with these weights."""

@@ -55,7 +55,10 @@ class Stacked:
 
         for indices, by_model in model.batches(call, rows, batch_size, decoding.max_new_tokens):
             read = sum(len(rows[i].ids) for i in indices)
-            yield indices, tuple(model.decoded(generated, read) for generated in by_model)
+            yield (
+                indices,
+                tuple(model.decoded(dataclasses.replace(generated, nats=None), read) for generated in by_model),
+            )
 
     def nll(
         self, rows: Sequence[Row], batch_size: int = 16, done: Progress = silent

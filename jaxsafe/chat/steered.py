@@ -234,10 +234,10 @@ class Steered:
         start = (model.config, model.params, batch, hand.prefilled.cache)
         again = self._again(rule, batch, behind)
         program = for_device(steered_answers, "config", "again")
-        found = Found(program(*start, self._edits(decision), hand.drawing, again))
-        if rule is not None:
-            found = found._replace(score=decision.score, gate=decision.gate, harmful=decision.harmful)
-        return fetch(found)
+        generated: Any = program(*start, self._edits(decision), hand.drawing, again)
+        if rule is None:
+            return fetch(Found(generated))
+        return fetch(Found(generated.replace(nats=None), decision.score, decision.gate, decision.harmful))
 
     def _mended(self, mending: Mending, first: Found, hand: Hand, behind: int, prompts: Sequence[str]) -> Found:
         """The `first` answers, those replaced that refuse `prompts` and no longer do under a rule that acts on them."""
@@ -267,7 +267,7 @@ class Steered:
             left = [row for row in left if row not in {rows[i] for i in mended}]
         answers: Any = first.generated
         score, gate, harmful = verdict
-        return Found(answers.replace(tokens=tokens, lengths=lengths), score, gate, harmful, passes)
+        return Found(answers.replace(tokens=tokens, lengths=lengths, nats=None), score, gate, harmful, passes)
 
     def _edits(self, decision: Decision) -> dict[str, Any]:
         """The edits of a decision and those of the model. Raises ValueError where both edit one tap."""

@@ -8,8 +8,9 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -74,16 +75,22 @@ class Likelihood(NamedTuple):
 
 
 def row_likelihoods(
-    model: ChatModel, rows: Sequence[Row], batch_size: int = 32, done: Progress = silent
+    model: ChatModel,
+    rows: Sequence[Row],
+    batch_size: int = 32,
+    done: Progress = silent,
+    known: Mapping[Row, Likelihood] = MappingProxyType({}),
 ) -> list[Likelihood]:
     """How likely the answer of each of `rows` is to `model`; equal ones are read once, those without one never.
 
-    `done` is called with numbers of rows, first with that of those which need no reading of their own.
+    Nor are those that are `known`. `done` is called with numbers of rows, first with that of those which need no
+    reading of their own.
     """
-    read = list(dict.fromkeys(row for row in rows if row.instruction_end + 1 < len(row.ids)))
+    read = [row for row in dict.fromkeys(rows) if row.instruction_end + 1 < len(row.ids) and row not in known]
     done(len(rows) - len(read))
     sums, counts = model.nll(read, batch_size, done) if read else ((), ())
     found = {row: Likelihood(float(nll), int(n)) for row, nll, n in zip(read, sums, counts, strict=True)}
+    found |= known
     return [found.get(row, Likelihood(0.0, 0)) for row in rows]
 
 

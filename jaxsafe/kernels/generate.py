@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsafe.kernels.forward import extended, prompt_inputs
+from jaxsafe.kernels.likelihood import cross_entropy
 from jaxsafe.kernels.sampling import Decoding, Drawing, drawing, next_token, penalise, row_seeds
 from jaxsafe.model.attention import Slots
 from jaxsafe.model.config import ModelConfig
@@ -33,10 +34,15 @@ for each token, which takes longer than to multiply by them."""
 
 @flax.struct.dataclass
 class Generated:
-    """Answers: their tokens, and how many each has before its end-of-text token."""
+    """Answers: their tokens, and how many each has before its end-of-text token.
+
+    nats: float32 [B] the summed negative log-likelihood of these under the model that drew them, whatever was drawn by;
+    None where that is not known
+    """
 
     tokens: Int[Array, "B new"]
     lengths: Int[Array, " B"]
+    nats: Float[Array, " B"] | None = None
 
 
 @flax.struct.dataclass
@@ -57,6 +63,7 @@ class Answering:
     seen:  bool [B, V] the tokens of each row's prompt and answer
     cache: keys and values of all that was read
     out:   int32 [B, new] the answers so far
+    nats:  float32 [B] their summed negative log-likelihood
     """
 
     step: Int[Array, ""]
@@ -65,6 +72,7 @@ class Answering:
     seen: Bool[Array, "B V"]
     cache: Cache
     out: Int[Array, "B new"]
+    nats: Float[Array, " B"]
 
 
 def prefill(config: ModelConfig, params: Params, batch: Batch, edits: Any, new_slots: int) -> Prompted:
@@ -100,13 +108,15 @@ def decode(
     def drawn(state: Answering, logits: Float[Array, "B V"], cache: Cache) -> Answering:
         token = next_token(penalise(logits, state.seen, penalty), drawing.sampling, drawing.keys, state.step)
         token = jnp.where(state.done, PAD, token)
+        done = state.done | jnp.isin(token, drawing.eos)
         return Answering(
             step=state.step + 1,
             token=token,
-            done=state.done | jnp.isin(token, drawing.eos),
+            done=done,
             seen=state.seen.at[rows, token].set(True),
             cache=cache,
             out=state.out.at[:, state.step].set(token),
+            nats=state.nats + jnp.where(done, 0, cross_entropy(logits, token)),
         )
 
     def unfinished(state: Answering) -> Bool[Array, ""]:
@@ -128,11 +138,12 @@ def decode(
         seen=jnp.zeros(prompted.logits.shape, bool).at[rows[:, None], tokens].max(valid),
         cache=prompted.cache,
         out=jnp.full((B, new), PAD, jnp.int32),
+        nats=jnp.zeros(B, jnp.float32),
     )
     end = jax.lax.while_loop(unfinished, answer_on, drawn(start, prompted.logits, prompted.cache))
     ended = jnp.isin(end.out, drawing.eos) | (jnp.arange(new)[None] >= end.step) | ~valid.any(-1)[:, None]
     lengths = jnp.where(ended.any(-1), jnp.argmax(ended, -1), new)
-    return Generated(end.out, lengths.astype(jnp.int32))
+    return Generated(end.out, lengths.astype(jnp.int32), end.nats)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "axis_name"))

@@ -185,6 +185,8 @@ def examine(
         tokens += taken
         for i, first, stop in zip(place.numbers, place.bounds, place.bounds[1:], strict=False):
             by_question[i] = [[by_rule[rule] for by_rule in answers[first:stop]] for rule in range(len(names))]
+    if examinee.model is not reference:
+        by_question = [[[a._replace(nats=None) for a in each] for each in by_rule] for by_rule in by_question]
     read_by_question = _read(reference, questions, by_question, exam.batch_size, done)
     for question, by_name, read in zip(questions, by_question, read_by_question, strict=True):
         for rule, found in enumerate(read):
@@ -205,13 +207,15 @@ def examine(
 class Answer(NamedTuple):
     """An answer, and what a steering rule reads at its prompt and decides by it, None without a rule.
 
-    passes: how often the prompt was answered.
+    passes: how often the prompt was answered; nats: the summed negative log-likelihood of the answer under the unedited
+    model, where that gave it and its text is that of the tokens alone; None where it is to be read.
     """
 
     text: str
     score: float | None
     steered_as_harmful: bool | None
     passes: int = 1
+    nats: float | None = None
 
 
 class Place(NamedTuple):
@@ -274,7 +278,7 @@ def _answered(
         some = [texts[i // width] for i in left[::width]]
         for rows, answers in asked.answer_batches(some, first.decoding(exam.decoding), exam.batch_size):
             taken.append(Tokens(read=answers[0].read, written=sum(each.written for each in answers)))
-            yield [left[row] for row in rows], [_by_rule(answers, i) for i in range(len(rows))]
+            yield [left[row] for row in rows], [_by_rule(examinee.model, answers, i) for i in range(len(rows))]
 
     found = by_batch(place.bounds[-1], make, place, done)
     return [[Answer(*each) for each in by_rule] for by_rule in found], sum(taken, Tokens())
@@ -287,7 +291,7 @@ def _read(
     batch_size: int,
     done: Progress,
 ) -> list[list[list[Likelihood]]]:
-    """How likely `answers` [question][rule][answer] are to `model`.
+    """How likely `answers` [question][rule][answer] are to `model`, which gave those with `nats`.
 
     Questions that are asked in one way are read together: they begin alike, and fill each other's batches.
     """
@@ -297,19 +301,31 @@ def _read(
     out: list[list[list[Likelihood]]] = [[] for _ in questions]
     for alike in places.values():
         rows = [row for i in alike for row in questions[i].answered(model, answers[i])]
-        found = iter(row_likelihoods(model, rows, batch_size, done))
+        given = [answer.nats for i in alike for each in answers[i] for answer in each]
+        known = {
+            row: Likelihood(nats, len(row.ids) - 1 - row.instruction_end)
+            for row, nats in zip(rows, given, strict=True)
+            if nats is not None
+        }
+        found = iter(row_likelihoods(model, rows, batch_size, done, known))
         for i in alike:
             out[i] = [list(itertools.islice(found, len(each))) for each in answers[i]]
     return out
 
 
-def _by_rule(answers: Sequence[Answers], row: int) -> list[Answer]:
+def _by_rule(model: ChatModel, answers: Sequence[Answers], row: int) -> list[Answer]:
+    def nats(each: Answers) -> float | None:
+        text, ids = each.texts[row], each.tokens[row, : each.lengths[row]].tolist()
+        alike = text.strip() and model.tokenizer.plain_ids(text) == ids
+        return float(each.nats[row]) if alike and each.nats is not None else None
+
     return [
         Answer(
             each.texts[row],
             None if each.scores is None else float(each.scores[row]),
             None if each.harmful is None else bool(each.harmful[row]),
             1 if each.passes is None else int(each.passes[row]),
+            nats(each),
         )
         for each in answers
     ]

@@ -132,6 +132,22 @@ def test_an_answer_ends_with_the_first_of_several_end_tokens(params):
         np.testing.assert_array_equal(out.lengths, lengths)
 
 
+@pytest.mark.parametrize("options", [{}, {**SAMPLED, "seed": 5}], ids=["greedy", "sampled"])
+def test_nats_are_those_of_the_answer_without_its_end(params, options):
+    config = tiny_config()
+    free = generate(config, params, pad_rows(ROWS), decoding(NEW, **options))
+    ends = [int(free.tokens[0, 3]), int(free.tokens[2, 0])]
+    found = generate(config, params, pad_rows(ROWS), decoding(NEW, eos=ends, **options))
+    lengths = np.asarray(found.lengths).tolist()
+    assert lengths[2] == 0 and 0 < min(lengths[:2]) < NEW
+    for row, tokens, n, nats in zip(ROWS, np.asarray(found.tokens), lengths, found.nats, strict=True):
+        text = (*row.ids, *tokens[:n].tolist())
+        logits = np.asarray(whole(config, params, np.array([text]), np.ones((1, len(text)), bool)), np.float64)[0]
+        total = np.log(np.exp(logits).sum(-1))
+        slow = sum(total[i - 1] - logits[i - 1, text[i]] for i in range(len(row.ids), len(text)))
+        np.testing.assert_allclose(nats, slow, atol=1e-4)
+
+
 def test_the_loop_stops_with_the_last_answer(params, monkeypatch):
     steps = []
 

@@ -10,6 +10,7 @@ import pytest
 from exams import BAD, JUDGE, MIXED, NEW, PERSONA, SETTINGS, TEXTS, small_exam, verdict
 from tiny import tiny_chat_model, tiny_params, tiny_tokenizer
 
+from jaxsafe.chat.model import ChatModel
 from jaxsafe.chat.steered import Steered
 from jaxsafe.digest import digest
 from jaxsafe.evaluation.judges.broken import BrokenJudge
@@ -167,6 +168,26 @@ def test_answers_are_read_by_the_unedited_model(found, loop, nats):
     refused = [verdict(text) for text in texts]
     assert broken == BrokenJudge(improbable=exams.IMPROBABLE).broken(texts, refused, wanted)
     assert any(b and r for b, r in zip(broken, refused, strict=True)) and not all(broken)
+
+
+def test_what_the_unedited_model_answered_it_does_not_read_again(model, monkeypatch):
+    read, really = [], ChatModel.nll
+
+    def heard(self, rows, *given):
+        read.append(len(rows))
+        return really(self, rows, *given)
+
+    monkeypatch.setattr(ChatModel, "nll", heard)
+    rules, exam = (None, exams.steering(model, 4.0)), exams.quick_exam(model, settings=SETTINGS)
+    found, _ = examine(model.steered(rules), model, exam, ["plain", "steered"])
+    few = sum(read)
+    read.clear()
+    again, _ = examine(model.steered(rules), dataclasses.replace(model), exam, ["plain", "steered"])
+    assert sum(read) > few  # a random model seldom writes the tokens that its text is read as
+    for one, other in zip(found, again, strict=True):
+        for mine, its in zip(one.samples, other.samples, strict=True):
+            assert mine == dataclasses.replace(its, nats=pytest.approx(its.nats, abs=2e-4))
+        assert one.answer_perplexity == pytest.approx(other.answer_perplexity, rel=1e-5)
 
 
 def test_rates_are_those_of_a_loop(found):
