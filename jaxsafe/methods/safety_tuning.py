@@ -83,6 +83,6 @@ def safety_tune(
         warmup=min(settings.warmup, settings.steps - 1),
         final_share=0.1,
         seed=settings.seed,
-        checkpoint_every=24,
+        checkpoint_every=settings.steps,  # and on an interruption: one takes as long as four steps
     )
     return train(model.config, model.params, rows, run, mesh=model.mesh, folder=folder)
