@@ -44,15 +44,31 @@ def prompt_inputs(
 def _shared_cache(config: ModelConfig, params: Params, batch: Batch, slots: int, edits: Edits) -> Cache:
     """A cache of `slots` slots whose first P hold what of the shared tokens falls among them, by row."""
     P = batch.shared
-    first = batch.tokens.shape[1] - batch.valid.sum(-1)  # the slot of each row's first token
-    tokens = jax.lax.dynamic_slice_in_dim(batch.tokens[0], first[0], P)[None]
-    _, once = Transformer(config).apply(variables(params, edits), tokens, Slots(jnp.ones((1, P), bool)), last=0)
+    first = _first_slots(batch)
+    slots_once = Slots(jnp.ones((1, P), bool))
+    _, once = Transformer(config).apply(variables(params, edits), _shared_tokens(batch), slots_once, last=0)
     source = jnp.maximum(jnp.arange(P)[None] - first[:, None], 0)  # [B, P]; slots before the first are not seen
 
     def spread(a: Float[Array, "L 1 K P H"]) -> Float[Array, "L B K P H"]:
         return jnp.moveaxis(a[:, 0][:, :, source], 2, 1)
 
     return extended(jax.tree.map(spread, once), slots)
+
+
+def _first_slots(batch: Batch) -> Int[Array, " B"]:
+    """The slot of each row's first token."""
+    return batch.tokens.shape[1] - jnp.asarray(batch.valid).sum(-1)
+
+
+def _shared_tokens(batch: Batch) -> Int[Array, "1 P"]:
+    """The tokens that all rows begin with."""
+    return jax.lax.dynamic_slice_in_dim(batch.tokens[0], _first_slots(batch)[0], batch.shared)[None]
+
+
+def shared_states(config: ModelConfig, params: Params, batch: Batch, edits: Edits = None) -> Float[Array, "L P D"]:
+    """The residual stream behind every block of the tokens that all rows begin with."""
+    valid = jnp.ones((1, batch.shared), bool)
+    return capture(config, params, _shared_tokens(batch), valid, edits=edits)["resid"][:, 0]
 
 
 def extended(cache: Cache, slots: int) -> Cache:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsafe.kernels.forward import Given, extended, final_states, prompt_inputs
+from jaxsafe.kernels.forward import Given, extended, final_states, prompt_inputs, shared_states
 from jaxsafe.kernels.generate import Generated, Prompted, decode
 from jaxsafe.kernels.likelihood import in_blocks, nll_after
 from jaxsafe.kernels.sampling import Drawing
@@ -163,10 +163,9 @@ def prefill_and_read(
 
     The cache has T + `slots` (static, at least A) slots, of which the first T hold the prompts. The others are free:
     what decoding sees of them it has written before. `edits` are those that the model always has. With `mean`
-    (static) the mean of each prompt's states is read, for which no tokens are shared.
+    (static) the mean of each prompt's states is read.
     """
     B, T = batch.tokens.shape
-    batch = batch.replace(shared=0) if mean else batch  # type: ignore[attr-defined]
     model = Transformer(config)
 
     def run(given: Given, reduce: Reducer) -> tuple[Cache, Float[Array, "L B P D"]]:
@@ -179,8 +178,10 @@ def prefill_and_read(
     first = T - given[0].shape[1]
     prompt = batch.valid & (jnp.arange(T)[None] <= batch.instruction_end[:, None])
     ends = jnp.asarray(batch.instruction_end)[:, None] - first
-    cache, read = run(given, AtAndMean(ends, prompt) if mean else At(ends))
+    cache, read = run(given, AtAndMean(ends, prompt[:, first:]) if mean else At(ends))
     at_end, means = read[:, :, 0], read[:, :, 1].astype(jnp.float32) if mean else None
+    if means is not None and first:
+        means = _mean_of_all(means, prompt, batch, shared_states(config, params, batch, edits))
     cache = extended(cache, T + slots)
     if affirmative is None:
         return Prefilled(cache, PromptStates(at_end, None, means))
@@ -192,6 +193,18 @@ def prefill_and_read(
     cache, behind = run((tokens, Slots(seen, T), cache), At(jnp.full((B, 1), A - 1)))
     change = at_end.astype(jnp.float32) - behind[:, :, 0].astype(jnp.float32)
     return Prefilled(cache, PromptStates(at_end, change, means))
+
+
+def _mean_of_all(
+    means: Float[Array, "L B D"], prompt: Bool[Array, "B T"], batch: Batch, shared: Float[Array, "L P D"]
+) -> Float[Array, "L B D"]:
+    """The means over whole prompts, float32, of those over the slots behind the first P, and the P `shared` states."""
+    P = batch.shared
+    held = prompt[:, :P].sum(1)  # the shared tokens that a row has in the first P slots; it runs the others again
+    behind = prompt[:, P:].sum(1)
+    sums = jnp.pad(jnp.cumsum(shared.astype(jnp.float32), axis=1), [(0, 0), (1, 0), (0, 0)])[:, held]
+    share = 1 / jnp.maximum(held + behind, 1).astype(jnp.float32)
+    return share[None, :, None] * (sums + means * behind.astype(jnp.float32)[None, :, None])
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import decoding, random_rows, tiny_config, tiny_params, tiny_tokenizer
 
 from jaxsafe.chat.model import ChatModel
-from jaxsafe.kernels.forward import final_states, prompt_inputs
+from jaxsafe.kernels.forward import capture, final_states, prompt_inputs
 from jaxsafe.kernels.generate import generate
 from jaxsafe.kernels.likelihood import answer_nll, likelihood
 from jaxsafe.kernels.steering import anchor_states, prefill_and_read
@@ -56,6 +56,21 @@ def test_states_behind_the_shared_tokens_are_those_of_a_plain_pass(changes):
     other = pad_rows(rows_behind((*SYSTEM[:-1], 7), [9, 30, 4, 1, 17], [2, 5, 0, 0, 16]), count=6, shared=P)
     changed = final_states(config, params, prompt_inputs(config, params, other))
     assert (np.abs(changed[valid] - wanted[valid]).max(-1) > 1e-3).any(), "the shared tokens are not seen"
+
+
+@FAMILIES
+def test_what_rules_read_of_shared_tokens_is_that_of_a_plain_pass(changes):
+    config = tiny_config(**changes)
+    ours, wanted = (
+        prefill_and_read(config, tiny_params(config), batch, AFFIRMATIVE, 3, mean=True).states
+        for batch in (SHARED, WHOLE)
+    )
+    for name in ("at_end", "change", "mean"):
+        np.testing.assert_allclose(getattr(ours, name)[:, :5], getattr(wanted, name)[:, :5], atol=2e-5)
+    rows = np.asarray(capture(config, tiny_params(config), WHOLE.tokens, WHOLE.valid)["resid"], np.float64)
+    counted = WHOLE.valid & (np.arange(WHOLE.tokens.shape[1]) <= WHOLE.instruction_end[:, None])
+    for row in range(5):
+        np.testing.assert_allclose(ours.mean[:, row], rows[:, row, counted[row]].mean(1), atol=2e-5)
 
 
 def test_shared_tokens_cost_one_row():
