@@ -315,9 +315,11 @@ def _read(
 
 def _by_rule(model: ChatModel, answers: Sequence[Answers], row: int) -> list[Answer]:
     def nats(each: Answers) -> float | None:
-        text, ids = each.texts[row], each.tokens[row, : each.lengths[row]].tolist()
-        alike = text.strip() and model.tokenizer.plain_ids(text) == ids
-        return float(each.nats[row]) if alike and each.nats is not None else None
+        text = each.texts[row]
+        if each.nats is None or not text.strip():
+            return None
+        ids = each.tokens[row, : each.lengths[row]].tolist()
+        return float(each.nats[row]) if model.tokenizer.plain_ids(text) == ids else None
 
     return [
         Answer(
