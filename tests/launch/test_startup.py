@@ -61,6 +61,14 @@ def test_compiled_programs_are_kept_and_a_trace_is_written(tmp_path):
     assert b"tower" in found.read_bytes()
 
 
+def test_a_cpu_compiles_sooner_unless_told_how_much_to_optimise():
+    level = "--xla_backend_optimization_level="
+    assert command.compiling_sooner("", (0, 12, 0)) == f"{level}1"
+    assert command.compiling_sooner("--xla_dump_to=here", (0, 12, 1)) == f"--xla_dump_to=here {level}1"
+    assert command.compiling_sooner(f"{level}3", (0, 12, 0)) == f"{level}3"
+    assert command.compiling_sooner("", (0, 11, 2)) == ""
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
