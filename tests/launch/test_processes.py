@@ -95,9 +95,10 @@ def test_a_job_that_loses_a_process_ends_and_goes_on(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_brittleness_on_two_processes(folder, tmp_path):
+@pytest.mark.parametrize("turns", ["", "--config.layers_at_a_time=2"])
+def test_brittleness_on_two_processes(folder, tmp_path, turns):
     command = brittleness(folder, write_pairs(tmp_path / "pairs.jsonl"))
-    command += ["--mesh=data:4,model:2", "--config.score_batch_size=8"]
+    command += ["--mesh=data:4,model:2", "--config.score_batch_size=8", *([turns] if turns else [])]
     agree(command, tmp_path, "table")
 
 

@@ -19,6 +19,7 @@ from jaxsafe.io.store import Store
 from jaxsafe.io.sums import sums_once
 from jaxsafe.kernels.sums import Scoring, gather
 from jaxsafe.methods.trainer import FineTuning, train
+from jaxsafe.model.layers import LayerRange
 from jaxsafe.model.weights import flatten
 from jaxsafe.parallel import banner, fetch, parse_mesh
 
@@ -37,6 +38,9 @@ def numbers(folder, out, mesh):
         kept, again = (sums_once(Store(out), scoring, model, ROWS, every=1) for _ in range(2))
         for name, tree in (("sums", sums), ("kept", kept.sums), ("again", again.sums)):
             found |= {f"{kind}/{name}/{path}": leaf for path, leaf in flatten(fetch(tree)).items()}
+    for kind in ("snip", "gram"):
+        some = gather(Scoring(kind, batch_size=4, layers=LayerRange(1, 3)), config, params, ROWS, mesh).sums
+        found |= {f"{kind}/some/{path}": leaf for path, leaf in flatten(fetch(some)).items()}
     answers = model.answers(ROWS, decoding(NEW_TOKENS), 4)
     found |= {"tokens": answers.tokens, "lengths": answers.lengths}
     settings = FineTuning(steps=1, batch_size=8, learning_rate=1e-2)
