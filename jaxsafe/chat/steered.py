@@ -149,9 +149,7 @@ class Steered:
         Each row is steered by what the rule reads at its instruction's end, as a prompt is. Raises ValueError for no
         rows and for one that exceeds the context.
         """
-        model = self.model
-        # A text that is read is no refusal, so that there is nothing to mend.
-        acting = [None if isinstance(rule, Mending) else rule for rule in self.rules]
+        model, acting = self.model, self._reading
         if all(rule is None for rule in acting):
             return (model.nll(rows, batch_size, done),) * len(self.rules)
         slots = self._affirmative_tokens
@@ -182,14 +180,13 @@ class Steered:
         slots = max(new, self._affirmative_tokens)
 
         def call(batch: Batch, indices: np.ndarray) -> Tree:
-            acting = [None if isinstance(rule, Mending) else rule for rule in self.rules]
-            again = max(self._again(rule, batch, 1 + answer_slots(rows, indices)) for rule in acting)
+            again = max(self._again(rule, batch, 1 + answer_slots(rows, indices)) for rule in self._reading)
             lengths = answers.lengths[indices] * (indices >= 0)
             given = put_rows(Generated(answers.tokens[indices], lengths.astype(np.int32)), model.mesh)
             prefilled = self._prefill(batch, slots)
             start = (model.config, model.params, batch, prefilled.cache)
             plain = self._edits(self._decision(None, prefilled.states, batch))
-            decisions = [self._decision(rule, prefilled.states, batch) for rule in acting]
+            decisions = [self._decision(rule, prefilled.states, batch) for rule in self._reading]
             return tuple(fetch(answer_divergence(*start, (plain, self._edits(d)), given, again)[0]) for d in decisions)
 
         return np.stack(model.map(call, rows, batch_size, done, slots))
@@ -197,6 +194,11 @@ class Steered:
     @property
     def _steers(self) -> bool:
         return any(rule is not None for rule in self.rules)
+
+    @property
+    def _reading(self) -> list[Rule | None]:
+        """What acts on a text that is read, which is no refusal, so that there is nothing to mend."""
+        return [None if isinstance(rule, Mending) else rule for rule in self.rules]
 
     def _affirmatives(self) -> list[Any]:
         rules = [rule for rule in self.rules if rule is not None]
