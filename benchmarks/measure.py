@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from jaxsafe.devices import compiling_sooner
 from jaxsafe.study.record import environment
 
 CORES = 2
@@ -24,12 +25,14 @@ Call = Callable[[], Any]
 def begin(cores: int = CORES) -> Any:
     """Keeps this process to `cores` cores, for JAX and PyTorch alike; returns the module `torch`.
 
-    To be called before the first array is made. Ends the program with one line where torch is absent.
+    Programs are compiled as launch scripts have them on a CPU. To be called before the first array is made. Ends the
+    program with one line where torch is absent.
     """
     if importlib.util.find_spec("torch") is None:
         sys.exit("this benchmark compares with PyTorch, which is not installed; pip install torch")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
+    os.environ["XLA_FLAGS"] = compiling_sooner(os.environ.get("XLA_FLAGS", ""), jax.__version_info__)
     import torch
 
     torch.set_num_threads(cores)

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from jaxsafe.devices import compiling_sooner
 from jaxsafe.io.hub import Named, cache_dir, model_config
 from jaxsafe.parallel import default_mesh, device_memory, parse_mesh, undivided
 
@@ -83,16 +84,6 @@ def run(main: Callable[[], None], experiment: settings.Experiment | None = None)
             sys.exit(explain(error, given["debug"]))
 
     app.run(guarded, flags_parser=lambda argv: _parse(argv, experiment))
-
-
-def compiling_sooner(flags: str, version: tuple[int, ...]) -> str:
-    """`flags` of XLA for a CPU, with less of LLVM's optimisation unless they say how much, for jax of this `version`.
-
-    A program is compiled in five sixths of the time and no slower. Before jax 0.12 its loops over half-precision
-    numbers would be, by far.
-    """
-    given = "xla_backend_optimization_level" in flags or version < (0, 12)
-    return flags if given else f"{flags} --xla_backend_optimization_level=1".strip()
 
 
 def explain(error: Exception, debug: bool = False) -> int:
