@@ -55,7 +55,8 @@ NEWER = jax.__version_info__ >= (0, 12)
 @pytest.mark.xfail(
     NEWER or multiplies_bfloat16(),
     strict=NEWER,
-    reason="bfloat16 moves one prompt of 32 by 0.0029 under jax 0.12; older ones are not known on native products",
+    reason="one prompt of 32 moves by 0.0029 under jax 0.12 and the tests' compiler options, by 0.0020 under a run's; "
+    "older ones are not known on native products",
 )
 def test_scores_of_prompts_are_the_same(scores):
     assert np.abs(scores[0] - scores[1]).max() <= 0.002 < np.ptp(scores[0])
