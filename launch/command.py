@@ -71,7 +71,7 @@ def run(main: Callable[[], None], experiment: settings.Experiment | None = None)
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
         jax.config.update("jax_traceback_filtering", "off")  # whose fault an error is shows in its whole traceback
-        if jax.config.jax_platforms == "cpu" or not evidence().devices:
+        if os.environ.get("JAX_PLATFORMS") == "cpu" or not evidence().devices:
             os.environ["XLA_FLAGS"] = compiling_sooner(os.environ.get("XLA_FLAGS", ""), jax.__version_info__)
         given = flags.FLAGS.flag_values_dict()
         try:

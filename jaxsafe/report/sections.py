@@ -288,8 +288,11 @@ def _short(row: Comparison) -> str:
 
 
 def _whole(row: Comparison) -> tuple[str, str]:
+    return _apart(row.first_rate.value, row.second_rate.value)
+
+
+def _apart(before: float | None, after: float | None) -> tuple[str, str]:
     """Both rates in whole per cent, or with a decimal where rounding would hide a difference."""
-    before, after = row.first_rate.value, row.second_rate.value
     digits = 1 if before != after and percent(before, 0) == percent(after, 0) else 0
     return percent(before, digits), percent(after, digits)
 
@@ -318,7 +321,7 @@ def _broken(rows: Sequence[Comparison]) -> str:
     broken = [(row.first_broken.value or 0.0, row.second_broken.value or 0.0, row.n + row.n_unscored) for row in rows]
     n = sum(size for *_, size in broken)
     first, second = (sum(each[side] * each[2] for each in broken) for side in (0, 1))
-    return f"; broken answers {percent(first / n, 0)} → {percent(second / n, 0)}" if first or second else ""
+    return f"; broken answers {' → '.join(_apart(first / n, second / n))}" if first or second else ""
 
 
 def against_control(run: Run, row: TableRow) -> str:

@@ -39,6 +39,12 @@ def test_headline_keeps_proper_names_and_leaves_out_what_was_not_scored():
     assert said(replace(run, "steered", against_baseline=tuple(rows[:1]))) == ""
 
 
+def test_headline_does_not_round_a_difference_away():
+    run = scans_run()
+    rows = [dataclasses.replace(c, second_broken=rate(0.003)) for c in run.table[1].against_baseline]
+    assert "; broken answers 0.0% → 0.3%; " in said(replace(run, "steered", against_baseline=tuple(rows)))
+
+
 def test_headline_of_a_group_with_several_seeds_has_no_p():
     run = scans_run(p_value=None)
     assert "(n = 120); " in said(run)
