@@ -138,6 +138,8 @@ def verdict(found: Plan, device: Chip, config: ModelConfig, work: Work, devices:
 
 def gigabytes(n: float) -> str:
     """`n` bytes in GB."""
+    if n == math.inf:
+        return "more than all"
     return f"{n / 1e9:.3g} GB" if n >= 1e8 else f"{n / 1e6:.3g} MB"
 
 
@@ -149,11 +151,16 @@ def seconds(s: float) -> str:
 
 
 def as_json(found: Plan, device: Chip) -> str:
-    """A plan as one line of JSON, with its times on `device`."""
+    """A plan as one line of JSON, with its times on `device`; null for what is more than all of its memory."""
+
+    def known(size: float) -> float | None:
+        return None if size == math.inf else size
+
     content = dataclasses.asdict(found)
     for step, entry in zip(found.steps, content["steps"], strict=True):
-        entry |= {"memory": step.memory, "seconds": step.times(device)}
-    summary = {"device": device.name, "memory": found.memory, "fits": found.fits(device)}
+        sizes = {"temporaries": known(step.temporaries), "memory": known(step.memory)}
+        entry |= sizes | {"seconds": step.times(device)}
+    summary = {"device": device.name, "memory": known(found.memory), "fits": found.fits(device)}
     return json.dumps(content | summary | {"seconds": found.seconds(device)})
 
 

@@ -20,6 +20,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
@@ -39,7 +40,8 @@ FILLED = 0.9
 class Step:
     """One program on one device. Per run: bytes held by group and as temporaries, operations, bytes moved and sent.
 
-    `instructions` is the length of the compiled program, which took `compile_seconds` to make.
+    Temporaries are infinite where the chip's own compiler refuses a program for lack of memory. `instructions` is the
+    length of the compiled program, which took `compile_seconds` to make.
     """
 
     name: str
@@ -149,16 +151,26 @@ def _with_compiled(step: Step, in_float32: Program, own: Program, item: float) -
     compiled = in_float32.compile()
     took = time.perf_counter() - start
     text = compiled.as_text()
-    stats = (compiled if own is in_float32 else own.compile()).memory_analysis()
-    made = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     found = collectives(text, in_float32.turn)
     return dataclasses.replace(
         step,
-        temporaries=max(made - device_bytes(own.covered), 0.0),
+        temporaries=_temporaries(own, compiled if own is in_float32 else None),
         collectives=tuple(Collectives(c.kind, c.count, item * c.bytes) for c in found),
         instructions=text.count(" = "),
         compile_seconds=took,
     )
+
+
+def _temporaries(program: Program, compiled: Any = None) -> float:
+    """Bytes that `program` takes besides its groups, as `compiled`, or as it is compiled now."""
+    try:
+        stats = (compiled or program.compile()).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return math.inf
+    made = stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return max(made - device_bytes(program.covered), 0.0)
 
 
 def meshes(config: ModelConfig, devices: int, rows: int, wider: bool = False) -> Iterator[dict[str, int]]:

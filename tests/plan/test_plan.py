@@ -1,6 +1,7 @@
 """The plan: operations against the compiler's count, collectives counted by hand, memory that a compiled run has."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from jaxsafe.plan.collectives import collectives, sent
 from jaxsafe.plan.costs import decomposition_flops, flops
 from jaxsafe.plan.plan import in_turns, meshes, outline, plan, smallest, training, ways
 from jaxsafe.plan.tasks import TASKS, Work, device_bytes, parameters
-from launch.plan import model_config
+from launch.plan import as_json, model_config, verdict
 
 ROOT = pathlib.Path(__file__).parents[2]
 WIDE = tiny_config(embed=64, mlp=128, head_dim=16, vocab=304, context=256)
@@ -126,6 +127,30 @@ def test_every_task_has_a_plan(task, mesh):
         assert (step.groups, step.flops, step.moved) == (known.groups, known.flops, known.moved)
         assert (step.temporaries, step.collectives) == (0, ())
     assert 0 < rough.seconds(chip("v5e")) <= found.seconds(chip("v5e")) and rough.memory < found.memory
+
+
+def test_what_the_compiler_of_a_chip_refuses_does_not_fit(monkeypatch):
+    mesh, device = parse_mesh("data:2,model:4"), chip("v5e")
+
+    def refusing(message, *task):
+        def compiled():
+            raise jax.errors.JaxRuntimeError(message)
+
+        own = task[1].devices.flat[0] is jax.devices()[7]
+        return tuple(dataclasses.replace(p, compile=compiled) if own else p for p in TASKS["snip"](*task))
+
+    described = jax.devices()[::-1]
+    monkeypatch.setitem(TASKS, "refused", functools.partial(refusing, "RESOURCE_EXHAUSTED: Ran out of memory"))
+    found = plan(WIDE, mesh, "refused", WORK, described)
+    assert not found.fits(device) and found.memory == math.inf
+    line = json.loads(as_json(found, device))
+    assert line["memory"] is None and line["steps"][0]["temporaries"] is None and line["seconds"] > 0
+    assert verdict(found, device, WIDE, WORK, jax.devices()).startswith(
+        "refused does not fit: needs more than all of 16 GB; "
+    )
+    monkeypatch.setitem(TASKS, "refused", functools.partial(refusing, "INTERNAL: broken"))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="broken"):
+        plan(WIDE, mesh, "refused", WORK, described)
 
 
 def test_a_model_in_bfloat16_holds_and_sends_half():
