@@ -8,9 +8,9 @@ What to make of the numbers. A CPU multiplies bfloat16 in float32, for which its
 weights; so programs are compiled in float32, and what is sent is halved for a model in bfloat16. Temporaries are left
 as they are, and are rough: in generation with Llama-2-7B on 8 chips the compiler for v5e wants 0.5 GB where this one
 wants 0.7 GB. A tenth of the memory is therefore kept free, and `described` devices let the chip's own compiler say what
-it wants. Times are rooflines: each program takes the longest of computing at the
-chip's peak, of moving what it must read and write once, and of sending what its collectives send, by one axis of the
-torus. Little runs as fast; a half to two thirds of it is good.
+it wants. Times are rooflines: each program takes the longest of computing at the chip's peak, of moving what it must
+read and write once, and of sending what its collectives send, by one axis of the torus. Little runs as fast; a half to
+two thirds of it is good.
 """
 
 import dataclasses
