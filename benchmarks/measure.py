@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 
-from jaxsafe.devices import compiling_sooner
 from jaxsafe.study.record import environment
+from launch.accelerator import compile_sooner
 
 CORES = 2
 Call = Callable[[], Any]
@@ -25,14 +25,14 @@ Call = Callable[[], Any]
 def begin(cores: int = CORES) -> Any:
     """Keeps this process to `cores` cores, for JAX and PyTorch alike; returns the module `torch`.
 
-    Programs are compiled as launch scripts have them on a CPU. To be called before the first array is made. Ends the
+    Programs are compiled as in launch scripts. To be called before the first array is made. Ends the
     program with one line where torch is absent.
     """
     if importlib.util.find_spec("torch") is None:
         sys.exit("this benchmark compares with PyTorch, which is not installed; pip install torch")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    os.environ["XLA_FLAGS"] = compiling_sooner(os.environ.get("XLA_FLAGS", ""), jax.__version_info__)
+    compile_sooner()
     import torch
 
     torch.set_num_threads(cores)

@@ -1,4 +1,4 @@
-"""Whether JAX computes on the CPU although the machine has an accelerator."""
+"""Whether the machine has an accelerator: JAX may leave it alone, and without one programs are a CPU's."""
 
 import dataclasses
 import importlib.util
@@ -7,6 +7,8 @@ import shutil
 from collections.abc import Callable, Mapping
 
 import jax
+
+from jaxsafe.devices import compiling_sooner
 
 GPU_FILES = ("/dev/nvidia0", "/proc/driver/nvidia")
 TPU_FILES = ("/dev/accel0", "/dev/accel/0")
@@ -58,3 +60,9 @@ def unused(backend: str, platforms: str, seen: Evidence) -> str | None:
 def unused_here() -> str | None:
     """`unused` of this process."""
     return unused(jax.default_backend(), os.environ.get("JAX_PLATFORMS", ""), evidence())
+
+
+def compile_sooner() -> None:
+    """Asks XLA for `compiling_sooner` where programs are a CPU's; to be called before the first array is made."""
+    if os.environ.get("JAX_PLATFORMS") == "cpu" or not evidence().devices:
+        os.environ["XLA_FLAGS"] = compiling_sooner(os.environ.get("XLA_FLAGS", ""), jax.__version_info__)

@@ -1,7 +1,6 @@
 """What every launch script shares: its processes and devices, one clear line for bad input, the compilation cache."""
 
 import contextlib
-import os
 import signal
 import sys
 import traceback
@@ -13,12 +12,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from jaxsafe.devices import compiling_sooner
 from jaxsafe.io.hub import Named, cache_dir, model_config
 from jaxsafe.parallel import default_mesh, device_memory, parse_mesh, undivided
 
 from . import settings, usage
-from .accelerator import evidence
+from .accelerator import compile_sooner
 from .faults import of_input, of_program
 from .interruption import Interrupted, interruptible
 
@@ -71,8 +69,7 @@ def run(main: Callable[[], None], experiment: settings.Experiment | None = None)
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
         jax.config.update("jax_traceback_filtering", "off")  # whose fault an error is shows in its whole traceback
-        if os.environ.get("JAX_PLATFORMS") == "cpu" or not evidence().devices:
-            os.environ["XLA_FLAGS"] = compiling_sooner(os.environ.get("XLA_FLAGS", ""), jax.__version_info__)
+        compile_sooner()
         given = flags.FLAGS.flag_values_dict()
         try:
             join(given["distributed"], given["coordinator"], given["num_processes"], given["process_id"])

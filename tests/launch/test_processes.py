@@ -95,10 +95,10 @@ def test_a_job_that_loses_a_process_ends_and_goes_on(folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("turns", ["", "--config.layers_at_a_time=2"])
+@pytest.mark.parametrize("turns", [[], ["--config.layers_at_a_time=2"]])
 def test_brittleness_on_two_processes(folder, tmp_path, turns):
     command = brittleness(folder, write_pairs(tmp_path / "pairs.jsonl"))
-    command += ["--mesh=data:4,model:2", "--config.score_batch_size=8", *([turns] if turns else [])]
+    command += ["--mesh=data:4,model:2", "--config.score_batch_size=8", *turns]
     agree(command, tmp_path, "table")
 
 
