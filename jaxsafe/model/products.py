@@ -1,7 +1,10 @@
-"""Products of activations and weights.
+"""Products of matrices as a processor makes them fastest, forwards and backwards.
 
-Axes: B any leading axes, I inputs, O outputs
+Axes: B any leading axes, n axes that both sides have, I inputs, O outputs, R rows
 """
+
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,20 +24,25 @@ def product(x: Float[Array, "*B I"], w: Float[Array, "I O"]) -> Float[Array, "*B
     return checkpoint_name(_wide(x, w) if jax.default_backend() == "cpu" else x @ w, PRODUCT)
 
 
-def transposed(a: Float[Array, "m n"]) -> Float[Array, "n m"]:
-    """a.T, as a side of a product.
+def matrix_products(x: Float[Array, "*n R I"], w: Float[Array, "*n I O"]) -> Float[Array, "*n R O"]:
+    """The product of every pair of matrices, in the dtype of `x`; summed, rounded and differentiated as `product`."""
+    return _wide(x, w) if jax.default_backend() == "cpu" else x @ w
+
+
+def transposed(a: Float[Array, "*n I O"]) -> Float[Array, "*n O I"]:
+    """The transpose of every matrix, as a side of a product.
 
     On a CPU it is laid out anew in half precision, of which jax multiplies natively only what lies row by row.
     """
     if a.dtype.itemsize > 2:
-        return a.T
-    by_rows = Layout((0, 1))
-    return jax.lax.platform_dependent(a, cpu=lambda a: with_layout_constraint(a.T, by_rows), default=lambda a: a.T)
+        return a.mT
+    by_rows = Layout(tuple(range(a.ndim)))
+    return jax.lax.platform_dependent(a, cpu=lambda a: with_layout_constraint(a.mT, by_rows), default=lambda a: a.mT)
 
 
 @jax.custom_vjp
-def _wide(x: Float[Array, "*B I"], w: Float[Array, "I O"]) -> Float[Array, "*B O"]:
-    """x @ w as a CPU does it fastest, forwards and backwards.
+def _wide(x: Float[Array, "*B I"], w: Float[Array, "*n I O"]) -> Float[Array, "*B O"]:
+    """x @ w, of one matrix w or of as many as x has, as a CPU does it fastest, forwards and backwards.
 
     Products with half-precision results convert both sides first in jax 0.10. JAX's own rule makes the gradient of `w`
     transposed, for which XLA transposes that of y together with all that it follows from, element by element.
@@ -49,25 +57,38 @@ def _forwards(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
 def _backwards(inputs: tuple[Array, Array], gradient: Float[Array, "*B O"]) -> tuple[Array, Array]:
     """Gradients of both sides; JAX's own rule would multiply a float32 gradient by half-precision weights, too."""
     x, w = inputs
-    rows, columns = x.reshape(-1, x.shape[-1]), gradient.reshape(-1, gradient.shape[-1])
+    rows, columns = (x, gradient) if w.ndim > 2 else (_as_matrix(x), _as_matrix(gradient))
     return _wide(gradient, transposed(w)), _wide(transposed(rows), columns)
+
+
+def _as_matrix(x: Float[Array, "*B I"]) -> Float[Array, "R I"]:
+    return x.reshape(-1, x.shape[-1])
 
 
 _wide.defvjp(_forwards, _backwards)
 
 
-@jax.custom_vjp
-def wide_product(x: Float[Array, "*B I"], w: Float[Array, "I O"]) -> Float[Array, "*B O"]:
-    """x @ w in float32. The gradient is rounded to the dtype of `x` and `w`, neither of which is converted for it."""
-    return jnp.matmul(x, w, preferred_element_type=jnp.float32)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def wide_product(
+    x: Float[Array, "*B I"], w: Float[Array, "I O"] | Float[Array, "O I"], across: bool = False
+) -> Float[Array, "*B O"]:
+    """x @ w in float32; x @ w.T where w lies `across`, [O, I], as its gradient then does.
+
+    The gradient is rounded to the dtype of `x` and `w`, neither of which is converted for it.
+    """
+    return jnp.matmul(x, w.T if across else w, preferred_element_type=jnp.float32)
 
 
-def _wide_forwards(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
-    return wide_product(x, w), (x, w)
+def _wide_forwards(x: Array, w: Array, across: bool) -> tuple[Array, tuple[Array, Array]]:
+    return wide_product(x, w, across), (x, w)
 
 
-def _rounded_backwards(inputs: tuple[Array, Array], gradient: Float[Array, "*B O"]) -> tuple[Array, Array]:
-    return _backwards(inputs, gradient.astype(inputs[0].dtype))
+def _rounded_backwards(across: bool, inputs: tuple[Array, Array], gradient: Float[Array, "*B O"]) -> tuple[Any, Any]:
+    x, w = inputs
+    rounded = gradient.astype(x.dtype)
+    if not across:
+        return _backwards(inputs, rounded)
+    return _wide(rounded, w), _wide(transposed(_as_matrix(rounded)), _as_matrix(x))
 
 
 wide_product.defvjp(_wide_forwards, _rounded_backwards)

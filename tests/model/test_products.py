@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxsafe.devices import multiplies_bfloat16
-from jaxsafe.model.products import PRODUCT, product, wide_product
+from jaxsafe.model.products import PRODUCT, matrix_products, product, wide_product
 
 
 def sides(dtype: str, lead: tuple[int, ...] = (3, 5)) -> tuple[jax.Array, jax.Array]:
@@ -58,6 +58,34 @@ def test_a_wide_product_and_its_gradients_are_exact_but_for_the_rounded_gradient
         step = (2.0**-8 if dtype == "bfloat16" else 1e-5) * np.abs(exact)
         assert np.all(np.abs(np.asarray(got, np.float64) - exact) <= step + 1e-5 * np.abs(exact).max())
     assert not re.search(r"stablehlo.convert .*bf16>\) -> .*f32>", jax.jit(both).lower(x, w).as_text())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_matrix_that_lies_across_gives_the_same_and_a_gradient_that_lies_so(dtype: str) -> None:
+    x, w = sides(dtype)
+    gradient = jnp.asarray(np.random.default_rng(1).standard_normal((3, 5, 32)), jnp.float32)
+    y, backwards = jax.vjp(wide_product, x, w)
+    found, found_backwards = jax.vjp(lambda x, w: wide_product(x, w, True), x, w.T)
+    np.testing.assert_allclose(found, y, rtol=1e-5, atol=1e-5)
+    for ours, wanted in zip(found_backwards(gradient), (backwards(gradient)[0], backwards(gradient)[1].T), strict=True):
+        assert ours.dtype == dtype
+        ours, wanted = (np.asarray(a, np.float64) for a in (ours, wanted))
+        step = (2.0**-7 if dtype == "bfloat16" else 1e-5) * np.abs(wanted)
+        assert np.all(np.abs(ours - wanted) <= step + 1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_of_pairs_and_their_gradients_are_the_exact_ones_rounded_once(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    x, w, gradient = (jnp.asarray(rng.standard_normal(s), dtype) for s in ((2, 3, 7, 5), (2, 3, 5, 4), (2, 3, 7, 4)))
+    y, backwards = jax.vjp(jax.jit(matrix_products), x, w)
+    x64, w64, g = (np.asarray(a, np.float64) for a in (x, w, gradient))
+    pairs = [(y, x64 @ w64)]
+    pairs += zip(backwards(gradient), (g @ w64.swapaxes(-1, -2), x64.swapaxes(-1, -2) @ g), strict=True)
+    for got, exact in pairs:
+        assert got.dtype == dtype
+        step = (2.0**-8 if dtype == "bfloat16" else 1e-5) * np.abs(exact)
+        assert np.all(np.abs(np.asarray(got, np.float64) - exact) <= step + 1e-5 * np.abs(exact).max())
 
 
 def test_a_backward_pass_may_keep_a_product_in_its_own_dtype() -> None:
