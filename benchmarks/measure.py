@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from jaxsafe.study.record import environment
-from launch.accelerator import compile_sooner
+from launch.accelerator import suit_cpu
 
 CORES = 2
 Call = Callable[[], Any]
@@ -32,7 +32,7 @@ def begin(cores: int = CORES) -> Any:
         sys.exit("this benchmark compares with PyTorch, which is not installed; pip install torch")
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cores])
-    compile_sooner()
+    suit_cpu()
     import torch
 
     torch.set_num_threads(cores)

@@ -4,8 +4,10 @@ Sources: Google Cloud, "TPU v4", "TPU v5e", "TPU v5p" and "TPU v6e" (system arch
 Core GPU datasheet" (SXM, dense).
 """
 
+import ctypes
 import dataclasses
 import pathlib
+import platform
 
 import jax
 
@@ -80,3 +82,19 @@ def compiling_sooner(flags: str, version: tuple[int, ...]) -> str:
     """
     given = "xla_backend_optimization_level" in flags or version < (0, 12)
     return flags if given else f"{flags} --xla_backend_optimization_level=1".strip()
+
+
+KEPT = {"M_TRIM_THRESHOLD": (-1, -1), "M_TOP_PAD": (-2, 2**26), "M_MMAP_MAX": (-4, 0)}
+"""By name what glibc calls an option (malloc.h), and its value: nothing is given back, nothing mapped by itself."""
+
+
+def keep_freed_memory() -> bool:
+    """Has this process keep the memory that it frees for what it allocates next; whether it could be told so.
+
+    A program's temporaries otherwise come from the system, which clears every page, and go back to it at the end, each
+    time that the program is run. It is so for what the main thread allocates alone, and of glibc.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    library = ctypes.CDLL(None)
+    return all(library.mallopt(option, value) for option, value in KEPT.values())

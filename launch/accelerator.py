@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 
-from jaxsafe.devices import compiling_sooner
+from jaxsafe.devices import compiling_sooner, keep_freed_memory
 
 GPU_FILES = ("/dev/nvidia0", "/proc/driver/nvidia")
 TPU_FILES = ("/dev/accel0", "/dev/accel/0")
@@ -62,7 +62,13 @@ def unused_here() -> str | None:
     return unused(jax.default_backend(), os.environ.get("JAX_PLATFORMS", ""), evidence())
 
 
-def compile_sooner() -> None:
-    """Asks XLA for `compiling_sooner` where programs are a CPU's; to be called before the first array is made."""
-    if os.environ.get("JAX_PLATFORMS") == "cpu" or not evidence().devices:
-        os.environ["XLA_FLAGS"] = compiling_sooner(os.environ.get("XLA_FLAGS", ""), jax.__version_info__)
+def suit_cpu() -> None:
+    """Where programs are a CPU's, has them compiled sooner (see `compiling_sooner`) and their memory kept.
+
+    To be called before the first array is made. Programs are run on the main thread, since memory is kept for that one.
+    """
+    if evidence().devices and os.environ.get("JAX_PLATFORMS") != "cpu":
+        return
+    os.environ["XLA_FLAGS"] = compiling_sooner(os.environ.get("XLA_FLAGS", ""), jax.__version_info__)
+    if "GLIBC_TUNABLES" not in os.environ and keep_freed_memory():
+        jax.config.update("jax_cpu_enable_async_dispatch", False)

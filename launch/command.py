@@ -16,7 +16,7 @@ from jaxsafe.io.hub import Named, cache_dir, model_config
 from jaxsafe.parallel import default_mesh, device_memory, parse_mesh, undivided
 
 from . import settings, usage
-from .accelerator import compile_sooner
+from .accelerator import suit_cpu
 from .faults import of_input, of_program
 from .interruption import Interrupted, interruptible
 
@@ -69,7 +69,7 @@ def run(main: Callable[[], None], experiment: settings.Experiment | None = None)
         jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
         jax.config.update("jax_traceback_filtering", "off")  # whose fault an error is shows in its whole traceback
-        compile_sooner()
+        suit_cpu()
         given = flags.FLAGS.flag_values_dict()
         try:
             join(given["distributed"], given["coordinator"], given["num_processes"], given["process_id"])

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import platform
 import subprocess
 import sys
 import time
@@ -71,6 +72,30 @@ def test_compiled_programs_are_kept_and_a_trace_is_written(tmp_path):
 def test_a_launch_script_on_a_cpu_compiles_sooner():
     done = python(FLAGS, XLA_FLAGS="", JAX_PLATFORMS="cpu")
     assert done.stdout.strip() == compiling_sooner("", jax.__version_info__), done.stderr
+
+
+FAULTS = """
+import resource
+import jax, jax.numpy as jnp
+from launch import command
+
+def main():
+    tower = jax.jit(lambda x: jnp.tanh(x @ x).sum())
+    x = jnp.ones((3000, 3000))
+    for _ in range(12):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        tower(x).block_until_ready()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize() / x.nbytes)
+
+command.run(main)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's memory")
+def test_a_launch_script_on_a_cpu_keeps_the_memory_of_its_programs(tmp_path):
+    variables = {"JAX_PLATFORMS": "cpu", "JAXSAFE_CACHE": str(tmp_path), "XLA_FLAGS": ""}
+    kept, told = (float(python(FAULTS, **variables, **more).stdout) for more in ({}, {"GLIBC_TUNABLES": "x=1"}))
+    assert kept < 0.05 < 0.9 < told
 
 
 @pytest.mark.parametrize(
