@@ -17,11 +17,12 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsafe.kernels.blocks import Blocks
 from jaxsafe.model.attention import Slots
 from jaxsafe.model.config import ModelConfig
+from jaxsafe.model.joined import JoinedSlots, held_tokens
 from jaxsafe.model.taps import FINAL, Reducer, at, collection, readings
 from jaxsafe.model.transformer import Cache, Edits, Params, Transformer, embedded, variables
 from jaxsafe.rows import Batch
 
-Given = tuple[Int[Array, "B R"], Slots, Cache | None]
+Given = tuple[Int[Array, "B R"], Slots | JoinedSlots, Cache | None]
 """What `Transformer` is given: tokens, where they are, and a cache that holds what precedes them."""
 
 
@@ -44,10 +45,9 @@ def prompt_inputs(
 def _shared_cache(config: ModelConfig, params: Params, batch: Batch, slots: int, edits: Edits) -> Cache:
     """A cache of `slots` slots whose first P hold what of the shared tokens falls among them, by row."""
     P = batch.shared
-    first = _first_slots(batch)
     slots_once = Slots(jnp.ones((1, P), bool))
     _, once = Transformer(config).apply(variables(params, edits), _shared_tokens(batch), slots_once, last=0)
-    source = jnp.maximum(jnp.arange(P)[None] - first[:, None], 0)  # [B, P]; slots before the first are not seen
+    source = held_tokens(jnp.asarray(batch.valid), P)
 
     def spread(a: Float[Array, "L 1 K P H"]) -> Float[Array, "L B K P H"]:
         return jnp.moveaxis(a[:, 0][:, :, source], 2, 1)
@@ -55,14 +55,10 @@ def _shared_cache(config: ModelConfig, params: Params, batch: Batch, slots: int,
     return extended(jax.tree.map(spread, once), slots)
 
 
-def _first_slots(batch: Batch) -> Int[Array, " B"]:
-    """The slot of each row's first token."""
-    return batch.tokens.shape[1] - jnp.asarray(batch.valid).sum(-1)
-
-
 def _shared_tokens(batch: Batch) -> Int[Array, "1 P"]:
     """The tokens that all rows begin with."""
-    return jax.lax.dynamic_slice_in_dim(batch.tokens[0], _first_slots(batch)[0], batch.shared)[None]
+    first = batch.tokens.shape[1] - jnp.asarray(batch.valid[0]).sum()
+    return jax.lax.dynamic_slice_in_dim(batch.tokens[0], first, batch.shared)[None]
 
 
 def shared_states(config: ModelConfig, params: Params, batch: Batch, edits: Edits = None) -> Float[Array, "L P D"]:
@@ -99,6 +95,20 @@ def final_states(
     options: dict[str, Any] = {"last": 0, "capture_intermediates": at(FINAL), "mutable": ["intermediates"]}
     _, state = Transformer(config, keeps).apply(variables(params, edits), *given, **options)
     return readings(state["intermediates"])[FINAL]
+
+
+def joined_states(config: ModelConfig, params: Params, batch: Batch, keeps: str = "products") -> Float[Array, "B R D"]:
+    """The normed states of the T - P slots behind the P = `batch.shared` tokens that all rows begin with.
+
+    The numbers and `keeps` are those of `final_states`. Everything is run in one pass without a cache, which a backward
+    pass would keep for every layer. For one device: rows of a joined row do not lie apart on a mesh.
+    """
+    P, (B, T) = batch.shared, batch.tokens.shape
+    if not P:
+        return final_states(config, params, prompt_inputs(config, params, batch), keeps=keeps)
+    tokens = jnp.concatenate([_shared_tokens(batch), batch.tokens[:, P:].reshape(1, -1)], axis=1)
+    states = final_states(config, params, (tokens, JoinedSlots(batch.valid, P), None), keeps=keeps)
+    return states[0, P:].reshape(B, T - P, -1)
 
 
 def capture(

@@ -17,39 +17,43 @@ from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params, unembed, unembedding
 from jaxsafe.rows import Batch
 
+BLOCK = 64
+"""Of so many slots logits exist at a time."""
+
 
 def cross_entropy(logits: Float[Array, "*n V"], target: Int[Array, "*n"]) -> Float[Array, "*n"]:
     """Negative log-likelihood (nats) of each `target` token under its `logits`."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, target)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "last", "block", "remat"))
+@functools.partial(jax.jit, static_argnames=("config", "last", "block"))
 def answer_nll(
     config: ModelConfig,
     params: Params,
     batch: Batch,
     edits: Any = None,
     last: int | None = None,
-    block: int = 64,
-    remat: bool = False,
+    block: int = BLOCK,
 ) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
     """Summed negative log-likelihood (nats, float32) of each row's answer tokens, and their counts.
 
     `last` (static) is a number of final slots that holds every answer; only their logits are computed, those
-    of `block` slots (static) at a time. A backward pass keeps what the products with weights gave; with `remat`
-    (static) it computes each layer again.
+    of `block` slots (static) at a time. A backward pass keeps what the products with weights gave.
     """
-    T = batch.tokens.shape[1]
-    last = T - 1 if last is None else min(last, T - 1)
-    given = prompt_inputs(config, params, batch, edits=edits)
-    states = final_states(config, params, given, edits, "nothing" if remat else "products")
-    return nll_after(config, params, batch, states[:, max(0, states.shape[1] - last - 1) :], block)
+    states = final_states(config, params, prompt_inputs(config, params, batch, edits=edits), edits)
+    return nll_after(config, params, batch, states, block, last)
 
 
 def nll_after(
-    config: ModelConfig, params: Params, batch: Batch, states: Float[Array, "B R D"], block: int
+    config: ModelConfig,
+    params: Params,
+    batch: Batch,
+    states: Float[Array, "B R D"],
+    block: int = BLOCK,
+    last: int | None = None,
 ) -> tuple[Float[Array, " B"], Int[Array, " B"]]:
     """What `answer_nll` returns, from the normed `states` of the last R slots, which predict every answer."""
+    states = states if last is None else states[:, max(0, states.shape[1] - last - 1) :]
     first = batch.tokens.shape[1] - states.shape[1] + 1
     # A slot predicts the token of the next one, and the last slot nothing.
     target, counted = (jnp.pad(a[:, first:], [(0, 0), (0, 1)]) for a in (batch.tokens, batch.response))

@@ -13,7 +13,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, UInt
 
-from jaxsafe.kernels.likelihood import answer_nll
+from jaxsafe.kernels.forward import joined_states
+from jaxsafe.kernels.likelihood import nll_after
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params
 from jaxsafe.rows import Batch, group_by_length
@@ -80,15 +81,19 @@ def one_step(recipe: Recipe, tree: Any, batch: Batch, fixed: Any = None) -> tupl
 
     def loss(params: Any, part: tuple[Batch, Any]) -> jax.Array:
         rows, keys = part
-        weights = recipe.weights_of(recipe.config, params, fixed, keys)
-        nll, _ = answer_nll(recipe.config, weights, rows, last=recipe.last, remat=recipe.remat)
-        return nll.sum() / total
+        return answer_loss(recipe, recipe.weights_of(recipe.config, params, fixed, keys), rows) / total
 
     params = tree["params"]
     value, gradient = value_and_gradient(loss, params, (batch, keys), recipe.accumulation)
     with jax.numpy_dtype_promotion("standard"):  # optax takes powers of integer counts
         updates, state = recipe.optimizer.update(gradient, tree["optimizer"], params, **given)
     return {"params": optax.apply_updates(params, updates), "optimizer": state, **following}, value
+
+
+def answer_loss(recipe: Recipe, weights: Params, batch: Batch) -> Float[Array, ""]:
+    """Summed negative log-likelihood (nats) of the answer tokens; what all rows begin with is run once for them."""
+    states = joined_states(recipe.config, weights, batch, "nothing" if recipe.remat else "products")
+    return nll_after(recipe.config, weights, batch, states, last=recipe.last)[0].sum()
 
 
 def _drawn(tree: Any, rows: int) -> tuple[UInt[Array, "B 2"] | None, dict[str, Any]]:

@@ -23,7 +23,7 @@ from jaxsafe.io.checkpoint import note, open_checkpoints, outline, restore, save
 from jaxsafe.kernels.lora import LoRA
 from jaxsafe.kernels.training import Recipe, batch_plan, one_step
 from jaxsafe.methods.course import Saving, State, course
-from jaxsafe.methods.trainer import FREE, FineTuning, Step, begin, check_rows, identity, weights_program
+from jaxsafe.methods.trainer import FREE, FineTuning, Step, begin, check_rows, identity, joined_tokens, weights_program
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params
 from jaxsafe.rows import Batch, Row, pad_rows
@@ -84,6 +84,7 @@ def _steps(
     trees, fixed, (recipe, *_) = zip(*each, strict=True)
     weights = weights_program(config, params, settings, FREE)
     together = fixed_together(fixed)
+    joined = min(joined_tokens(run.rows, run.settings, mesh) for run in runs)
 
     with contextlib.ExitStack() as stack:
         saves = any(run.folder is not None for run in runs)
@@ -101,7 +102,7 @@ def _steps(
         del each, trees, found, adapters
 
         def take(i: int, tree: Any) -> tuple[Any, list[float]]:
-            batch = put([_batch(run, plan[i]) for run, plan in zip(runs, plans, strict=True)], mesh)
+            batch = put([_batch(run, plan[i], joined) for run, plan in zip(runs, plans, strict=True)], mesh)
             tree, nats = program(recipe)(tree, batch, together)
             return tree, [float(loss) for loss in nats]
 
@@ -123,9 +124,9 @@ def _steps(
             yield steps_of(state)
 
 
-def _batch(run: Training, indices: np.ndarray) -> Batch:
+def _batch(run: Training, indices: np.ndarray, shared: int) -> Batch:
     assert run.settings.slots is not None
-    return pad_rows([run.rows[j] for j in indices], run.settings.slots[0], run.settings.batch_size)
+    return pad_rows([run.rows[j] for j in indices], run.settings.slots[0], run.settings.batch_size, shared=shared)
 
 
 def _lora(run: Training) -> LoRA:

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsafe.model.blockwise import Scaling, blockwise, scores
 from jaxsafe.model.config import Rope
+from jaxsafe.model.products import matrix_products
 
 DENSE = 512 * 512
 """Up to so many pairs of a query and a key the scores of a head exist all at once."""
@@ -127,6 +128,17 @@ class Queries:
             mask &= self.key_positions[:, None, :] > self.positions[:, :, None] - window
         return mask
 
+    def attend(
+        self,
+        q: Float[Array, "B T N H"],
+        k: Float[Array, "B K S H"],
+        v: Float[Array, "B K S H"],
+        window: int | Int[Array, ""] | None,
+        scaling: Scaling,
+    ) -> Float[Array, "B T N*H"]:
+        """See `attend`."""
+        return attend(q, k, v, self, window, scaling)
+
 
 def attend(
     q: Float[Array, "B T N H"],
@@ -169,7 +181,7 @@ def dense(
     """Attention whose scores exist all at once; 0 where a query sees no key."""
     seen = mask[:, None, None]
     weights = jax.nn.softmax(jnp.where(seen, scores(q, k, scaling), jnp.finfo(jnp.float32).min), axis=-1)
-    heads = jnp.einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v)
+    heads = matrix_products(weights.astype(v.dtype).reshape(*v.shape[:2], -1, v.shape[2]), v).reshape(q.shape)
     return jnp.where(seen.any(-1, keepdims=True), heads, 0)
 
 

@@ -16,9 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsafe.model.attention import Queries, Slots, attend, rotate, rotation
+from jaxsafe.model.attention import Queries, Slots, rotate, rotation
 from jaxsafe.model.blockwise import Scaling
 from jaxsafe.model.config import ModelConfig, Rope
+from jaxsafe.model.joined import JoinedQueries, JoinedSlots
 from jaxsafe.model.products import PRODUCT, product, wide_product
 from jaxsafe.model.taps import EMBED, FINAL, collection, tap
 from jaxsafe.model.weights import layer_shape, weights
@@ -97,7 +98,7 @@ class Block(nn.Module):
         self,
         carry: tuple[Float[Array, "B T D"], Cache | None, Int[Array, ""]],
         kind: Kind,
-        queries: Queries,
+        queries: Queries | JoinedQueries,
         turns: Turns,
     ) -> tuple[tuple[Float[Array, "B T D"], Cache | None, Int[Array, ""]], Cache | None]:
         """The carry (residual stream, cache, number of the layer) after the layer, and its keys and values.
@@ -147,6 +148,7 @@ class Block(nn.Module):
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
             new: Cache | None = Cache(k, v)
             if cache is not None:
+                assert isinstance(queries, Queries), "a joined row has no cache"
                 cache = jax.tree.map(
                     lambda old, u: jax.lax.dynamic_update_slice(
                         old, u[None].astype(old.dtype), (layer, 0, 0, queries.slots[0], 0)
@@ -160,7 +162,7 @@ class Block(nn.Module):
                 )
                 new = None
             scaling = Scaling((c.query_scalar or c.head_dim) ** -0.5, c.softcap)
-            h = passed("heads", attend(q, k, v, queries, kind.window, scaling))
+            h = passed("heads", queries.attend(q, k, v, kind.window, scaling))
             h = passed("o", linear(h, "o"))
             x = x + passed("attn_out", normed(h, "attn_post_norm"))
         with jax.named_scope("mlp"):
@@ -217,7 +219,7 @@ class Transformer(nn.Module):
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        slots: Slots,
+        slots: Slots | JoinedSlots,
         cache: Cache | None = None,
         last: int | None = None,
     ) -> tuple[Float[Array, "B T V"], Cache]:
@@ -259,7 +261,7 @@ def unembed(
     config: ModelConfig, x: Float[Array, "*B D"], head: Float[Array, "V D"] | Float[Array, "D V"]
 ) -> Float[Array, "*B V"]:
     """Logits, float32, of normed `x`; `head` is [V, D] where tied, else [D, V]."""
-    logits = wide_product(x, head.T if config.tied else head)
+    logits = wide_product(x, head, config.tied)
     return logits if (c := config.final_softcap) is None else c * jnp.tanh(logits / c)
 
 

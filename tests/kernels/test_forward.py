@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import decoding, random_rows, tiny_config, tiny_params, tiny_tokenizer
 
 from jaxsafe.chat.model import ChatModel
-from jaxsafe.kernels.forward import capture, final_states, prompt_inputs
+from jaxsafe.kernels.forward import capture, final_states, joined_states, prompt_inputs
 from jaxsafe.kernels.generate import generate
 from jaxsafe.kernels.likelihood import answer_nll, likelihood
 from jaxsafe.kernels.steering import anchor_states, prefill_and_read
@@ -59,6 +59,17 @@ def test_states_behind_the_shared_tokens_are_those_of_a_plain_pass(changes):
 
 
 @FAMILIES
+def test_a_joined_row_has_the_states_of_its_rows(changes):
+    config, valid = tiny_config(**changes), SHARED.valid[:, P:]
+    params = tiny_params(config)
+    run = jax.jit(lambda params, batch: joined_states(config, params, batch))
+    wanted = final_states(config, params, prompt_inputs(config, params, WHOLE))
+    np.testing.assert_allclose(run(params, SHARED)[valid], wanted[:, P:][valid], atol=2e-5)
+    assert np.isfinite(run(params, SHARED)).all(), "a row of nothing but padding"
+    np.testing.assert_allclose(run(params, WHOLE), wanted, atol=1e-6)
+
+
+@FAMILIES
 def test_what_rules_read_of_shared_tokens_is_that_of_a_plain_pass(changes):
     config = tiny_config(**changes)
     ours, wanted = (
@@ -75,9 +86,15 @@ def test_what_rules_read_of_shared_tokens_is_that_of_a_plain_pass(changes):
 
 def test_shared_tokens_cost_one_row():
     config = tiny_config(layers=8)
-    cost = [compiled(config, batch).cost_analysis()["flops"] for batch in (SHARED, WHOLE)]
-    slots = SHARED.tokens.shape[1]
-    assert cost[0] < 1.15 * cost[1] * (P + 6 * (slots - P)) / (6 * slots)
+    joined = jax.jit(lambda params, batch: joined_states(config, params, batch)).lower(shapes(config), SHARED).compile()
+    slots, whole = SHARED.tokens.shape[1], operations(compiled(config, WHOLE))
+    for program in (compiled(config, SHARED), joined):
+        assert operations(program) < 1.15 * whole * (P + 6 * (slots - P)) / (6 * slots)
+
+
+def operations(program):
+    """How many a compiled program does."""
+    return program.cost_analysis()["flops"]
 
 
 @FAMILIES

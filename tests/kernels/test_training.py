@@ -14,10 +14,11 @@ from tiny import decoding, random_rows, tiny_chat_model, tiny_config, tiny_param
 from jaxsafe.kernels.forward import final_states, prompt_inputs
 from jaxsafe.kernels.generate import generate
 from jaxsafe.kernels.likelihood import answer_nll, nll_after
-from jaxsafe.kernels.training import Recipe, batch_plan, masters, one_step, value_and_gradient
+from jaxsafe.kernels.training import Recipe, answer_loss, batch_plan, masters, one_step, value_and_gradient
 from jaxsafe.methods.safety_tuning import TuningSettings, builtin_refusals, safety_tune, tuning_rows
 from jaxsafe.model.taps import edit
 from jaxsafe.model.transformer import forward
+from jaxsafe.model.weights import flatten
 from jaxsafe.rows import Row, bucket, pad_rows
 
 CONFIG = tiny_config(layers=2)
@@ -80,11 +81,18 @@ def test_only_the_slots_that_hold_answers_need_logits(params, last):
 
 def gradients(config, params, batch, **how):
     """Compiled value and gradient of the summed loss."""
+    return differentiated(lambda params: answer_nll(config, params, batch, **how)[0].sum(), params)
 
-    def loss(params):
-        return answer_nll(config, params, batch, **how)[0].sum()
 
+def differentiated(loss, params):
+    """Compiled value and gradient of `loss` of `params`."""
     return jax.jit(jax.value_and_grad(loss)).lower(params).compile()
+
+
+def step_gradients(config, params, batch, **how):
+    """Compiled value and gradient of the loss of a step."""
+    recipe = Recipe(config, OPTIMIZER, last=99, **how)
+    return differentiated(lambda params: answer_loss(recipe, params, batch), params)
 
 
 @pytest.mark.parametrize("block", [4, 7])
@@ -110,7 +118,7 @@ def test_no_array_holds_the_logits_of_all_slots(params):
 def test_what_is_computed_again_gives_the_same_gradient_in_less_memory():
     config = tiny_config(layers=6, tied=True, window=9)
     params, batch = tiny_params(config), pad_rows(random_rows([64, 60, 50, 64], behind=[20, 30, 20, 12]))
-    kept, again = (gradients(config, params, batch, remat=remat) for remat in (False, True))
+    kept, again = (step_gradients(config, params, batch, remat=remat) for remat in (False, True))
     np.testing.assert_allclose(again(params)[0], kept(params)[0], rtol=1e-6)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), again(params)[1], kept(params)[1])
     assert again.memory_analysis().temp_size_in_bytes < 0.6 * kept.memory_analysis().temp_size_in_bytes
@@ -125,16 +133,36 @@ def test_what_is_computed_again_gives_the_same_gradient_in_less_memory():
     assert kept.memory_analysis().temp_size_in_bytes < 0.7 * plain.memory_analysis().temp_size_in_bytes
 
 
-def test_edits_reach_what_is_computed_again(params):
-    add = jnp.asarray(np.random.default_rng(0).standard_normal((2, 32)), jnp.float32)
-    changes = {"resid": edit(add=add, gate=jnp.array([1.0, -1, 0.5, 2]))}
-    batch = pad_rows(ROWS)
-    (value, gradient), (wanted, slow) = (
-        gradients(CONFIG, params, batch, edits=changes, remat=remat)(params) for remat in (True, False)
+BEGINNING = random_rows([24], seed=7)[0].ids
+LONGER = [Row((*BEGINNING, *row.ids), 24 + row.instruction_end) for row in ROWS]
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 7, "tied": True, "family": "mistral"}], ids=["llama", "mistral"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_loss_and_gradient_of_rows_that_begin_alike_are_those_of_each(changes, dtype):
+    config = tiny_config(layers=2, dtype=dtype, **changes)
+    params = tiny_params(config)
+    joined, whole = (pad_rows(LONGER, length=64, count=5, shared=P) for P in (24, 0))
+    (loss, ours), (wanted_loss, wanted) = (step_gradients(config, params, batch)(params) for batch in (joined, whole))
+    tight = dtype == "float32"
+    np.testing.assert_allclose(loss, wanted_loss, rtol=1e-5 if tight else 1e-2)
+    for path, gradient in flatten(wanted).items():
+        exact, found = np.asarray(gradient, np.float64), np.asarray(flatten(ours)[path], np.float64)
+        assert np.linalg.norm(found - exact) <= (1e-5 if tight else 0.03) * np.linalg.norm(exact), path
+    assert (
+        dtype == "bfloat16"
+        or "window" in changes
+        or float(loss) == pytest.approx(slow_nll(params, LONGER).sum(), rel=1e-5)
     )
-    np.testing.assert_allclose(value, wanted, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, slow)
-    assert abs(float(value) - float(gradients(CONFIG, params, batch)(params)[0])) > 0.1
+
+
+def test_what_rows_begin_with_costs_a_step_one_row():
+    config = tiny_config(layers=8, mlp=96)
+    params, rows = tiny_params(config), LONGER * 4
+    cost = [
+        step_gradients(config, params, pad_rows(rows, length=48, shared=P)).cost_analysis()["flops"] for P in (24, 0)
+    ]
+    assert cost[0] < 1.2 * cost[1] * (24 + 16 * 24) / (16 * 48)
 
 
 def test_the_gradient_of_parts_is_that_of_the_whole(params):

@@ -11,10 +11,10 @@ from tiny import random_rows, tiny_config, tiny_params
 from jaxsafe.kernels.lora import LoRA
 from jaxsafe.kernels.training import batch_plan
 from jaxsafe.methods.together import Training, latest_step, member, resized, stacked, train_together
-from jaxsafe.methods.trainer import FREE, FineTuning, begin, compiled_step, train
+from jaxsafe.methods.trainer import FREE, FineTuning, begin, compiled_step, joined_tokens, train
 from jaxsafe.model.weights import shardings
 from jaxsafe.parallel import parse_mesh
-from jaxsafe.rows import pad_rows
+from jaxsafe.rows import Row, pad_rows
 
 CONFIG = tiny_config(layers=2)
 ROWS = random_rows([14, 16, 13, 15, 16, 14, 13], behind=[4, 7, 3, 5, 2, 6, 3])
@@ -75,6 +75,17 @@ def test_runs_at_once_are_the_runs_alone(wanted):
     assert min(moved) > 1e-3
     ranks = [np.linalg.matrix_rank(s[-1][3]["layers"]["down"][1] - params()["layers"]["down"][1], 1e-5) for s in wanted]
     assert ranks == [2, 4]
+
+
+def test_runs_whose_rows_begin_alike_are_the_runs_alone():
+    begin = random_rows([24], seed=5)[0].ids
+    runs = []
+    for run in trainings():
+        rows = [Row((*begin, *row.ids), 24 + row.instruction_end) for row in run.rows]
+        lora = dataclasses.replace(run.settings.lora, dropout=0.0)
+        runs.append(Training(rows, dataclasses.replace(run.settings, slots=(40, 8), lora=lora)))
+    assert {joined_tokens(run.rows, run.settings, None) for run in runs} == {24}
+    check(train_together(CONFIG, params(), runs), [alone(run) for run in runs])
 
 
 def test_either_way_goes_on_from_the_checkpoints_of_the_other(wanted, tmp_path):

@@ -27,11 +27,21 @@ from tiny import random_rows, tiny_config, tiny_params, training_batches
 from jaxsafe.io.checkpoint import open_checkpoints, outline, restore, save
 from jaxsafe.kernels.freezing import freeze, layers, outside
 from jaxsafe.kernels.lora import LoRA, init
-from jaxsafe.methods.trainer import FREE, FineTuning, begin, compiled_step, learning_rates, train, trained
+from jaxsafe.methods import trainer
+from jaxsafe.methods.trainer import (
+    FREE,
+    FineTuning,
+    begin,
+    compiled_step,
+    joined_tokens,
+    learning_rates,
+    train,
+    trained,
+)
 from jaxsafe.model.transformer import forward
 from jaxsafe.model.weights import flatten, linear_maps, nest, shardings
 from jaxsafe.parallel import parse_mesh, put_rows
-from jaxsafe.rows import pad_rows
+from jaxsafe.rows import Row, pad_rows
 
 CONFIG = tiny_config(layers=2)
 ROWS = random_rows([14, 16, 13, 15, 16, 14, 13, 15, 16], behind=[4, 7, 3, 5, 2, 6, 3, 1, 8])
@@ -121,6 +131,34 @@ def test_a_run_is_that_of_optax_on_a_plain_loss():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(np.median(np.abs(a - b)), 0, atol=1e-7), ours, wanted)
     assert min(float(jnp.abs(a - b).max()) for a, b in zip(*map(jax.tree.leaves, (ours, before)), strict=True)) > 5e-3
     assert_same_bits(params(), before)
+
+
+@pytest.mark.parametrize("change", [{}, {"accumulation": 2, "remat": True}, {"slots": (48, 8)}])
+def test_what_rows_begin_with_is_run_once_and_changes_no_number(change, monkeypatch):
+    begin = random_rows([24], seed=5)[0].ids
+    rows = [Row((*begin, *row.ids), 24 + row.instruction_end) for row in ROWS]
+    settings, seen = dataclasses.replace(BRISK, **change), []
+
+    def run(joined):
+        monkeypatch.setattr(trainer, "joined_tokens", lambda *a: joined)
+        monkeypatch.setattr(trainer, "put_rows", lambda batch, mesh: seen.append(batch.shared) or put_rows(batch, mesh))
+        return weights_and_losses(train(CONFIG, params(), rows, settings))
+
+    (wanted, wanted_losses), (ours, losses) = run(0), run(joined_tokens(rows, settings, None))
+    assert seen == [0] * 4 + [24] * 4
+    np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), ours, wanted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(np.median(np.abs(a - b)), 0, atol=1e-7), ours, wanted)
+
+
+def test_rows_are_joined_on_one_device_where_they_are_short_and_nothing_is_dropped():
+    begin = random_rows([30], seed=5)[0].ids
+    rows = [Row((*begin, *row.ids), 30 + row.instruction_end) for row in ROWS]
+    assert joined_tokens(rows, BRISK, None) == joined_tokens(rows, BRISK, parse_mesh("data:1,model:8")) == 24
+    assert joined_tokens(rows, dataclasses.replace(BRISK, lora=LoRA(2)), None) == 24
+    assert joined_tokens(rows, dataclasses.replace(BRISK, lora=LoRA(2, dropout=0.1)), None) == 0
+    assert joined_tokens(rows, BRISK, parse_mesh("data:4,model:2")) == 0
+    assert joined_tokens([*rows, Row((*begin, *range(500)), 40)], BRISK, None) == 0
 
 
 def test_microbatches_and_recomputation_change_no_number():

@@ -16,20 +16,21 @@ from jaxsafe.io.masks import load_mask, save_mask
 from jaxsafe.kernels import lora
 from jaxsafe.kernels.ablation import ablation, orthogonalised
 from jaxsafe.kernels.blocks import layer_of
-from jaxsafe.kernels.forward import capture, embed, run_block
+from jaxsafe.kernels.forward import capture, embed, final_states, joined_states, run_block
 from jaxsafe.kernels.generate import generate
 from jaxsafe.kernels.importance import gram_sums, no_sums, snip_sums, wanda_scores, wanda_sums
 from jaxsafe.kernels.likelihood import answer_nll
 from jaxsafe.kernels.lowrank import act_svd, remove_ranks
 from jaxsafe.kernels.sampling import Decoding
 from jaxsafe.kernels.selection import apply_mask, top
+from jaxsafe.model.attention import Slots
 from jaxsafe.model.families import config_from_hf
 from jaxsafe.model.taps import OUTSIDE, TAPS
 from jaxsafe.model.transformer import forward
 from jaxsafe.model.weights import flatten, linear_maps, shapes, shardings
 from jaxsafe.parallel import make_mesh, parse_mesh
 from jaxsafe.plan.costs import flops
-from jaxsafe.rows import pad_rows
+from jaxsafe.rows import Row, pad_rows
 
 ROWS = random_rows([40, 25, 9], vocab=64, behind=[6, 5, 3])
 
@@ -125,6 +126,17 @@ def test_likelihood_is_that_of_the_logits_and_trains(model):
         assert np.isfinite(leaf).all() and np.abs(leaf).max() > 1e-7, path
     answers = generate(config, params, pad_rows(random_rows([20, 7], vocab=64)), Decoding(4, eos=(-1,)))
     assert answers.tokens.shape == (2, 4) and (counts > 0).all()
+
+
+def test_a_joined_row_has_the_states_of_its_rows(model):
+    config, params, _ = model
+    begin = ROWS[0].ids[:24]
+    rows = [Row((*begin, *row.ids), 24 + row.instruction_end) for row in ROWS]
+    batch = pad_rows(rows, shared=24)
+    wanted = final_states(config, params, (batch.tokens, Slots(batch.valid), None))
+    valid = batch.valid[:, 24:]
+    assert not valid.all()
+    np.testing.assert_allclose(joined_states(config, params, batch)[valid], wanted[:, 24:][valid], atol=5e-5)
 
 
 def test_a_plan_counts_every_layers_window(model):
