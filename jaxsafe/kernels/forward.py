@@ -3,6 +3,7 @@
 Tokens that all rows begin with, such as a system prompt, are run once for all of them.
 
 Axes: B batch, T slots of the texts, S slots of a cache, R slots that are run, P tokens that all rows begin with,
+J = P + B R,
 L layers, K kv_heads, H head_dim, D embed, F features at a tap
 """
 
@@ -10,6 +11,7 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -103,12 +105,32 @@ def joined_states(config: ModelConfig, params: Params, batch: Batch, keeps: str 
     The numbers and `keeps` are those of `final_states`. Everything is run in one pass without a cache, which a backward
     pass would keep for every layer. For one device: rows of a joined row do not lie apart on a mesh.
     """
-    P, (B, T) = batch.shared, batch.tokens.shape
-    if not P:
+    if not batch.shared:
         return final_states(config, params, prompt_inputs(config, params, batch), keeps=keeps)
+    return apart(final_states(config, params, joined_inputs(batch), keeps=keeps), batch)
+
+
+def joined_inputs(batch: Batch) -> Given:
+    """What `Transformer` is given to run a batch as one row (see `model/joined.py`)."""
+    P = batch.shared
     tokens = jnp.concatenate([_shared_tokens(batch), batch.tokens[:, P:].reshape(1, -1)], axis=1)
-    states = final_states(config, params, (tokens, JoinedSlots(batch.valid, P), None), keeps=keeps)
-    return states[0, P:].reshape(B, T - P, -1)
+    return tokens, JoinedSlots(jnp.asarray(batch.valid), P), None
+
+
+def apart(joined: Float[Array, "1 J F"], batch: Batch) -> Float[Array, "B R F"]:
+    """What belongs to the rows of a `batch` that was run as one row, without what they begin with."""
+    return joined[0, batch.shared :].reshape(len(batch.tokens), -1, joined.shape[-1])
+
+
+@flax.struct.dataclass
+class Apart:
+    """A reducer of what passes the rows of a `batch` that is run as one row; `of` reduces [B, R, F]."""
+
+    of: Any
+    batch: Batch
+
+    def __call__(self, x: Float[Array, "1 J F"]) -> Float[Array, "..."]:
+        return self.of(apart(x, self.batch))
 
 
 def capture(
@@ -127,9 +149,21 @@ def capture(
     returns is ever stacked. Pure and jittable (`config` and `taps` static). Raises ValueError for an
     unknown tap.
     """
+    return captured(config, params, (tokens, Slots(valid), None), taps, edits, reduce)
+
+
+def captured(
+    config: ModelConfig,
+    params: Params,
+    given: Given,
+    taps: Sequence[str],
+    edits: Edits = None,
+    reduce: Mapping[str, Reducer] | None = None,
+) -> dict[str, Float[Array, "..."]]:
+    """What `capture` returns, of what the model is `given`."""
     collections = variables(params, edits) | {"reducers": collection(reduce, "reduce")}
     options: dict[str, Any] = {"last": 0, "capture_intermediates": at(*taps), "mutable": ["intermediates"]}
-    _, state = Transformer(config).apply(collections, tokens, Slots(valid), **options)
+    _, state = Transformer(config).apply(collections, *given, **options)
     return readings(state["intermediates"])
 
 

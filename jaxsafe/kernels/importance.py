@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxsafe.kernels.forward import capture
+from jaxsafe.kernels.forward import Apart, capture, captured, joined_inputs
 from jaxsafe.kernels.likelihood import token_nll
 from jaxsafe.model.attention import Slots
 from jaxsafe.model.config import ModelConfig
@@ -94,14 +94,27 @@ def wanda_sums(
     Reduced at the taps, so that no activation is kept. Source: Sun et al., arXiv 2306.11695; counted tokens as
     in arXiv 2402.05162, section 2.1: a position counts by its own (input) token.
     """
-    reducers = wanda_reducers(config, batch, positions)
-    sums = capture(config, params, batch.tokens, batch.valid, tuple(reducers), rows_on_data(mesh), reducers)
+    sums = reduced(config, params, batch, wanda_reducers(config, batch, positions), mesh)
     return total(sums, axis_name)
+
+
+def reduced(
+    config: ModelConfig, params: Params, batch: Batch, reducers: Mapping[str, Any], mesh: Mesh | None
+) -> dict[str, jax.Array]:
+    """What `reducers` make of a batch: of the R slots behind what its rows begin with, of which none else may count.
+
+    On one device what they begin with is run once (see `forward.joined_inputs`).
+    """
+    if not batch.shared:
+        return capture(config, params, batch.tokens, batch.valid, tuple(reducers), rows_on_data(mesh), reducers)
+    behind = {tap: Apart(reducer, batch) for tap, reducer in reducers.items()}
+    return captured(config, params, joined_inputs(batch), tuple(behind), reduce=behind)
 
 
 def wanda_reducers(config: ModelConfig, batch: Batch, positions: str) -> dict[str, SquareSum]:
     """{tap: what makes the sums of `wanda_sums` of one block}."""
-    return dict.fromkeys(input_taps(config), SquareSum(jnp.asarray(counted(batch, positions), jnp.float32)))
+    weight = jnp.asarray(counted(batch, positions), jnp.float32)[:, batch.shared :]
+    return dict.fromkeys(input_taps(config), SquareSum(weight))
 
 
 def gram_sums(
@@ -118,8 +131,7 @@ def gram_sums(
     `last` (static) is a number of final slots that holds every counted token; only those are multiplied. On a `mesh`
     every device makes the products of its own features (see `gram_spec`), those of all rows.
     """
-    reducers = gram_reducers(config, batch, positions, last, mesh)
-    sums = capture(config, params, batch.tokens, batch.valid, tuple(reducers), rows_on_data(mesh), reducers)
+    sums = reduced(config, params, batch, gram_reducers(config, batch, positions, last, mesh), mesh)
     return total(sums, axis_name)
 
 
@@ -127,7 +139,7 @@ def gram_reducers(
     config: ModelConfig, batch: Batch, positions: str, last: int | None = None, mesh: Mesh | None = None
 ) -> dict[str, Gram]:
     """{tap: what makes the sums of `gram_sums` of one block}."""
-    weight = jnp.asarray(counted(batch, positions), jnp.float32)
+    weight = jnp.asarray(counted(batch, positions), jnp.float32)[:, batch.shared :]
     weight = weight if last is None else weight[:, -last:]
     return {
         tap: Gram(weight, None if mesh is None else NamedSharding(mesh, gram_spec(F, mesh)))

@@ -38,7 +38,7 @@ from jaxsafe.model.transformer import Params
 from jaxsafe.model.weights import linear_maps, nest, partition_spec, sizes
 from jaxsafe.parallel import put_rows
 from jaxsafe.progress import Progress, silent
-from jaxsafe.rows import Batch, Row, bucket, check_context, group_by_length, pad_rows, row_bucket
+from jaxsafe.rows import Batch, Row, bucket, check_context, group_by_length, pad_rows, row_bucket, shared_tokens
 
 Sums = Mapping[str, Any]
 """A tree of float32 sums: of the linear maps {"layers": {"q": [L, *I, *O], ...}}, or by tap {tap: [L, F, ...]}."""
@@ -308,10 +308,12 @@ def gather_parts(
     sums, first = (nothing(scoring.kind, summed, mesh), 0) if start is None else start
     if start is not None and mesh is not None:
         sums = jax.device_put(sums, shardings(scoring.kind, config, mesh))
+    shared = joined_tokens(scoring, rows, mesh)
     for number, group in enumerate(batches_of(scoring, rows)[first:], first + 1):
-        batch = pad_rows([rows[i] for i in group], count=row_bucket(len(group), scoring.batch_size, multiple))
+        count, length = row_bucket(len(group), scoring.batch_size, multiple), slots_behind(rows, group[0], shared)
+        batch = pad_rows([rows[i] for i in group], length, count, shared=shared)
         answers = batch.tokens.shape[1] - 1 - int(batch.instruction_end.min())
-        last = min(bucket(answers), batch.tokens.shape[1]) if scoring.positions == "response" else None
+        last = min(bucket(answers), batch.tokens.shape[1] - shared) if scoring.positions == "response" else None
         try:
             # Waited for, so that a batch is finished, and one that does not fit memory is met, before the next one.
             sums = jax.block_until_ready(_added(scoring, config, params, put_rows(batch, mesh), sums, last, mesh))
@@ -322,6 +324,25 @@ def gather_parts(
                 f"{len(group)} rows do not fit memory; give a batch_size below {scoring.batch_size}"
             ) from None
         yield Part(number, len(group), sums)
+
+
+def joined_tokens(scoring: Scoring, rows: Sequence[Row], mesh: Mesh | None) -> int:
+    """How many first tokens, those that all rows begin with, are run once for a batch.
+
+    None where rows lie on several devices, where these tokens count, where a row's own gradient is wanted, or where
+    blocks are run one by one.
+    """
+    alone = mesh is None and scoring.layers is None and scoring.positions == "response"
+    return shared_tokens(rows) if alone and kind_of(scoring.kind).reducers is not None else 0
+
+
+def slots_behind(rows: Sequence[Row], longest: int, shared: int) -> int | None:
+    """The slots of batches of rows as long as that of number `longest`: as many as need be behind `shared` ones.
+
+    A multiple of eight, and the same for all batches of a bucket; None, which is the bucket, where nothing is shared.
+    """
+    own = [len(row.ids) for row in rows if bucket(len(row.ids)) == bucket(len(rows[longest].ids))]
+    return shared + -(-(max(own) - shared) // 8) * 8 if shared else None
 
 
 def _added(

@@ -1,6 +1,7 @@
 """Statistics of a data set: batches, devices, merging, resuming, refusals; and blocks changed one after another."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -13,6 +14,7 @@ from tiny import random_rows, tiny_config, tiny_params
 
 from jaxsafe.io.store import Store
 from jaxsafe.io.sums import sums_once
+from jaxsafe.kernels import sums
 from jaxsafe.kernels.blocks import layer_of
 from jaxsafe.kernels.forward import capture, embed, run_block
 from jaxsafe.kernels.importance import sample_losses, wanda_scores
@@ -59,6 +61,28 @@ def test_batches_devices_and_halves_give_the_same_sums(kind):
     for path, leaf in flatten(spread.sums).items():
         parts = 8 if kind != "wanda" else 4 if path in ("attn_in", "mlp_in") else 2  # one axis of features has one side
         assert {shard.data.size for shard in leaf.addressable_shards} == {leaf.size // parts}, path
+
+
+BEGINNING = random_rows([24], seed=7)[0].ids
+ALIKE = [Row((*BEGINNING, *row.ids), 24 + row.instruction_end) for row in ROWS if len(row.ids) > 40]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("positions", ["response", "all"])
+def test_rows_that_begin_alike_have_the_sums_of_each(kind, positions, monkeypatch):
+    scoring, shapes = Scoring(kind, positions, batch_size=4), []
+
+    def seen(*args):
+        shapes.append((args[3].shared, args[3].tokens.shape))
+        return add_batch(*args)
+
+    monkeypatch.setattr(sums, "add_batch", seen)
+    ours = gather(scoring, CONFIG, PARAMS, ALIKE)
+    joined = positions == "response" and kind != "snip"
+    assert shapes == ([(24, (4, 72)), (24, (1, 72))] if joined else [(0, (4, 96)), (0, (1, 96))])
+    alone = [gather(scoring, CONFIG, PARAMS, [row]) for row in ALIKE]
+    assert {shared for shared, _ in shapes[2:]} == {0}
+    close(ours.sums, functools.reduce(merge, alone).sums)
 
 
 @pytest.mark.parametrize("kind", KINDS)
