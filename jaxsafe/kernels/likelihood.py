@@ -13,6 +13,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsafe.kernels.forward import final_states, prompt_inputs
+from jaxsafe.kernels.sampling import most_likely
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params, unembed, unembedding
 from jaxsafe.rows import Batch
@@ -119,7 +120,7 @@ def likelihood(
     def add(i: Int[Array, ""], so_far: tuple[Array, Array]) -> tuple[Array, Array]:
         x, target, counts = (jax.lax.dynamic_slice_in_dim(a, i * block, block, axis=1) for a in whole)
         logits = unembed(config, x, head)
-        hit = jnp.argmax(logits, axis=-1) == target
+        hit = most_likely(logits) == target
         total, greedy = so_far
         nll = jnp.where(counts, cross_entropy(logits, target), 0)
         return total - nll.sum(axis=1), greedy & (hit | ~counts).all(axis=1)

@@ -147,6 +147,16 @@ def keep_likely(logits: Float[Array, "B V"], top_k: Int[Array, " B"], top_p: Flo
     return jnp.take_along_axis(kept, jnp.argsort(order, axis=-1), -1)
 
 
+def most_likely(logits: Float[Array, "*B V"]) -> Int[Array, "*B"]:
+    """The first of the largest entries, as `argmax`, in two passes: one over pairs of entry and index is no vector's.
+
+    The last one where no entry is a number.
+    """
+    V = logits.shape[-1]
+    largest = logits == logits.max(axis=-1, keepdims=True)
+    return jnp.minimum(jnp.where(largest, jnp.arange(V, dtype=jnp.int32), V).min(axis=-1), V - 1)
+
+
 def next_token(
     logits: Float[Array, "B V"], sampling: Sampling, keys: Key[Array, " B"], step: Int[Array, ""]
 ) -> Int[Array, " B"]:
@@ -163,7 +173,7 @@ def next_token(
             (sampling.top_p, jnp.float32),
         )
     )
-    greedy = jnp.argmax(logits, -1).astype(jnp.int32)
+    greedy = most_likely(logits)
 
     def sample() -> Int[Array, " B"]:
         scaled = logits / jnp.maximum(temperature, 1e-6)[:, None]
@@ -171,6 +181,6 @@ def next_token(
             jnp.any((top_k > 0) | (top_p < 1)), lambda x: keep_likely(x, top_k, top_p), lambda x: x, scaled
         )
         noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, step), logits.shape[1:]))(keys)
-        return jnp.where(temperature > 0, jnp.argmax(scaled + noise, -1).astype(jnp.int32), greedy)
+        return jnp.where(temperature > 0, most_likely(scaled + noise), greedy)
 
     return jax.lax.cond(jnp.any(temperature > 0), sample, lambda: greedy)

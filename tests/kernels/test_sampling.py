@@ -12,6 +12,7 @@ from jaxsafe.kernels.sampling import (
     Sampling,
     check_sampling,
     keep_likely,
+    most_likely,
     next_token,
     penalise,
     row_seeds,
@@ -80,6 +81,18 @@ def test_top_k_and_top_p_keep_what_a_loop_keeps(seed, ks, ps):
         kept = set(np.flatnonzero(np.isfinite(out[b])).tolist())
         assert kept == slow_kept(logits[b], ks[b], np.float32(ps[b])), (ks[b], ps[b])
         np.testing.assert_array_equal(out[b, sorted(kept)], logits[b, sorted(kept)])
+
+
+@given(st.lists(st.sampled_from([-np.inf, -1.0, 0.0, 0.5, 2.0, np.inf]), min_size=1, max_size=9), st.integers(1, 3))
+def test_the_most_likely_token_is_the_first_of_the_largest(line, rows):
+    logits = np.array([np.roll(line, i) for i in range(rows)], np.float32)
+    found = most_likely(jnp.asarray(logits))
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, logits.argmax(-1))
+
+
+def test_a_row_without_numbers_still_names_a_token():
+    assert most_likely(jnp.array([[np.nan, np.nan, np.nan], [0.0, 1.0, 0.0]])).tolist() == [2, 1]
 
 
 def test_of_equal_logits_the_first_are_kept():
