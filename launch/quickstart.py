@@ -20,6 +20,7 @@ fine-tunes the same model on a few harmless examples of obedience until it no lo
 prevented by freezing those weights and ranks, or by winding them back, beside random ones.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import shutil
@@ -95,14 +96,17 @@ def tune(
         rows = tuning_rows(base, harmful.prompts, benign.prompts, builtin_refusals(), settings, done)
     checkpoints = folder.with_name(f"{folder.name}-checkpoints")
     mean = sum(len(row.ids) for row in rows) / len(rows)
-    with clock.watch("safety_tuning_s")("safety tuning", settings.steps) as done:
-        for step in safety_tune(base, rows, settings, checkpoints):
+    card = CARD.format(steps=settings.steps, harmful=len(harmful), benign=len(benign))
+    with (
+        clock.watch("safety_tuning_s")("safety tuning", settings.steps) as done,
+        contextlib.closing(safety_tune(base, rows, settings, checkpoints)) as steps,
+    ):
+        for step in steps:
             done(step.number if step.begins else 1)
             if not step.begins:
                 clock.count("safety_tuning_s", Tokens(learned=round(settings.batch_size * mean)))
-        params = step.weights()
-    card = CARD.format(steps=settings.steps, harmful=len(harmful), benign=len(benign))
-    save_hf(folder, base.config, params, like=like, card=card)
+            if step.number == settings.steps:  # in hand: what interrupts here keeps it
+                save_hf(folder, base.config, step.weights(), like=like, card=card)
     shutil.rmtree(checkpoints, ignore_errors=True)
 
 

@@ -19,11 +19,13 @@ class State(NamedTuple):
 
 
 class Saving(NamedTuple):
-    """keep: writes a checkpoint of a state; every: after how many steps; whole: a context that signals wait for."""
+    """keep: writes a checkpoint of a state; every: after how many steps; whole: a context that signals wait for; end:
+    whether one is written at the end, too."""
 
     keep: Callable[[State], None]
     every: int
     whole: Callable[[], AbstractContextManager[None]]
+    end: bool = True
 
 
 def course(
@@ -41,12 +43,12 @@ def course(
             with whole():
                 state = State(i + 1, *take(i, state.tree))
             yield state
-            end = saving is not None and preempted(i)
-            if saving and (end or state.done == steps or state.done % saving.every == 0):
+            ended = saving is not None and preempted(i)
+            if saving and (ended or (state.done == steps and saving.end) or state.done % saving.every == 0):
                 with whole():
                     saving.keep(state)
                     saved = state.done
-            if end:
+            if ended:
                 raise SystemExit(143)
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         # Of several processes, which save together, each may be interrupted at another step.

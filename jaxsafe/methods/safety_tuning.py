@@ -5,7 +5,7 @@ Harmful requests are paired with short refusals, benign ones with what the model
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from importlib import resources
 
 import numpy as np
@@ -73,8 +73,12 @@ def tuning_rows(
 
 def safety_tune(
     model: ChatModel, rows: Sequence[Row], settings: TuningSettings, folder: str | os.PathLike | None = None
-) -> Iterator[Step]:
-    """The steps of tuning on `rows`; an interrupted run goes on from its checkpoints in `folder`."""
+) -> Generator[Step, None, None]:
+    """The steps of tuning on `rows`; a run that was interrupted goes on from its checkpoint in `folder`.
+
+    No other is written, which takes as long as four steps: weights that are to last are saved while the last step is
+    in hand, where an interruption still keeps it.
+    """
     run = FineTuning(
         steps=settings.steps,
         batch_size=settings.batch_size,
@@ -83,6 +87,7 @@ def safety_tune(
         warmup=min(settings.warmup, settings.steps - 1),
         final_share=0.1,
         seed=settings.seed,
-        checkpoint_every=settings.steps,  # and on an interruption: one takes as long as four steps
+        checkpoint_every=settings.steps + 1,
+        checkpoint_end=False,
     )
     return train(model.config, model.params, rows, run, mesh=model.mesh, folder=folder)

@@ -118,7 +118,7 @@ def _steps(
                 if store is not None:
                     save(store, state.done, member(state.tree, np.int32(n), ranks[n]), name, state.loss[n])
 
-        saving = Saving(keep, settings.checkpoint_every, whole) if saves else None
+        saving = Saving(keep, settings.checkpoint_every, whole, settings.checkpoint_end) if saves else None
         yield steps_of(begun, begins=True)
         for state in stack.enter_context(contextlib.closing(course(begun, settings.steps, take, saving))):
             yield steps_of(state)

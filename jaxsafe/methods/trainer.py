@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -43,7 +43,7 @@ class FineTuning:
     ("stepped"). `lora` None trains the weights themselves. `remat`
     computes layers again in the backward pass instead of keeping their activations. `slots` (all, of the answer) is
     the shape of every batch, formed without regard to length; None puts rows of like length together. A checkpoint
-    is written every `checkpoint_every` steps.
+    is written every `checkpoint_every` steps, and with `checkpoint_end` at the end.
     """
 
     steps: int = 100
@@ -61,6 +61,7 @@ class FineTuning:
     slots: tuple[int, int] | None = None
     seed: int = 0
     checkpoint_every: int = 100
+    checkpoint_end: bool = True
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulation", "decay_every", "checkpoint_every"):
@@ -114,7 +115,7 @@ def train(
     frozen: optax.GradientTransformation = FREE,
     mesh: Mesh | None = None,
     folder: str | os.PathLike | None = None,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     """Fine-tuning on the answers of `rows`: where the run begins, then every step as it is asked for.
 
     `frozen` is what may not move (see `kernels/freezing.py`); of adapters it freezes the change that they make to
@@ -148,7 +149,7 @@ def _steps(
     frozen: optax.GradientTransformation,
     mesh: Mesh | None,
     folder: str | os.PathLike | None,
-) -> Iterator[Step]:
+) -> Generator[Step, None, None]:
     lengths = [len(row.ids) if settings.slots is None else 1 for row in rows]
     plan = batch_plan(lengths, settings.batch_size, settings.steps, settings.seed)
     width, shared = None if settings.slots is None else settings.slots[0], joined_tokens(rows, settings, mesh)
@@ -181,7 +182,7 @@ def _steps(
             def keep(state: State) -> None:
                 save(checkpoints, state.done, state.tree, run, state.loss)
 
-            saving = Saving(keep, settings.checkpoint_every, whole)
+            saving = Saving(keep, settings.checkpoint_every, whole, settings.checkpoint_end)
         yield step_of(begun, begins=True)
         for state in stack.enter_context(contextlib.closing(course(begun, settings.steps, take, saving))):
             yield step_of(state)
@@ -278,7 +279,9 @@ def scale_by_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtra
 def shared_rules(settings: FineTuning, frozen: optax.GradientTransformation) -> Rules:
     """`rules`, the same objects for runs of one compiled step; only their updates are of use."""
     adapters = settings.lora and dataclasses.replace(settings.lora, rank=1, alpha=1.0)
-    same = dataclasses.replace(settings, seed=0, checkpoint_every=1, learning_rate=1.0, lora=adapters)
+    same = dataclasses.replace(
+        settings, seed=0, checkpoint_every=1, checkpoint_end=True, learning_rate=1.0, lora=adapters
+    )
     return _cached_rules(same, frozen.update)
 
 
@@ -362,7 +365,7 @@ def identity(
 def described(settings: FineTuning) -> dict[str, Any]:
     """The settings that weights follow from: not how often they are saved, and no dropout where nothing is dropped."""
     chosen = dataclasses.asdict(settings)
-    del chosen["checkpoint_every"]
+    del chosen["checkpoint_every"], chosen["checkpoint_end"]
     if settings.lora is not None and not settings.lora.dropout:
         del chosen["lora"]["dropout"]
     return chosen

@@ -3,6 +3,7 @@
 `python test_trainer.py FOLDER` is the run that the tests kill.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -418,6 +419,20 @@ def killable_run(folder, rows=ROWS, settings=KILLED, seed=0):
 @functools.cache
 def uninterrupted():
     return trained(killable_run(None))
+
+
+def test_a_run_may_write_no_checkpoint_unless_it_is_interrupted(tmp_path):
+    settings = dataclasses.replace(KILLED, steps=4, checkpoint_every=5, checkpoint_end=False)
+    wanted = trained(killable_run(tmp_path / "whole", settings=settings))
+    with open_checkpoints(tmp_path / "whole") as checkpoints:
+        assert checkpoints.latest is None
+    with contextlib.closing(killable_run(tmp_path / "left", settings=settings)) as steps:
+        for step in steps:
+            if step.number == settings.steps:
+                break
+    (last,) = killable_run(tmp_path / "left", settings=settings)
+    assert last.number == settings.steps and last.begins
+    assert_same_bits(last.weights(), wanted)
 
 
 def kill(folder, number, at):
