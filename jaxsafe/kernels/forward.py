@@ -14,15 +14,16 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsafe.kernels.blocks import Blocks
-from jaxsafe.model.attention import Slots
+from jaxsafe.model.attention import DENSE, Slots
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.joined import JoinedSlots, held_tokens
 from jaxsafe.model.taps import FINAL, Reducer, at, collection, readings
 from jaxsafe.model.transformer import Cache, Edits, Params, Transformer, embedded, variables
-from jaxsafe.rows import Batch
+from jaxsafe.rows import Batch, Row, shared_tokens
 
 Given = tuple[Int[Array, "B R"], Slots | JoinedSlots, Cache | None]
 """What `Transformer` is given: tokens, where they are, and a cache that holds what precedes them."""
@@ -108,6 +109,17 @@ def joined_states(config: ModelConfig, params: Params, batch: Batch, keeps: str 
     if not batch.shared:
         return final_states(config, params, prompt_inputs(config, params, batch), keeps=keeps)
     return apart(final_states(config, params, joined_inputs(batch), keeps=keeps), batch)
+
+
+def joined_tokens(rows: Sequence[Row], mesh: Mesh | None) -> int:
+    """How many first tokens, those that all `rows` begin with, are run once where batches of them become one row.
+
+    None where rows lie on several devices, nor where they are so long that an accelerator's own kernel of attention,
+    which knows whole rows only, is worth more.
+    """
+    split = mesh is not None and mesh.shape["data"] > 1
+    long = max(len(row.ids) for row in rows) ** 2 > DENSE
+    return 0 if split or long else shared_tokens(rows)
 
 
 def joined_inputs(batch: Batch) -> Given:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxsafe.kernels.forward import joined_tokens
 from jaxsafe.kernels.importance import (
     LOSSES,
     POSITIONS,
@@ -38,7 +39,7 @@ from jaxsafe.model.transformer import Params
 from jaxsafe.model.weights import linear_maps, nest, partition_spec, sizes
 from jaxsafe.parallel import put_rows
 from jaxsafe.progress import Progress, silent
-from jaxsafe.rows import Batch, Row, bucket, check_context, group_by_length, pad_rows, row_bucket, shared_tokens
+from jaxsafe.rows import Batch, Row, bucket, check_context, group_by_length, pad_rows, row_bucket
 
 Sums = Mapping[str, Any]
 """A tree of float32 sums: of the linear maps {"layers": {"q": [L, *I, *O], ...}}, or by tap {tap: [L, F, ...]}."""
@@ -308,7 +309,7 @@ def gather_parts(
     sums, first = (nothing(scoring.kind, summed, mesh), 0) if start is None else start
     if start is not None and mesh is not None:
         sums = jax.device_put(sums, shardings(scoring.kind, config, mesh))
-    shared = joined_tokens(scoring, rows, mesh)
+    shared = joined(scoring, rows, mesh)
     for number, group in enumerate(batches_of(scoring, rows)[first:], first + 1):
         count, length = row_bucket(len(group), scoring.batch_size, multiple), slots_behind(rows, group[0], shared)
         batch = pad_rows([rows[i] for i in group], length, count, shared=shared)
@@ -326,14 +327,13 @@ def gather_parts(
         yield Part(number, len(group), sums)
 
 
-def joined_tokens(scoring: Scoring, rows: Sequence[Row], mesh: Mesh | None) -> int:
-    """How many first tokens, those that all rows begin with, are run once for a batch.
+def joined(scoring: Scoring, rows: Sequence[Row], mesh: Mesh | None) -> int:
+    """How many first tokens of all rows are run once for a batch.
 
-    None where rows lie on several devices, where these tokens count, where a row's own gradient is wanted, or where
-    blocks are run one by one.
+    None on a mesh, where these tokens count, where a row's own gradient is wanted, or where blocks are run one by one.
     """
     alone = mesh is None and scoring.layers is None and scoring.positions == "response"
-    return shared_tokens(rows) if alone and kind_of(scoring.kind).reducers is not None else 0
+    return joined_tokens(rows, mesh) if alone and kind_of(scoring.kind).reducers is not None else 0
 
 
 def slots_behind(rows: Sequence[Row], longest: int, shared: int) -> int | None:

@@ -23,7 +23,7 @@ from jaxsafe.io.checkpoint import note, open_checkpoints, outline, restore, save
 from jaxsafe.kernels.lora import LoRA
 from jaxsafe.kernels.training import Recipe, batch_plan, one_step
 from jaxsafe.methods.course import Saving, State, course
-from jaxsafe.methods.trainer import FREE, FineTuning, Step, begin, check_rows, identity, joined_tokens, weights_program
+from jaxsafe.methods.trainer import FREE, FineTuning, Step, begin, check_rows, identity, joined, weights_program
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params
 from jaxsafe.rows import Batch, Row, pad_rows
@@ -84,7 +84,7 @@ def _steps(
     trees, fixed, (recipe, *_) = zip(*each, strict=True)
     weights = weights_program(config, params, settings, FREE)
     together = fixed_together(fixed)
-    joined = min(joined_tokens(run.rows, run.settings, mesh) for run in runs)
+    shared_start = min(joined(run.rows, run.settings, mesh) for run in runs)
 
     with contextlib.ExitStack() as stack:
         saves = any(run.folder is not None for run in runs)
@@ -102,7 +102,7 @@ def _steps(
         del each, trees, found, adapters
 
         def take(i: int, tree: Any) -> tuple[Any, list[float]]:
-            batch = put([_batch(run, plan[i], joined) for run, plan in zip(runs, plans, strict=True)], mesh)
+            batch = put([_batch(run, plan[i], shared_start) for run, plan in zip(runs, plans, strict=True)], mesh)
             tree, nats = program(recipe)(tree, batch, together)
             return tree, [float(loss) for loss in nats]
 

@@ -20,14 +20,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxsafe.digest import digest
 from jaxsafe.io.checkpoint import checksum, note, open_checkpoints, outline, restore, save, stoppable
 from jaxsafe.kernels import lora
+from jaxsafe.kernels.forward import joined_tokens
 from jaxsafe.kernels.lora import LoRA
 from jaxsafe.kernels.training import Recipe, batch_plan, masters, model_weights, one_step
 from jaxsafe.methods.course import Saving, State, course
-from jaxsafe.model.attention import DENSE
 from jaxsafe.model.config import ModelConfig
 from jaxsafe.model.transformer import Params
 from jaxsafe.parallel import put_rows
-from jaxsafe.rows import Row, data_sha256, pad_rows, shared_tokens
+from jaxsafe.rows import Row, data_sha256, pad_rows
 
 SCHEDULES = ("constant", "linear", "cosine", "stepped")
 FREE = optax.identity()
@@ -152,7 +152,7 @@ def _steps(
 ) -> Generator[Step, None, None]:
     lengths = [len(row.ids) if settings.slots is None else 1 for row in rows]
     plan = batch_plan(lengths, settings.batch_size, settings.steps, settings.seed)
-    width, shared = None if settings.slots is None else settings.slots[0], joined_tokens(rows, settings, mesh)
+    width, shared = None if settings.slots is None else settings.slots[0], joined(rows, settings, mesh)
     tree, fixed, recipe = begin(config, params, rows, settings, frozen, mesh)
     step = compiled_step(recipe, tree)
     weights = weights_program(config, params, settings, frozen)
@@ -203,16 +203,10 @@ def check_rows(config: ModelConfig, rows: Sequence[Row], settings: FineTuning, m
         raise ValueError(f"parts of {part} rows do not divide over {devices} devices of the data axis")
 
 
-def joined_tokens(rows: Sequence[Row], settings: FineTuning, mesh: Mesh | None) -> int:
-    """How many first tokens, those that all rows begin with, a step runs once for a batch.
-
-    None where rows lie on several devices or drop inputs of their own, nor where they are so long that an accelerator's
-    own kernel of attention, which knows whole rows only, is worth more.
-    """
-    split = mesh is not None and mesh.shape["data"] > 1
+def joined(rows: Sequence[Row], settings: FineTuning, mesh: Mesh | None) -> int:
+    """How many first tokens a step runs once for a batch: none where rows drop inputs of their own."""
     dropping = settings.lora is not None and settings.lora.dropout > 0
-    long = max(len(row.ids) for row in rows) ** 2 > DENSE
-    return 0 if split or dropping or long else shared_tokens(rows)
+    return 0 if dropping else joined_tokens(rows, mesh)
 
 
 def begin(

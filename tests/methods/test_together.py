@@ -11,7 +11,7 @@ from tiny import random_rows, tiny_config, tiny_params
 from jaxsafe.kernels.lora import LoRA
 from jaxsafe.kernels.training import batch_plan
 from jaxsafe.methods.together import Training, latest_step, member, resized, stacked, train_together
-from jaxsafe.methods.trainer import FREE, FineTuning, begin, compiled_step, joined_tokens, train
+from jaxsafe.methods.trainer import FREE, FineTuning, begin, compiled_step, joined, train
 from jaxsafe.model.weights import shardings
 from jaxsafe.parallel import parse_mesh
 from jaxsafe.rows import Row, pad_rows
@@ -84,7 +84,7 @@ def test_runs_whose_rows_begin_alike_are_the_runs_alone():
         rows = [Row((*begin, *row.ids), 24 + row.instruction_end) for row in run.rows]
         lora = dataclasses.replace(run.settings.lora, dropout=0.0)
         runs.append(Training(rows, dataclasses.replace(run.settings, slots=(40, 8), lora=lora)))
-    assert {joined_tokens(run.rows, run.settings, None) for run in runs} == {24}
+    assert {joined(run.rows, run.settings, None) for run in runs} == {24}
     check(train_together(CONFIG, params(), runs), [alone(run) for run in runs])
 
 

@@ -34,7 +34,7 @@ from jaxsafe.methods.trainer import (
     FineTuning,
     begin,
     compiled_step,
-    joined_tokens,
+    joined,
     learning_rates,
     train,
     trained,
@@ -140,12 +140,12 @@ def test_what_rows_begin_with_is_run_once_and_changes_no_number(change, monkeypa
     rows = [Row((*begin, *row.ids), 24 + row.instruction_end) for row in ROWS]
     settings, seen = dataclasses.replace(BRISK, **change), []
 
-    def run(joined):
-        monkeypatch.setattr(trainer, "joined_tokens", lambda *a: joined)
+    def run(shared):
+        monkeypatch.setattr(trainer, "joined", lambda *a: shared)
         monkeypatch.setattr(trainer, "put_rows", lambda batch, mesh: seen.append(batch.shared) or put_rows(batch, mesh))
         return weights_and_losses(train(CONFIG, params(), rows, settings))
 
-    (wanted, wanted_losses), (ours, losses) = run(0), run(joined_tokens(rows, settings, None))
+    (wanted, wanted_losses), (ours, losses) = run(0), run(joined(rows, settings, None))
     assert seen == [0] * 4 + [24] * 4
     np.testing.assert_allclose(losses, wanted_losses, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), ours, wanted)
@@ -155,11 +155,11 @@ def test_what_rows_begin_with_is_run_once_and_changes_no_number(change, monkeypa
 def test_rows_are_joined_on_one_device_where_they_are_short_and_nothing_is_dropped():
     begin = random_rows([30], seed=5)[0].ids
     rows = [Row((*begin, *row.ids), 30 + row.instruction_end) for row in ROWS]
-    assert joined_tokens(rows, BRISK, None) == joined_tokens(rows, BRISK, parse_mesh("data:1,model:8")) == 24
-    assert joined_tokens(rows, dataclasses.replace(BRISK, lora=LoRA(2)), None) == 24
-    assert joined_tokens(rows, dataclasses.replace(BRISK, lora=LoRA(2, dropout=0.1)), None) == 0
-    assert joined_tokens(rows, BRISK, parse_mesh("data:4,model:2")) == 0
-    assert joined_tokens([*rows, Row((*begin, *range(500)), 40)], BRISK, None) == 0
+    assert joined(rows, BRISK, None) == joined(rows, BRISK, parse_mesh("data:1,model:8")) == 24
+    assert joined(rows, dataclasses.replace(BRISK, lora=LoRA(2)), None) == 24
+    assert joined(rows, dataclasses.replace(BRISK, lora=LoRA(2, dropout=0.1)), None) == 0
+    assert joined(rows, BRISK, parse_mesh("data:4,model:2")) == 0
+    assert joined([*rows, Row((*begin, *range(500)), 40)], BRISK, None) == 0
 
 
 def test_microbatches_and_recomputation_change_no_number():
