@@ -3,8 +3,7 @@
 Tokens that all rows begin with, such as a system prompt, are run once for all of them.
 
 Axes: B batch, T slots of the texts, S slots of a cache, R slots that are run, P tokens that all rows begin with,
-J = P + B R,
-L layers, K kv_heads, H head_dim, D embed, F features at a tap
+J = P + B R tokens of a joined row, L layers, K kv_heads, H head_dim, D embed, F features at a tap
 """
 
 import functools

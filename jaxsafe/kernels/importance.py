@@ -94,17 +94,20 @@ def wanda_sums(
     Reduced at the taps, so that no activation is kept. Source: Sun et al., arXiv 2306.11695; counted tokens as
     in arXiv 2402.05162, section 2.1: a position counts by its own (input) token.
     """
+    batch = shared_where_uncounted(batch, positions, mesh)
     sums = reduced(config, params, batch, wanda_reducers(config, batch, positions), mesh)
     return total(sums, axis_name)
+
+
+def shared_where_uncounted(batch: Batch, positions: str, mesh: Mesh | None) -> Batch:
+    """`batch`, which shares nothing where what its rows begin with counts or lies on several devices."""
+    return batch if positions == "response" and mesh is None else dataclasses.replace(batch, shared=0)
 
 
 def reduced(
     config: ModelConfig, params: Params, batch: Batch, reducers: Mapping[str, Any], mesh: Mesh | None
 ) -> dict[str, jax.Array]:
-    """What `reducers` make of a batch: of the R slots behind what its rows begin with, of which none else may count.
-
-    On one device what they begin with is run once (see `forward.joined_inputs`).
-    """
+    """What `reducers` make of the slots behind what the rows of a batch share, which is run once."""
     if not batch.shared:
         return capture(config, params, batch.tokens, batch.valid, tuple(reducers), rows_on_data(mesh), reducers)
     behind = {tap: Apart(reducer, batch) for tap, reducer in reducers.items()}
@@ -131,6 +134,7 @@ def gram_sums(
     `last` (static) is a number of final slots that holds every counted token; only those are multiplied. On a `mesh`
     every device makes the products of its own features (see `gram_spec`), those of all rows.
     """
+    batch = shared_where_uncounted(batch, positions, mesh)
     sums = reduced(config, params, batch, gram_reducers(config, batch, positions, last, mesh), mesh)
     return total(sums, axis_name)
 

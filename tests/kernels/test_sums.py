@@ -17,7 +17,7 @@ from jaxsafe.io.sums import sums_once
 from jaxsafe.kernels import sums
 from jaxsafe.kernels.blocks import layer_of
 from jaxsafe.kernels.forward import capture, embed, run_block
-from jaxsafe.kernels.importance import sample_losses, wanda_scores
+from jaxsafe.kernels.importance import gram_sums, sample_losses, wanda_scores, wanda_sums
 from jaxsafe.kernels.likelihood import cross_entropy
 from jaxsafe.kernels.lowrank import act_svd, remove_ranks
 from jaxsafe.kernels.selection import apply_mask, bottom
@@ -83,6 +83,16 @@ def test_rows_that_begin_alike_have_the_sums_of_each(kind, positions, monkeypatc
     alone = [gather(scoring, CONFIG, PARAMS, [row]) for row in ALIKE]
     assert {shared for shared, _ in shapes[2:]} == {0}
     close(ours.sums, functools.reduce(merge, alone).sums)
+
+
+@pytest.mark.parametrize("positions", ["response", "prompt", "all"])
+def test_sums_of_a_batch_that_shares_tokens_are_those_of_one_that_does_not(positions):
+    own = pad_rows(ALIKE, length=72, shared=24)
+    for sums_of in (wanda_sums, gram_sums):
+        ours, wanted = (
+            sums_of(CONFIG, PARAMS, batch, positions) for batch in (own, dataclasses.replace(own, shared=0))
+        )
+        close(ours, wanted)
 
 
 @pytest.mark.parametrize("kind", KINDS)
