@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsafe.kernels.blocks import Blocks
 from jaxsafe.model.attention import DENSE, Slots
 from jaxsafe.model.config import ModelConfig
-from jaxsafe.model.joined import JoinedSlots, held_tokens
+from jaxsafe.model.joined import JoinedSlots, apart, held_tokens, joined
 from jaxsafe.model.taps import FINAL, Reducer, at, collection, readings
 from jaxsafe.model.transformer import Cache, Edits, Params, Transformer, embedded, variables
 from jaxsafe.rows import Batch, Row, shared_tokens
@@ -107,7 +107,7 @@ def joined_states(config: ModelConfig, params: Params, batch: Batch, keeps: str 
     """
     if not batch.shared:
         return final_states(config, params, prompt_inputs(config, params, batch), keeps=keeps)
-    return apart(final_states(config, params, joined_inputs(batch), keeps=keeps), batch)
+    return apart(final_states(config, params, joined_inputs(batch), keeps=keeps), len(batch.tokens), batch.shared)
 
 
 def joined_tokens(rows: Sequence[Row], mesh: Mesh | None) -> int:
@@ -124,24 +124,20 @@ def joined_tokens(rows: Sequence[Row], mesh: Mesh | None) -> int:
 def joined_inputs(batch: Batch) -> Given:
     """What `Transformer` is given to run a batch as one row (see `model/joined.py`)."""
     P = batch.shared
-    tokens = jnp.concatenate([_shared_tokens(batch), batch.tokens[:, P:].reshape(1, -1)], axis=1)
+    tokens = joined(_shared_tokens(batch), batch.tokens[:, P:])
     return tokens, JoinedSlots(jnp.asarray(batch.valid), P), None
-
-
-def apart(joined: Float[Array, "1 J F"], batch: Batch) -> Float[Array, "B R F"]:
-    """What belongs to the rows of a `batch` that was run as one row, without what they begin with."""
-    return joined[0, batch.shared :].reshape(len(batch.tokens), -1, joined.shape[-1])
 
 
 @flax.struct.dataclass
 class Apart:
-    """A reducer of what passes the rows of a `batch` that is run as one row; `of` reduces [B, R, F]."""
+    """A reducer of what passes B = `rows` rows that are run as one; `of` reduces [B, R, F] behind `shared` ones."""
 
     of: Any
-    batch: Batch
+    rows: int = flax.struct.field(pytree_node=False)
+    shared: int = flax.struct.field(pytree_node=False)
 
     def __call__(self, x: Float[Array, "1 J F"]) -> Float[Array, "..."]:
-        return self.of(apart(x, self.batch))
+        return self.of(apart(x, self.rows, self.shared))
 
 
 def capture(

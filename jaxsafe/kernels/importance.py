@@ -110,7 +110,7 @@ def reduced(
     """What `reducers` make of the slots behind what the rows of a batch share, which is run once."""
     if not batch.shared:
         return capture(config, params, batch.tokens, batch.valid, tuple(reducers), rows_on_data(mesh), reducers)
-    behind = {tap: Apart(reducer, batch) for tap, reducer in reducers.items()}
+    behind = {tap: Apart(reducer, len(batch.tokens), batch.shared) for tap, reducer in reducers.items()}
     return captured(config, params, joined_inputs(batch), tuple(behind), reduce=behind)
 
 

@@ -310,8 +310,12 @@ def gather_parts(
     if start is not None and mesh is not None:
         sums = jax.device_put(sums, shardings(scoring.kind, config, mesh))
     shared = joined(scoring, rows, mesh)
+    lengths = slots_by_bucket(rows, shared) if shared else {}
     for number, group in enumerate(batches_of(scoring, rows)[first:], first + 1):
-        count, length = row_bucket(len(group), scoring.batch_size, multiple), slots_behind(rows, group[0], shared)
+        count, length = (
+            row_bucket(len(group), scoring.batch_size, multiple),
+            lengths.get(bucket(len(rows[group[0]].ids))),
+        )
         batch = pad_rows([rows[i] for i in group], length, count, shared=shared)
         answers = batch.tokens.shape[1] - 1 - int(batch.instruction_end.min())
         last = min(bucket(answers), batch.tokens.shape[1] - shared) if scoring.positions == "response" else None
@@ -336,13 +340,13 @@ def joined(scoring: Scoring, rows: Sequence[Row], mesh: Mesh | None) -> int:
     return joined_tokens(rows, mesh) if alone and kind_of(scoring.kind).reducers is not None else 0
 
 
-def slots_behind(rows: Sequence[Row], longest: int, shared: int) -> int | None:
-    """The slots of batches of rows as long as that of number `longest`: as many as need be behind `shared` ones.
-
-    A multiple of eight, and the same for all batches of a bucket; None, which is the bucket, where nothing is shared.
-    """
-    own = [len(row.ids) for row in rows if bucket(len(row.ids)) == bucket(len(rows[longest].ids))]
-    return shared + -(-(max(own) - shared) // 8) * 8 if shared else None
+def slots_by_bucket(rows: Sequence[Row], shared: int) -> dict[int, int]:
+    """{bucket of a row's length: slots of batches of such rows}: `shared` ones, and a multiple of eight behind them."""
+    longest = dict[int, int]()
+    for row in rows:
+        own = bucket(len(row.ids))
+        longest[own] = max(longest.get(own, 0), len(row.ids))
+    return {own: shared + -(-(n - shared) // 8) * 8 for own, n in longest.items()}
 
 
 def _added(

@@ -9,7 +9,7 @@ K kv_heads, H head_dim, f a head's features or one
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxsafe.model.attention import Queries, Slots
 from jaxsafe.model.blockwise import Scaling
@@ -32,7 +32,7 @@ class JoinedQueries:
     @property
     def positions(self) -> Int[Array, "1 J"]:
         """Those of all tokens."""
-        return self.joined(self.first.positions, self.rest.positions)
+        return joined(self.first.positions, self.rest.positions)
 
     def attend(
         self,
@@ -43,19 +43,10 @@ class JoinedQueries:
         scaling: Scaling,
     ) -> Float[Array, "1 J N*H"]:
         """As `attention.attend`: shared tokens see one another, and every row sees them and itself."""
-        P = self.held.shape[1]
-        first = self.first.attend(q[:, :P], k[:, :, :P], v[:, :, :P], window, scaling)
-        rest = self.rest.attend(self.apart(q), self._seen(k), self._seen(v), window, scaling)
-        return self.joined(first, rest)
-
-    def joined(self, first: Float[Array, "1 P *f"], rest: Float[Array, "B R *f"]) -> Float[Array, "1 J *f"]:
-        """What belongs to the shared tokens, and behind it what belongs to the rows."""
-        return jnp.concatenate([first, rest.reshape(1, -1, *rest.shape[2:])], axis=1)
-
-    def apart(self, joined: Float[Array, "1 J *f"]) -> Float[Array, "B R *f"]:
-        """What belongs to the rows."""
         B, P = self.held.shape[:2]
-        return joined[0, P:].reshape(B, -1, *joined.shape[2:])
+        first = self.first.attend(q[:, :P], k[:, :, :P], v[:, :, :P], window, scaling)
+        rest = self.rest.attend(apart(q, B, P), self._seen(k), self._seen(v), window, scaling)
+        return joined(first, rest)
 
     def _seen(self, keys: Float[Array, "1 K J H"]) -> Float[Array, "B K T H"]:
         """The keys, or values, of all slots of every row."""
@@ -86,6 +77,16 @@ class JoinedSlots:
             rest=Slots(valid, P).queries(T - P),
             held=jax.nn.one_hot(held_tokens(valid, P), P),
         )
+
+
+def joined(first: Shaped[Array, "1 P *f"], rest: Shaped[Array, "B R *f"]) -> Shaped[Array, "1 J *f"]:
+    """One row of what belongs to the shared tokens, and behind it of what belongs to the rows."""
+    return jnp.concatenate([first, rest.reshape(1, -1, *rest.shape[2:])], axis=1)
+
+
+def apart(whole: Shaped[Array, "1 J *f"], B: int, P: int) -> Shaped[Array, "B R *f"]:
+    """Of a joined row what belongs to its `B` rows, without the `P` shared tokens."""
+    return whole[0, P:].reshape(B, -1, *whole.shape[2:])
 
 
 def held_tokens(valid: Bool[Array, "B T"], P: int) -> Int[Array, "B P"]:
