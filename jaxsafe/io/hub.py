@@ -16,6 +16,7 @@ from typing import Any
 from absl import logging
 from jax.sharding import Mesh
 
+from jaxsafe.devices import suited_stream
 from jaxsafe.io.gguf import GgufFile, open_gguf
 from jaxsafe.io.hf import gguf_to_hf, open_folder, read_config
 from jaxsafe.io.peft import WEIGHTS, Adapter, Merged, base_of, is_adapter, read_adapter
@@ -119,11 +120,15 @@ def load_hf(name: Named, dtype: str | None = None, mesh: Mesh | None = None) -> 
 def open_model(
     source: pathlib.Path | GgufFile, dtype: str | None = None, adapter: Adapter | None = None
 ) -> tuple[ModelConfig, TensorSource]:
-    """The configuration and the tensors, not yet read, of a model folder or a GGUF file. Raises as `load_hf` does."""
+    """The configuration and the tensors, not yet read, of a model folder or a GGUF file. Raises as `load_hf` does.
+
+    The residual stream is in the dtype that suits the default devices (`suited_stream`).
+    """
     if isinstance(source, GgufFile):
         config, tensors = open_gguf(source, dtype)
     else:
         config, tensors = open_folder(source, dtype) if source.is_dir() else open_gguf(GgufFile(source), dtype)
+    config = dataclasses.replace(config, stream=suited_stream(config.dtype))
     return config, tensors if adapter is None else Merged(config, tensors, adapter)
 
 

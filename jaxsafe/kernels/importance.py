@@ -192,7 +192,7 @@ def inputs_and_output_gradients(
     last = T - 1 if last is None else min(last, T - 1)
     names = {path: f"{path}_out" for path in linear_maps(config)}
     shape = {path: (config.layers, B, T, *sizes(config, w.outputs)) for path, w in linear_maps(config).items()}
-    zeros = nest({names[path]: jnp.zeros(shape[path], config.dtype) for path in names})
+    zeros = nest({names[path]: jnp.zeros(shape[path], config.stream_dtype) for path in names})
 
     def summed_loss(perturbations: Any) -> tuple[jax.Array, Any]:
         _, state = Transformer(config, "products").apply(
@@ -230,7 +230,7 @@ def absolute_products(x: jax.Array, g: jax.Array, start: jax.Array) -> jax.Array
     """
 
     def add_row(b: jax.Array, so_far: jax.Array) -> jax.Array:
-        return so_far + jnp.abs(jnp.matmul(transposed(x[b]), g[b], preferred_element_type=jnp.float32))
+        return so_far + jnp.abs(jnp.matmul(transposed(x[b]), g[b].astype(x.dtype), preferred_element_type=jnp.float32))
 
     return jax.lax.fori_loop(0, x.shape[0], add_row, start)
 

@@ -113,7 +113,7 @@ def add_snip(
     B, T = batch.tokens.shape
     maps = linear_maps(config)
     names = {path: f"{path.split('/')[-1]}_out" for path in maps}
-    zeros = {names[path]: jnp.zeros((B, T, *sizes(config, w.outputs)), config.dtype) for path, w in maps.items()}
+    zeros = {names[path]: jnp.zeros((B, T, *sizes(config, w.outputs)), config.stream_dtype) for path, w in maps.items()}
     x, inputs = jax.lax.scan(up, embed(config, params, jnp.asarray(batch.tokens)), jnp.arange(config.layers))
     gradient = jax.grad(lambda x: _loss(config, params, batch, x, counting, last, mesh))(x)
     gradient = jax.lax.fori_loop(0, config.layers - first - n, down, gradient)
@@ -141,7 +141,7 @@ def _loss(
     """The summed loss of the rows from the residual stream `x` behind the last block."""
     T = x.shape[1]
     last = T - 1 if last is None else min(last, T - 1)
-    states = rms_norm(x, params["norm"], config.norm_eps, config.norm)[:, T - last - 1 : T - 1]
+    states = rms_norm(x[:, T - last - 1 : T - 1], params["norm"], config.norm_eps, config.norm).astype(config.dtype)
     head = head_on_data(config, params, mesh)
     nll = token_nll(config, head, states, jnp.asarray(batch.tokens)[:, T - last :], LOGIT_BLOCK)
     return sample_losses(nll, batch, counting.positions, counting.loss).sum()

@@ -38,8 +38,9 @@ class ModelConfig:
     """A decoder of the Llama kind; `families.py` says what sets each family apart.
 
     Sizes are counts; `context` and `window` are tokens (`window=None`: every earlier token is seen);
-    `dtype` is that of parameters and of the residual stream, "float32" or "bfloat16".
+    `dtype` is that of parameters and of the sides of their products, "float32" or "bfloat16".
 
+    stream:       dtype of the residual stream and of what maps give, "float32"; None: `dtype`
     sliding:      by layer, whether it sees the window alone; empty: all layers do
     turned:       by layer, whether it has rotary embeddings; empty: all layers do
     local_rope:   those of layers that see the window alone; None: as all others
@@ -82,10 +83,13 @@ class ModelConfig:
     context: int = 2048
     family: str = "llama"
     dtype: str = "float32"
+    stream: str | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {self.dtype!r} is not supported; use 'float32' or 'bfloat16'")
+        if self.stream not in (None, "float32", self.dtype):
+            raise ValueError(f"stream {self.stream!r} is not supported; use 'float32' or None")
         if self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} attention heads cannot share {self.kv_heads} key/value heads evenly")
         if self.head_dim % 2:
@@ -95,6 +99,16 @@ class ModelConfig:
         for name in ("sliding", "turned"):
             if 0 < len(getattr(self, name)) < self.layers:
                 raise ValueError(f"{name} has {len(getattr(self, name))} entries for {self.layers} layers")
+
+    @property
+    def stream_dtype(self) -> str:
+        """The dtype of the residual stream and of what maps give."""
+        return self.stream or self.dtype
+
+    @property
+    def wide(self) -> bool:
+        """Whether that is a wider one than the parameters'."""
+        return self.stream_dtype != self.dtype
 
     @property
     def untied(self) -> bool:

@@ -16,12 +16,12 @@ PRODUCT = "product"
 """What a backward pass may keep: the names of `jax.checkpoint_policies` know products by it."""
 
 
-def product(x: Float[Array, "*B I"], w: Float[Array, "I O"]) -> Float[Array, "*B O"]:
-    """x @ w in the dtype of `x`, named `PRODUCT`; summed in float32 and rounded once.
+def product(x: Float[Array, "*B I"], w: Float[Array, "I O"], wide: bool = False) -> Float[Array, "*B O"]:
+    """x @ w in the dtype of `x`, or, where `wide`, in float32; named `PRODUCT`. Summed in float32 and rounded once.
 
     On a CPU it has derivatives in reverse mode alone (`jax.grad`, `jax.vjp`).
     """
-    return checkpoint_name(_wide(x, w) if jax.default_backend() == "cpu" else x @ w, PRODUCT)
+    return checkpoint_name(wide_product(x, w) if wide else matrix_products(x, w), PRODUCT)
 
 
 def matrix_products(x: Float[Array, "*n R I"], w: Float[Array, "*n I O"]) -> Float[Array, "*n R O"]:
@@ -37,7 +37,12 @@ def transposed(a: Float[Array, "*n I O"]) -> Float[Array, "*n O I"]:
     if a.dtype.itemsize > 2:
         return a.mT
     by_rows = Layout(tuple(range(a.ndim)))
-    return jax.lax.platform_dependent(a, cpu=lambda a: with_layout_constraint(a.mT, by_rows), default=lambda a: a.mT)
+
+    def anew(a: Array) -> Array:
+        # What `a` follows from is computed before, not entry by entry while it is transposed.
+        return with_layout_constraint(jax.lax.optimization_barrier(a).mT, by_rows)
+
+    return jax.lax.platform_dependent(a, cpu=anew, default=lambda a: a.mT)
 
 
 @jax.custom_vjp

@@ -51,7 +51,7 @@ def rms_norm(
     y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + eps)
     scale = scale.reshape((1,) * (x.ndim - 1) + (-1,))
     if form == "rounded":
-        return scale * y.astype(x.dtype)
+        return scale.astype(x.dtype) * y.astype(x.dtype)
     weight = scale.astype(jnp.float32)
     return (y * (1 + weight if form == "plus_one" else weight)).astype(x.dtype)
 
@@ -116,13 +116,13 @@ class Block(nn.Module):
         def linear(h: Array, name: str) -> Array:
             w = weight(name)
             features = w.shape[1:] if name in "qkv" else w.shape[-1:]
-            y = product(h, w.reshape(h.shape[-1], -1))
+            y = product(h, w.reshape(h.shape[-1], -1), c.wide)
             # A pytree beside the weight, while adapters are trained.
             adapter: Callable[[Array], Array] | None = self.get_variable("params", f"{name}_adapter")
             if adapter is not None:
                 y = (y.astype(jnp.float32) + adapter(h)).astype(y.dtype)
             if f"layers/{name}_bias" in table:
-                y = y + weight(f"{name}_bias").reshape(1, 1, -1)
+                y = y + weight(f"{name}_bias").reshape(1, 1, -1).astype(y.dtype)
             # The gradient at a zero perturbation of collection "perturbations" is that of the map's output.
             return self.perturb(f"{name}_out", y.reshape(*h.shape[:-1], *features))
 
@@ -140,11 +140,11 @@ class Block(nn.Module):
             return normed(h.reshape(*h.shape[:2], -1), name).reshape(h.shape) if c.projection_norm else normed(h, name)
 
         with jax.named_scope("attention"):
-            h = passed("attn_in", normed(x, "attn_norm"))
+            h = passed("attn_in", normed(x, "attn_norm").astype(c.dtype))
             q, k, v = (heads(h, name) for name in "qkv")
             q, k = heads_normed(q, "q_norm"), heads_normed(k, "k_norm")
             cos, sin = turns if kind.table is None else jax.tree.map(lambda table: table[kind.table], turns)
-            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+            q, k, v = (a.astype(c.dtype) for a in (rotate(q, cos, sin), rotate(k, cos, sin), v))
             k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
             new: Cache | None = Cache(k, v)
             if cache is not None:
@@ -166,7 +166,7 @@ class Block(nn.Module):
             h = passed("o", linear(h, "o"))
             x = x + passed("attn_out", normed(h, "attn_post_norm"))
         with jax.named_scope("mlp"):
-            h = passed("mlp_in", normed(x, "mlp_norm"))
+            h = passed("mlp_in", normed(x, "mlp_norm").astype(c.dtype))
             # In float32 and rounded once: on CPUs each operation in half precision is two conversions more.
             gate, up = (linear(h, name).astype(jnp.float32) for name in ("gate", "up"))
             h = passed("mlp_hidden", (ACTIVATIONS[c.activation](gate) * up).astype(h.dtype))
@@ -204,7 +204,7 @@ def initializer(kind: str, norm: str = "rounded") -> nn.initializers.Initializer
 
 def embedded(config: ModelConfig, embedding: Float[Array, "V D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """What enters the first block."""
-    x = embedding[tokens]
+    x = embedding[tokens].astype(config.stream_dtype)
     return x * jnp.asarray(config.embed**0.5, x.dtype) if config.embed_scaled else x
 
 
@@ -252,7 +252,7 @@ class Transformer(nn.Module):
         (x, cache, _), new = blocks(c, name="layers")(carry, kinds, queries, turns)
         with jax.named_scope("unembed"):
             x = rms_norm(x, self.param("norm", initializer("norm", c.norm), (c.embed,), c.dtype), c.norm_eps, c.norm)
-            x = tap(FINAL)(x, queries.positions)
+            x = tap(FINAL)(x.astype(c.dtype), queries.positions)
             x = x if last is None else x[:, x.shape[1] - last :]
             head = embedding if c.tied else self.param("unembed", initializer("map"), (c.embed, c.vocab), c.dtype)
             logits = unembed(c, x, head)

@@ -1,11 +1,9 @@
 """What bfloat16 does to scores, masks and steering of the real model: less than the choices that follow from them."""
 
-import jax
 import numpy as np
 import pytest
 
 from jaxsafe.chat.model import load_chat_model
-from jaxsafe.devices import multiplies_bfloat16
 from jaxsafe.kernels.selection import top
 from jaxsafe.kernels.sums import Scoring, gather
 from jaxsafe.methods.safety_tuning import builtin_refusals
@@ -49,19 +47,6 @@ def scores(models, prompts):
     return found
 
 
-NEWER = jax.__version_info__ >= (0, 12)
-
-
-@pytest.mark.xfail(
-    NEWER or multiplies_bfloat16(),
-    strict=NEWER,
-    reason="one prompt of 32 moves by 0.002 to 0.003 under jax 0.12, by how programs are compiled; "
-    "older ones are not known on native products",
-)
 def test_scores_of_prompts_are_the_same(scores):
-    assert np.abs(scores[0] - scores[1]).max() <= 0.002 < np.ptp(scores[0])
-
-
-def test_scores_of_prompts_move_by_less_than_they_differ(scores):
-    """By 0.002 (root mean square); a single prompt may move by more."""
-    assert np.sqrt(np.square(scores[0] - scores[1]).mean()) <= 0.002 < 0.1 * scores[0].std()
+    moved = np.abs(scores[0] - scores[1])
+    assert moved.max() <= 0.002 < 0.1 * scores[0].std() and np.sqrt(np.square(moved).mean()) <= 0.0006
