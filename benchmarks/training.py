@@ -23,6 +23,7 @@ from absl import app, flags
 from benchmarks.forward_and_generate import bandwidth, flops, products
 from benchmarks.measure import Contest, begin, compare
 from jaxsafe.chat.tokenizer import Tokenizer
+from jaxsafe.devices import suited_stream
 from jaxsafe.io.hub import load_hf, resolve
 from jaxsafe.kernels.training import Recipe, masters, one_step
 from jaxsafe.model.config import ModelConfig
@@ -119,7 +120,7 @@ def sides(torch: Any, path: Any, tokens: np.ndarray, R: int, dtype: str) -> tupl
     B, T = tokens.shape
     # Weights that bfloat16 holds exactly would not move in its passes before steps add up to half of its spacing.
     config, params = load_hf(path, "float32")
-    config = dataclasses.replace(config, dtype=dtype)
+    config = dataclasses.replace(config, dtype=dtype, stream=suited_stream(dtype))
     batch = Batch(tokens, np.ones((B, T), bool), np.full(B, T - R - 1, np.int32))
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     ids = torch.from_numpy(tokens.astype(np.int64))

@@ -22,7 +22,8 @@ TAPS = ("attn_in", "q", "k", "v", "heads", "o", "attn_out", "mlp_in", "mlp_hidde
 """Taps inside every block: normed input of attention; outputs of the maps q, k and v, features of all heads in a row,
 before norm and rotation; input of o, output of o, what attention adds to the residual stream (the output of o, behind
 its norm where a family has one there), normed input of the MLP, input of down, output of down, what the MLP adds (as
-with attention), and the residual stream after the block. Where no norm stands before a map, its input is the stream."""
+with attention), and the residual stream after the block. Where no norm stands before a map, its input is the stream.
+Inputs of maps are of the model's dtype, all else of that of its stream."""
 EMBED, FINAL = "embed", "final"
 OUTSIDE = (EMBED, FINAL)
 """The taps outside the blocks: what enters the first one, and what the unembedding reads, after the last norm."""

@@ -112,6 +112,7 @@ MUTATIONS += [
     (YARN, {"rope": {"truncate": False}}),
     (YARN, {"rope": {"original_context": 256}}),
     (LONG, {"rope": {"divisors": (1.0,) * 8}}),
+    (dataclasses.replace(TINY, dtype="bfloat16"), {"stream": "float32"}),
 ]
 # Other sizes are other arrays: parity with transformers covers them, and weights of other shapes are refused.
 SIZE_FIELDS = {"vocab", "layers", "embed", "mlp", "heads", "kv_heads", "head_dim"}
