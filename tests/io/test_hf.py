@@ -54,7 +54,7 @@ def all_tensors(folder):
 def test_there_and_back_is_byte_identical(name, mesh, tmp_path):
     source = write_folder(tmp_path / "source", CONFIGS[name])
     config, params = load_hf(source, mesh=mesh and parse_mesh(mesh))
-    assert config == CONFIGS[name]
+    assert dataclasses.replace(config, stream=None) == CONFIGS[name]
     out = save_hf(tmp_path / "out", config, params, like=source)
     assert (out / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
     assert (out / "config.json").read_bytes() == (source / "config.json").read_bytes()
@@ -78,7 +78,7 @@ def test_shards_hold_everything_once(shard_bytes, tmp_path):
         assert part
         assert len(part) == 1 or sum(array.nbytes for array in part.values()) <= shard_bytes
     again, _ = load_hf(save_hf(tmp_path / "again", *load_hf(out), shard_bytes=shard_bytes * 2))
-    assert again == config
+    assert dataclasses.replace(again, stream=None) == config
     assert bits(all_tensors(tmp_path / "again")) == bits(tensors)
 
 
