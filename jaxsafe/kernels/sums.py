@@ -312,10 +312,8 @@ def gather_parts(
     shared = joined(scoring, rows, mesh)
     lengths = slots_by_bucket(rows, shared) if shared else {}
     for number, group in enumerate(batches_of(scoring, rows)[first:], first + 1):
-        count, length = (
-            row_bucket(len(group), scoring.batch_size, multiple),
-            lengths.get(bucket(len(rows[group[0]].ids))),
-        )
+        count = row_bucket(len(group), scoring.batch_size, multiple)
+        length = lengths.get(bucket(len(rows[group[0]].ids)))
         batch = pad_rows([rows[i] for i in group], length, count, shared=shared)
         answers = batch.tokens.shape[1] - 1 - int(batch.instruction_end.min())
         last = min(bucket(answers), batch.tokens.shape[1] - shared) if scoring.positions == "response" else None
